@@ -1,0 +1,52 @@
+"""Stop as soon as the eval loss is at or below a target, and measure the time it took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from overture.callbacks.run_log import RunClock, eval_cross_entropy
+
+
+class LossTarget(Callback):
+    """MLPerf-style quality target: training ends at the first evaluation at or below it.
+
+    Composer's own ThresholdStopper takes a falling metric for a rising one unless told otherwise,
+    and compares strictly. Time to train follows the MLPerf training rules: from the first touch of
+    the training data to the end of the evaluation that saw the target.
+
+    Args:
+        cross_entropy: the target, in nats per label token.
+        clock: started before the training data was touched.
+    """
+
+    def __init__(self, cross_entropy: float, clock: RunClock) -> None:
+        self.target = cross_entropy
+        self.clock = clock
+        self.seconds_to_train: float | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether an evaluation was at or below the target."""
+        return self.seconds_to_train is not None
+
+    @property
+    def status(self) -> str:
+        """The outcome, as result.json names it."""
+        return "target_reached" if self.reached else "target_missed"
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Compare the evaluation that just ended with the target."""
+        if not self.reached and eval_cross_entropy(state) <= self.target:
+            self.seconds_to_train = self.clock.seconds()
+            state.stop_training()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"seconds_to_train": self.seconds_to_train}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.seconds_to_train = state["seconds_to_train"]

@@ -1,0 +1,112 @@
+"""The run folder: a line of metrics per step and eval, and the clock of time to train."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from overture.callbacks.throughput import Throughput
+
+METRIC = "TokenCrossEntropy"
+
+
+class RunClock(Callback):
+    """Seconds of training, as MLPerf counts them: from before the first touch of the training data.
+
+    The clock starts when it is made, runs through evaluation, and goes on where it was after a
+    resume; the time between an interruption and the restart does not count.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._before = 0.0
+
+    def seconds(self) -> float:
+        """Return the seconds so far, over all parts of the run."""
+        return self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._before = state["seconds"]
+
+
+class RunLog(Callback):
+    """Appends to `metrics.jsonl`; only rank zero writes.
+
+    A train record is written per step, an eval record per evaluation. After a resume steps may
+    occur twice: the last record of a step holds.
+    """
+
+    def __init__(self, run_folder: Path, clock: RunClock, throughput: Throughput) -> None:
+        self.path = run_folder / "metrics.jsonl"
+        self.clock = clock
+        self.throughput = throughput
+        self.first_eval: float | None = None
+        self.last_eval: float | None = None
+        self._writes = dist.get_global_rank() == 0
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Record a training step."""
+        self._append(
+            {
+                "kind": "train",
+                "step": state.timestamp.batch.value,
+                "seconds": round(self.clock.seconds(), 3),
+                "loss": _finite(state.total_loss_dict["loss/train/total"]),
+                "learning_rate": state.schedulers[0].get_last_lr()[0],
+                **self.throughput.figures(),
+            }
+        )
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Record an evaluation."""
+        loss = eval_cross_entropy(state)
+        self.first_eval = loss if self.first_eval is None else self.first_eval
+        self.last_eval = loss
+        perplexity = math.exp(min(loss, 700.0))
+        logger.log_metrics(
+            {"metrics/eval/cross_entropy": loss, "metrics/eval/perplexity": perplexity}
+        )
+        self._append(
+            {
+                "kind": "eval",
+                "step": state.timestamp.batch.value,
+                "seconds": round(self.clock.seconds(), 3),
+                "cross_entropy": _finite(loss),
+                "perplexity": _finite(perplexity),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"first_eval": self.first_eval, "last_eval": self.last_eval}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.first_eval, self.last_eval = state["first_eval"], state["last_eval"]
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._writes:
+            # Opened anew each time: a kill then loses no line, and a step takes far longer.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def eval_cross_entropy(state: State) -> float:
+    """Return the token-weighted cross-entropy of the evaluation that just ended, in nats."""
+    return float(state.eval_metrics["eval"][METRIC].compute())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN

@@ -1,0 +1,99 @@
+"""Tokens per second that mean something: real tokens, label tokens, padding, waiting, utilisation."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from overture.flops import peak_flops
+
+
+class Throughput(Callback):
+    """Counts tokens over all ranks and logs rates over the last `window` steps.
+
+    Time is Composer's batch time, so evaluation and checkpoints are not in it; waiting for data is.
+    """
+
+    def __init__(self, window: int = 10) -> None:
+        self.tokens = 0
+        self.label_tokens = 0
+        self._seconds = 0.0
+        # Per step: tokens, label tokens, padded size, FLOPs (all ranks), seconds, seconds waited.
+        self._recent: deque[tuple[float, ...]] = deque(maxlen=window)
+        self._counted = (0, 0, 0, 0.0)
+        self._asked = 0.0
+        self._waited = 0.0
+        self._peak: float | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Look up what the devices can do."""
+        if state.device.name == "gpu":
+            peak = peak_flops(torch.cuda.get_device_name())
+            self._peak = peak * dist.get_world_size() if peak else None
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Start waiting."""
+        self._asked = time.monotonic()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Count the batch while it is still in the host's memory."""
+        self._waited = time.monotonic() - self._asked
+        batch = state.batch
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        flops = state.model.module if hasattr(state.model, "module") else state.model
+        self._counted = (
+            int(batch["num_tokens"].sum()),
+            labels,
+            batch["input_ids"].numel(),
+            flops.flops_per_batch(batch),
+        )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Add the step and log the rates."""
+        counted = torch.tensor(self._counted, dtype=torch.float64)
+        if dist.get_world_size() > 1:
+            counted = state.device.tensor_to_device(counted)
+            dist.all_reduce(counted, reduce_operation="SUM")
+        counted = counted.tolist()
+        seconds = state.timestamp.batch_wct.total_seconds() if state.timestamp.batch_wct else 0.0
+        self.tokens += int(counted[0])
+        self.label_tokens += int(counted[1])
+        self._seconds += seconds
+        self._recent.append((*counted, seconds, self._waited))
+        figures = self.figures()
+        logger.log_metrics({f"overture/{k}": v for k, v in figures.items() if isinstance(v, float)})
+
+    def figures(self) -> dict[str, Any]:
+        """Return totals, and rates over the window."""
+        tokens, labels, room, flops, seconds, waited = map(sum, zip(*self._recent, strict=True))
+        seconds = max(seconds, 1e-9)
+        return {
+            "tokens": self.tokens,
+            "label_tokens": self.label_tokens,
+            "tokens_per_second": tokens / seconds,
+            "label_tokens_per_second": labels / seconds,
+            "padding_share": 1 - tokens / room,
+            "data_wait_share": min(waited / seconds, 1.0),
+            "mfu": flops / seconds / self._peak if self._peak else None,
+        }
+
+    def rates(self) -> tuple[float | None, float | None]:
+        """Return (tokens, label tokens) per second over the whole run, or None before a step."""
+        if not self._seconds:
+            return None, None
+        return self.tokens / self._seconds, self.label_tokens / self._seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"tokens": self.tokens, "labels": self.label_tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.tokens, self.label_tokens = state["tokens"], state["labels"]
+        self._seconds = state["seconds"]

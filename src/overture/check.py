@@ -1,0 +1,129 @@
+"""What can be known before training: is the data there, and does the machine work."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from overture.config.schema import Config
+from overture.data.schema import check_files, check_split
+
+NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
+OPTIONAL = {
+    "flash_attn": "faster attention on CUDA",
+    "liger_kernel": "fused kernels on CUDA",
+    "bitsandbytes": "4- and 8-bit base models on CUDA",
+    "wandb": "logging to Weights & Biases",
+    "mlflow": "logging to MLflow",
+    "tensorboard": "logging to TensorBoard",
+}
+
+
+def check_data(config: Config) -> None:
+    """Check the local splits that a config names; imports no torch.
+
+    Raises:
+        ConfigError: a split is missing or does not fit the config.
+        DataError: a file of a split is not what was written.
+    """
+    if config.data_remote is not None:
+        return  # what lies there is checked when it arrives
+    loaders = [(config.train_loader, config.global_train_batch_size)]
+    if config.eval_loader is not None:
+        loaders.append((config.eval_loader, 0))
+    for loader, batch in loaders:
+        folder = Path(config.data_local) / loader.dataset.split
+        batch = batch if loader.drop_last else min(batch, 1)
+        check_files(folder, check_split(folder, config.task, config.max_seq_len, batch))
+
+
+def check_environment() -> Iterator[tuple[str, bool, str]]:
+    """Yield (what, whether it is fine, finding) for this machine and its packages."""
+    version = platform.python_version_tuple()
+    supported = ("3", "10") <= version[:2] <= ("3", "12")
+    yield "Python", supported, f"{platform.python_version()} (3.10 to 3.12 are supported)"
+    broken = False
+    for name in NEEDED:
+        fine, finding = _import(name)
+        broken = broken or not fine
+        yield name, fine, finding
+    if broken:
+        return
+    import torch
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    yield (
+        "CPU",
+        True,
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+    )
+    for device in devices[1:]:
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        yield str(device), True, f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            label = f"{device} {str(dtype).removeprefix('torch.')}"
+            try:
+                yield label, True, f"{_matrix_product(device, dtype) / 1e9:,.0f} GFLOP/s"
+            except RuntimeError as error:
+                yield label, False, str(error).splitlines()[0]
+        fine = _tiny_training_step(device)
+        yield (
+            f"{device} model",
+            fine,
+            "forward and backward give finite gradients"
+            if fine
+            else ("forward and backward do not give finite gradients"),
+        )
+    for name, purpose in OPTIONAL.items():
+        fine, finding = _import(name)
+        yield name, True, finding if fine else f"not installed (optional: {purpose})"
+
+
+def _import(name: str) -> tuple[bool, str]:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # a broken wheel can raise anything at import
+        return False, f"cannot be imported: {error}"
+    return True, str(getattr(module, "__version__", "present"))
+
+
+def _matrix_product(device: Any, dtype: Any, size: int = 1024, repeats: int = 10) -> float:
+    """Return the FLOP/s of square matrix products."""
+    import torch
+
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for repeat in range(repeats + 3):
+        if repeat == 3:  # warmed up
+            _wait(device)
+            start = time.perf_counter()
+        a @ a
+    _wait(device)
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _wait(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _tiny_training_step(device: Any) -> bool:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device)
+    ids = torch.randint(0, 64, (2, 16), device=device)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,0 +1,217 @@
+"""YAML and dotted overrides, merged strictly into the dataclasses of `config/schema.py`.
+
+Every mistake is collected and reported at once, as `FILE: key.path: what is wrong`. Torch is not
+imported: the answer to a typo should take less than a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from overture.config.rules import contradictions
+from overture.config.schema import Config
+from overture.errors import ConfigError, nearest
+
+_SECRET_KEY = re.compile(r"(?:^|[_.-])(?:token|key|secret|password)s?$", re.IGNORECASE)
+_URL_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+
+
+def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
+    """Return the config of `FILE.yaml a.b=c ...`, checked, with `{run_name}` filled in.
+
+    Raises:
+        ConfigError: naming every unknown key, wrong type and contradiction found.
+    """
+    adopt_hub_token()
+    usage = "usage: composer main.py|finetune.py FILE.yaml [key.sub=value ...]"
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise ConfigError(usage)
+    path, overrides = arguments[0], arguments[1:]
+    data, overridden = _merge(path, overrides)
+    data.setdefault("run_name", Path(path).stem)
+
+    def place(key: str) -> str:
+        set_here = any(o == key or o.startswith(key + ".") for o in overridden)
+        return f"command line (over {path})" if set_here else path
+
+    problems: list[tuple[str, str]] = []
+    config = _build(Config, data, "", problems)
+    if not problems:
+        config = _fill_run_name(config, config.run_name)
+        problems = contradictions(config, tasks, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if problems:
+        raise ConfigError("\n  ".join(f"{place(key)}: {key}: {text}" for key, text in problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved config as YAML text, secrets replaced by `***`."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(dataclasses.asdict(config))))
+
+
+def adopt_hub_token() -> None:
+    """Let HUGGINGFACE_HUB_TOKEN serve where HF_TOKEN, which the hub's client reads, is not set."""
+    if "HUGGINGFACE_HUB_TOKEN" in os.environ:
+        os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """Return a copy of a config tree in which no secret is left: by key name, and in URLs."""
+    if isinstance(value, dict):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item, key) for item in value]
+    if isinstance(value, str):
+        return "***" if _SECRET_KEY.search(key) else _URL_CREDENTIALS.sub("://***@", value)
+    return value
+
+
+def command_line(arguments: list[str]) -> str:
+    """Return the command that reproduces this process, for the run folder; secrets redacted."""
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["composer"]
+        if os.environ["LOCAL_WORLD_SIZE"] != "1":
+            launcher += ["-n", os.environ["LOCAL_WORLD_SIZE"]]
+    shown = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        shown.append(key + equals + redact(value, key) if equals else argument)
+    return shlex.join(launcher + shown)
+
+
+def _merge(path: str, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the merged tree and the dotted keys that came from the command line."""
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        hint = nearest(path, [str(f) for f in folder.glob("*.yaml")]) if folder.is_dir() else ""
+        raise ConfigError(f"{path}: no such config file{hint}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"command line: {override}: an override is written key.sub=value, without dashes"
+            )
+    try:
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ConfigError(f"{path}: expected keys and values at the top level")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_container(tree, resolve=True), [o.split("=", 1)[0] for o in overrides]
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the YAML parser's own errors carry line and column
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _fill_run_name(value: Any, run_name: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            setattr(value, f.name, _fill_run_name(getattr(value, f.name), run_name))
+        return value
+    if isinstance(value, dict):
+        return {key: _fill_run_name(item, run_name) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill_run_name(item, run_name) for item in value]
+    return value.replace("{run_name}", run_name) if isinstance(value, str) else value
+
+
+def _build(cls: type, data: Any, prefix: str, problems: list[tuple[str, str]]) -> Any:
+    """Return an instance of a config dataclass, noting every key that does not fit."""
+    if not isinstance(data, dict):
+        problems.append((prefix.rstrip("."), f"expected keys and values, got {data!r}"))
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        if key not in fields:
+            # `optimiser.lr=1` should be answered with `optimizer.lr`, not only with its first part.
+            inner = list(value)[:1] if isinstance(value, dict) else []
+            typed = ".".join(map(str, [key, *inner]))
+            problems.append((prefix + typed, "unknown key" + _hint(str(key), list(fields), inner)))
+            continue
+        values[key] = _convert(value, hints[key], f"{prefix}{key}", problems)
+    for name, f in fields.items():
+        required = f.default is f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            problems.append((prefix + name, "missing, and it has no default"))
+            values[name] = None
+    return cls(**values)
+
+
+def _convert(value: Any, kind: Any, key: str, problems: list[tuple[str, str]]) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, arguments, key, problems)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key + ".", problems)
+    if origin is Literal:
+        if value not in arguments:
+            problems.append((key, f"unknown value {value!r}" + _hint(str(value), arguments)))
+        return value
+    if origin is list and isinstance(value, list):
+        return [_convert(v, arguments[0], f"{key}[{i}]", problems) for i, v in enumerate(value)]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = origin or kind
+    if plain is Any or (
+        isinstance(value, plain) and not (isinstance(value, bool) and plain is not bool)
+    ):
+        return value
+    problems.append((key, f"expected {_describe(kind)}, got {value!r}"))
+    return value
+
+
+def _convert_union(value: Any, kinds: tuple, key: str, problems: list[tuple[str, str]]) -> Any:
+    if value is None:
+        if types.NoneType not in kinds:
+            problems.append((key, "expected a value, got nothing"))
+        return None
+    kinds = tuple(k for k in kinds if k is not types.NoneType)
+    attempts = []
+    for kind in kinds:
+        attempt: list[tuple[str, str]] = []
+        converted = _convert(value, kind, key, attempt)
+        if not attempt:
+            return converted
+        attempts.append(attempt)
+    if len(kinds) == 1:
+        problems.extend(attempts[0])
+    else:
+        expected = " or ".join(_describe(k) for k in kinds)
+        problems.append((key, f"expected {expected}, got {value!r}"))
+    return value
+
+
+def _hint(name: str, allowed: typing.Sequence[Any], inner: typing.Sequence[Any] = ()) -> str:
+    """Return the nearest allowed name, followed by all of them where they are few or none is near."""
+    match = nearest(name, map(str, allowed))
+    listed = f"allowed: {', '.join(map(str, allowed))}"
+    if not match:
+        return f" ({listed})"
+    if inner:
+        match = match.replace('"?)', f'.{inner[0]}"?)')
+    return match[:-1] + f" {listed})" if len(allowed) <= 12 else match
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if typing.get_origin(kind) is list:
+        return "a list"
+    if typing.get_origin(kind) is dict:
+        return "keys and values"
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return names.get(kind, str(kind))

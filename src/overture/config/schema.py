@@ -1,0 +1,191 @@
+"""Every config key of Overture, with its type, default, unit and meaning: the YAML is this, merged.
+
+Only the standard library is imported here, so that a config can be checked before torch is.
+Names follow Composer, mosaicml/examples and llm-foundry where these have one. `{run_name}` in any
+path is replaced by the run's name. Durations are Composer's: `3ep` epochs, `200ba` batches,
+`1000sp` samples, `2000000tok` tokens; intervals may also be a share of the run, as in `0.25dur`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Task = Literal["causal_lm", "instruct"]
+
+
+@dataclass
+class ModelConfig:
+    # A hub name, a folder in Hugging Face format, a run folder, or (with pretrained: false) a
+    # model type such as `llama` or `gpt2`.
+    name: str
+    # true loads weights; false initialises them from `config`.
+    pretrained: bool = True
+    # Type of the weights. LoRA keeps its adapters in float32 over a bfloat16 base.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Attention kernels; auto takes the best one present and names it.
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    # Overrides of the model's own config (hidden_size, num_hidden_layers, ...).
+    config: dict[str, Any] = field(default_factory=dict)
+    # Run Python code that comes with a hub model. Only for code that you have read.
+    trust_remote_code: bool = False
+
+
+@dataclass
+class LoraConfig:
+    r: int = 16  # rank of each adapter
+    alpha: float = 32.0  # adapters are scaled by alpha / r
+    dropout: float = 0.0
+    # `all-linear`, or names of modules such as [q_proj, v_proj].
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class DatasetConfig:
+    split: str = "train"
+    shuffle: bool = False
+    shuffle_seed: int | None = None  # default: seed
+
+
+@dataclass
+class LoaderConfig:
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    num_workers: int = 0
+    drop_last: bool = False
+
+
+@dataclass
+class OptimizerConfig:
+    # adamw is torch's fused kernel; decoupled_adamw is Composer's (weight decay not times lr).
+    name: Literal["adamw", "decoupled_adamw"] = "adamw"
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class SchedulerConfig:
+    name: Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"] = (
+        "cosine_with_warmup"
+    )
+    t_warmup: str = "0ba"
+    # Final learning rate as a share of optimizer.lr; default 0.1 where the rate decays.
+    alpha_f: float | None = None
+
+
+@dataclass
+class GradientClippingConfig:
+    clipping_type: Literal["norm", "value", "adaptive"] = "norm"
+    clipping_threshold: float = 1.0
+
+
+@dataclass
+class AlgorithmsConfig:
+    gradient_clipping: GradientClippingConfig | None = None
+
+
+@dataclass
+class LossTargetConfig:
+    # Training stops as soon as eval cross-entropy (nats per label token) is at or below this.
+    cross_entropy: float
+
+
+@dataclass
+class SpeedMonitorConfig:
+    window_size: int = 10
+
+
+@dataclass
+class MonitorConfig:
+    """A Composer callback without options of interest: `lr_monitor: {}` switches it on."""
+
+
+@dataclass
+class CallbacksConfig:
+    loss_target: LossTargetConfig | None = None
+    speed_monitor: SpeedMonitorConfig | None = None
+    lr_monitor: MonitorConfig | None = None
+    memory_monitor: MonitorConfig | None = None
+    runtime_estimator: MonitorConfig | None = None
+
+
+@dataclass
+class TensorboardConfig:
+    log_dir: str = "runs/{run_name}/tensorboard"
+
+
+@dataclass
+class WandbConfig:
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class MlflowConfig:
+    experiment_name: str | None = None
+    tracking_uri: str | None = None
+
+
+@dataclass
+class LoggersConfig:
+    tensorboard: TensorboardConfig | None = None
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
+
+
+@dataclass
+class GenerationConfig:
+    """Greedy answers to held-out prompts before and after training, scored by exact match."""
+
+    num_prompts: int = 200
+    max_new_tokens: int = 64
+    batch_size: int = 50
+
+
+@dataclass
+class Config:
+    task: Task
+    model: ModelConfig
+    max_seq_len: int
+    max_duration: str
+    global_train_batch_size: int  # samples (rows of a shard) per optimizer step, over all ranks
+    run_name: str | None = None  # default: the YAML's file name
+    seed: int = 17
+    # A tokenizer folder or hub name; default: model.name.
+    tokenizer_name: str | None = None
+    # Shards are read from data_local/<split>. With data_remote they are downloaded to data_local.
+    data_remote: str | None = None
+    data_local: str | None = None
+    train_loader: LoaderConfig = field(default_factory=LoaderConfig)
+    eval_loader: LoaderConfig | None = None
+    trainable: Literal["lora", "all"] = "all"
+    lora: LoraConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
+    eval_interval: str = "1ep"
+    # Evaluate once before the first step, so that the curve starts at the base model.
+    eval_first: bool = False
+    device_train_microbatch_size: int | Literal["auto"] = 1
+    device_eval_batch_size: int = 1
+    # Autocast precision of the forward pass; CPUs take fp32 only (set model.dtype instead).
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    run_folder: str = "runs/{run_name}"
+    # Default: <run_folder>/checkpoints. May be s3://, gs://, ...
+    save_folder: str | None = None
+    save_interval: str = "1ep"
+    save_num_checkpoints_to_keep: int = 1
+    # A checkpoint to start from; weights, optimizer and position in the data are restored.
+    load_path: str | None = None
+    load_weights_only: bool = False
+    # The same command after an interruption goes on from the newest checkpoint.
+    autoresume: bool = True
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    loggers: LoggersConfig = field(default_factory=LoggersConfig)
+    generation: GenerationConfig | None = None
+    # A bar at the terminal, or (progress_bar: false) a block of lines every console_log_interval.
+    progress_bar: bool = True
+    console_log_interval: str | None = None

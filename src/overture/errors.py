@@ -1,0 +1,64 @@
+"""The errors that a user can cause or meet, each with the exit code that a script can act on.
+
+Exit codes: 0 done, 2 config or arguments, 3 loss target not reached, 4 data or checkpoint failed
+verification, 5 stopped by a guard, 75 preempted (run the same command again to continue).
+Any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_DONE = 0
+EXIT_TARGET_MISSED = 3
+EXIT_PREEMPTED = 75
+
+
+class OvertureError(Exception):
+    """Base class: the message says what is wrong, where, and what to do about it."""
+
+    exit_code = 1
+
+
+class ConfigError(OvertureError):
+    """The user's config, arguments or input files are wrong."""
+
+    exit_code = 2
+
+
+class DataError(OvertureError):
+    """Shards, a ledger or a checkpoint are not what they were when they were written."""
+
+    exit_code = 4
+
+
+class GuardError(OvertureError):
+    """Training was stopped because going on would have wasted or spoilt the run."""
+
+    exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``' (did you mean "x"?)'`` for the most similar of the known names, or ``''``."""
+    # A case slip is the commonest one, and difflib alone would not see it as a near match.
+    known = list(known)
+    folded = {candidate.lower(): candidate for candidate in known}
+    match = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return f' (did you mean "{folded[match[0]]}"?)' if match else ""
+
+
+def exit_on_error(function: Callable[[], int | None]) -> int:
+    """Run a door's main function; print an OvertureError as one sentence and return its code."""
+    try:
+        return function() or EXIT_DONE
+    except OvertureError as error:
+        # Every rank meets the same error; one voice is enough.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `... | head` is not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE

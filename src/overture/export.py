@@ -1,0 +1,18 @@
+"""A trained model as a folder in Hugging Face format, safetensors only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model, or the adapters of a PeftModel, with its tokenizer; whole or not at all."""
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, safe_serialization=True)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

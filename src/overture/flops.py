@@ -1,0 +1,46 @@
+"""Arithmetic of training, and what devices can do: the two halves of model FLOP utilisation.
+
+Matrix products cost 2 FLOPs per weight and token forward, and twice that backward: 6N per token
+when every weight is trained (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). A frozen weight
+needs no gradient of its own, so its backward pass is half: 4N with LoRA, whose own weights are
+left out as they are below one percent. Attention adds 2 products of [tokens, tokens, width] per
+layer: 4 x length x width FLOPs per token forward, half of that under a causal mask, three times it
+with the backward pass (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+# Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name.
+BF16_PEAK = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+}
+
+
+def training_flops(
+    weights: int, frozen: bool, tokens: int, layers: int, width: int, length: float
+) -> float:
+    """Return the FLOPs of one training step's forward and backward pass.
+
+    Args:
+        weights: parameters that take part in matrix products (no input embedding).
+        frozen: true where almost all of them are frozen, as with LoRA.
+        tokens: real tokens in the step.
+        layers: number of attention layers.
+        width: attention width, heads times head size.
+        length: mean length of a document, in tokens.
+    """
+    products = (4 if frozen else 6) * weights * tokens
+    attention = 3 * (4 * length * width / 2) * layers * tokens
+    return products + attention
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return a device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
+    return next((peak for name, peak in BF16_PEAK.items() if name in device_name), None)

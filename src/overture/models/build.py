@@ -1,0 +1,173 @@
+"""Model names to models: Hugging Face weights or shapes, wrapped for Composer's Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.models import HuggingFaceModel
+from torch import Tensor
+from torchmetrics import Metric
+
+from overture.errors import ConfigError, nearest
+from overture.flops import training_flops
+from overture.models.attention import choose_attention
+from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
+
+
+def load_causal_lm(
+    name: str,
+    pretrained: bool,
+    dtype: str,
+    attention: str,
+    overrides: dict[str, Any],
+    tokenizer: Any,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return a causal language model of Hugging Face's, with weights or freshly initialised.
+
+    Args:
+        name: hub name, folder, run folder, or without weights also a model type such as `llama`.
+        overrides: keys of the model's own config.
+        tokenizer: decides the vocabulary of a model without weights.
+
+    Raises:
+        ConfigError: no such model, an override that its config does not know, or a tokenizer
+            with more pieces than the model has embeddings.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location = locate_model(name)
+    config = _model_config(location, pretrained, overrides, tokenizer, trust_remote_code)
+    implementation = choose_attention(attention)
+    try:
+        if pretrained:
+            model = AutoModelForCausalLM.from_pretrained(
+                location,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=implementation,
+                trust_remote_code=trust_remote_code,
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"model.name: {name} has {embeddings:,} embeddings, but the tokenizer "
+            f"{tokenizer.name_or_path} has {len(tokenizer):,} pieces; use the model's own tokenizer"
+        )
+    return model
+
+
+def locate_model(name: str) -> str:
+    """Return the folder that holds a model in Hugging Face format, or the hub name as it is."""
+    path = Path(name)
+    if (path / "hf").is_dir():  # a run folder
+        return str(path / "hf")
+    if not path.exists() and (name.startswith(("/", ".", "runs/")) or name.count("/") > 1):
+        raise ConfigError(f"model.name: {name}: no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"model.name: {name}: holds no model (config.json is missing)")
+    return name
+
+
+def _model_config(
+    location: str, pretrained: bool, overrides: dict[str, Any], tokenizer: Any, trust: bool
+) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    try:
+        if not pretrained and location in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[location]()
+            config.vocab_size = len(tokenizer)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(config, key, getattr(tokenizer, key))
+        else:
+            config = AutoConfig.from_pretrained(location, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        hint = "" if pretrained else nearest(location, CONFIG_MAPPING)
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model.name: {location}: {reason}{hint}") from None
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            raise ConfigError(
+                f"model.config.{key}: {type(config).__name__} has no such key"
+                f"{nearest(key, config.to_dict())}"
+            )
+        setattr(config, key, value)
+    return config
+
+
+class CausalLM(HuggingFaceModel):
+    """A causal language model whose logits are made at label positions only.
+
+    Takes batches of `data/collate.py`. The training loss is the mean over the label tokens of a
+    microbatch; Composer, accumulating on tokens, weights these to the mean over the global batch.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, eval_samples: int | None) -> None:
+        metrics = [TokenCrossEntropy(eval_samples)] if eval_samples else []
+        super().__init__(model, tokenizer=tokenizer, metrics=[], eval_metrics=metrics)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # Through attributes, not sub-modules: the same weights must not be registered twice.
+        self._parts = {"backbone": base.base_model, "head": base.get_output_embeddings()}
+        config = base.config.get_text_config()
+        divided = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
+        self._scale = 1 / divided if divided else getattr(config, "logit_scale", None) or 1.0
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._shape = _shape(base, config)
+        self._frozen = not base.get_input_embeddings().weight.requires_grad
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return `token_losses` [labels] float32 and `rows` [labels], the row of each label."""
+        hidden = self._parts["backbone"](
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        )[0]
+        rows, positions, targets = label_positions(batch["labels"])
+        losses = cross_entropy_at(
+            hidden[rows, positions], self._parts["head"], targets, self._scale, self._softcap
+        )
+        return {"token_losses": losses, "rows": rows}
+
+    def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:
+        """Return the mean over the label tokens of a microbatch; 0 where it has none."""
+        losses = outputs["token_losses"]
+        return losses.sum() / max(len(losses), 1)
+
+    def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
+        """Return the outputs of `forward`, made if need be."""
+        return outputs if outputs is not None else self.forward(batch)
+
+    def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
+        """Add the losses of an eval batch to a metric."""
+        metric.update(outputs["token_losses"], outputs["rows"], batch["sample_ids"])
+        return {}
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
+        """Return the training FLOPs of a batch, over real tokens only."""
+        tokens = int(batch["num_tokens"].sum())
+        documents = int((batch["position_ids"] == 0).sum())
+        weights, layers, width = self._shape
+        return training_flops(
+            weights, self._frozen, tokens, layers, width, tokens / max(documents, 1)
+        )
+
+
+def _shape(model: Any, config: Any) -> tuple[int, int, int]:
+    """Return (weights in matrix products, layers, attention width)."""
+    embeddings = model.get_input_embeddings().weight
+    weights = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    if model.get_output_embeddings().weight is not embeddings:
+        weights -= embeddings.numel()  # looked up, not multiplied
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return weights, config.num_hidden_layers, heads * head_size

@@ -1,0 +1,224 @@
+"""The recipe: config in, trained model and run folder out. Reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.utils import dist, reproducibility
+
+from overture.callbacks.loss_target import LossTarget
+from overture.callbacks.run_log import RunClock, RunLog
+from overture.callbacks.throughput import Throughput
+from overture.config.schema import Config, LoaderConfig
+from overture.data.loaders import build_loader, fetch_ledger
+from overture.data.schema import check_split
+from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError
+from overture.export import save_model
+from overture.models.attention import prove_isolation
+from overture.models.build import CausalLM, load_causal_lm
+from overture.models.lora import add_lora
+from overture.report import build_report, summary_lines
+from overture.tokenizer import load_tokenizer, tokenizer_sha256
+from overture.training.answers import HeldOutAnswers
+from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
+from overture.training.optim import build_optimizer, build_scheduler
+from overture.training.quiet import quiet_libraries
+from overture.training.run_folder import begin_run, write_result
+
+
+def train(config: Config, command: str) -> int:
+    """Train as the config says and return the exit code.
+
+    Args:
+        config: checked by `config/load.py`.
+        command: what was typed, for the run folder.
+
+    Raises:
+        ConfigError: something named in the config does not exist or does not fit.
+        DataError: shards are not what they were.
+    """
+    quiet_libraries()
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and (
+        config.precision != "fp32" or config.device_train_microbatch_size == "auto"
+    ):
+        raise ConfigError(
+            "precision and device_train_microbatch_size: amp and auto need a CUDA device and there "
+            "is none; set precision: fp32 (model.dtype: bfloat16 is the fast way on a CPU)"
+        )
+    dist.initialize_dist(device, timeout=300)
+    reproducibility.seed_all(config.seed)
+    run_folder = begin_run(config, command)
+    say = print if dist.get_global_rank() == 0 else _silent
+
+    # Model: base weights, then adapters.
+    tokenizer = load_tokenizer(
+        config.tokenizer_name or config.model.name, config.model.trust_remote_code
+    )
+    network = load_causal_lm(
+        config.model.name,
+        config.model.pretrained,
+        config.model.dtype,
+        config.model.attention,
+        config.model.config,
+        tokenizer,
+        config.model.trust_remote_code,
+    )
+    if _is_packed(config, tokenizer):
+        prove_isolation(network, len(tokenizer))
+    if config.trainable == "lora":
+        network = add_lora(network, **vars(config.lora))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.parameters())
+    say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
+
+    # Held-out data, and what the model makes of it before training.
+    evaluation = None
+    if config.eval_loader is not None:
+        evaluation = _loader(config, config.eval_loader, tokenizer, config.device_eval_batch_size)
+    model = CausalLM(network, tokenizer, evaluation.num_samples if evaluation else None)
+    model.to("cuda" if device == "gpu" else "cpu")
+    answers = None
+    if config.generation is not None:
+        answers = HeldOutAnswers(evaluation.dataloader.dataset, tokenizer, config.generation)
+        answers.before = answers.ask(network, "answers before training")
+
+    # Time to train starts here, before the first touch of the training data.
+    clock = RunClock()
+    throughput = Throughput()
+    log = RunLog(run_folder, clock, throughput)
+    target = None
+    if config.callbacks.loss_target is not None:
+        target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
+    per_rank = config.global_train_batch_size // dist.get_world_size()
+    training = _loader(config, config.train_loader, tokenizer, per_rank)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=training,
+        eval_dataloader=evaluation,
+        eval_interval=config.eval_interval,
+        max_duration=config.max_duration,
+        optimizers=build_optimizer(model, config.optimizer),
+        schedulers=build_scheduler(config.scheduler),
+        algorithms=build_algorithms(config),
+        callbacks=[
+            *build_callbacks(config),
+            clock,
+            throughput,  # before the log, which reads its figures
+            log,
+            *([target] if target else []),
+        ],
+        loggers=build_loggers(config),
+        run_name=config.run_name,
+        device=device,
+        precision=config.precision,
+        device_train_microbatch_size=config.device_train_microbatch_size,
+        # The mean over the label tokens of the global batch, however it is divided.
+        accumulate_train_batch_on_tokens=True,
+        seed=config.seed,
+        save_folder=config.save_folder or str(run_folder / "checkpoints"),
+        save_interval=config.save_interval,
+        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        load_path=config.load_path,
+        load_weights_only=config.load_weights_only,
+        autoresume=config.autoresume,
+        progress_bar=config.progress_bar,
+        log_to_console=config.console_log_interval is not None,
+        console_log_interval=config.console_log_interval or "1ep",
+    )
+    try:
+        if config.eval_first and trainer.state.timestamp.batch == 0:
+            trainer.eval()
+        if not (target and target.reached):
+            trainer.fit()
+    except Exception as error:
+        write_result(
+            run_folder, {"run_name": config.run_name, "status": "failed", "error": str(error)}
+        )
+        raise
+    finally:
+        trainer.close()
+
+    # Outcome: model, answers, result.json, report.
+    if answers:
+        answers.after = answers.ask(network, "answers after training")
+    tokens_per_second, label_tokens_per_second = throughput.rates()
+    result = {
+        "run_name": config.run_name,
+        "status": "completed" if target is None else target.status,
+        "target": target.target if target else None,
+        "eval_cross_entropy": log.last_eval,
+        "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
+        "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
+        "time_to_train_seconds": target.seconds_to_train if target else clock.seconds(),
+        "steps": trainer.state.timestamp.batch.value,
+        "tokens_seen": throughput.tokens,
+        "label_tokens_seen": throughput.label_tokens,
+        "tokens_per_second": tokens_per_second,
+        "label_tokens_per_second": label_tokens_per_second,
+        "seed": config.seed,
+        "metrics": {},
+    }
+    if dist.get_global_rank() == 0:
+        save_model(network, tokenizer, run_folder / "hf")
+        if answers:
+            result["metrics"] = answers.write(run_folder / "generations.jsonl")
+        write_result(run_folder, result)
+        page = build_report(run_folder)
+        print("\n".join([*summary_lines(result), f"report: {page}"]))
+    dist.barrier()
+    return _exit_code(target, log)
+
+
+def _loader(config: Config, loader: LoaderConfig, tokenizer: Any, batch_size: int) -> Any:
+    """Return the DataSpec of one of the config's loaders; `batch_size` is rows per rank."""
+    seed = loader.dataset.shuffle_seed
+    return build_loader(
+        config.data_local,
+        config.data_remote,
+        loader.dataset.split,
+        loader.dataset.shuffle,
+        config.seed if seed is None else seed,
+        config.max_seq_len,
+        tokenizer.pad_token_id,
+        batch_size,
+        loader.num_workers,
+        loader.drop_last,
+    )
+
+
+def _is_packed(config: Config, tokenizer: Any) -> bool:
+    """Check the splits against the tokenizer and return whether any holds packed documents."""
+    packed = False
+    for loader in (config.train_loader, config.eval_loader):
+        if loader is not None:
+            folder = Path(config.data_local) / loader.dataset.split
+            if config.data_remote is not None:
+                fetch_ledger(config.data_remote, config.data_local, loader.dataset.split)
+            ledger = check_split(
+                folder, config.task, config.max_seq_len, 0, tokenizer_sha256(tokenizer)
+            )
+            packed = packed or ledger["packing"]["method"] != "none"
+    return packed
+
+
+def _exit_code(target: LossTarget | None, log: RunLog) -> int:
+    """Return 0, or 3 for a target that was missed, after saying by how much."""
+    if target is None or target.reached:
+        return EXIT_DONE
+    # The launcher makes 241 of two ranks that exit non-zero seconds apart: one speaks for all.
+    if dist.get_local_rank() != 0:
+        return EXIT_DONE
+    print(
+        f"loss target missed: eval cross-entropy {log.last_eval:.4f}, {target.target} was asked "
+        f"for ({log.last_eval - target.target:.4f} to go); train longer or raise the target"
+    )
+    return EXIT_TARGET_MISSED
+
+
+def _silent(*_: Any) -> None:
+    """Say nothing: another rank does."""

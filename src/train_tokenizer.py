@@ -1,0 +1,30 @@
+"""Train a byte-level BPE tokenizer and save it in Hugging Face format.
+
+python src/train_tokenizer.py --input data/my.jsonl --vocab_size 32000 --out data/tokenizer
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from overture.errors import exit_on_error
+
+
+def main() -> int:
+    """Parse arguments, train, print the size reached."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", nargs="+", required=True, help=".txt or .jsonl files, hub names")
+    parser.add_argument("--vocab_size", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args()
+
+    from overture.tokenizer import train_tokenizer
+
+    size = train_tokenizer(args.input, args.vocab_size, args.out, args.overwrite)
+    print(f"{args.out}: {size:,} pieces")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

@@ -1,0 +1,257 @@
+"""The report page: built from a synthetic run folder, then parsed and compared with its files."""
+
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from overture.errors import ConfigError
+from overture.report import build_report, load_run, summary_lines
+
+DOOR = Path(__file__).parents[1] / "src" / "report_run.py"
+VOID = {"meta", "br"}
+HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png"> & more'
+RESULT = {
+    "run_name": "dolly-<b>lora</b>",
+    "status": "target_reached",
+    "target": 1.5,
+    "eval_cross_entropy": 1.4375,
+    "eval_perplexity": 4.21015625,
+    "eval_cross_entropy_before": 3.90625,
+    "time_to_train_seconds": 723.4,
+    "steps": 80,
+    "tokens_seen": 1638400,
+    "label_tokens_seen": 704512,
+    "tokens_per_second": 4098.25,
+    "label_tokens_per_second": 1798.5,
+    "seed": 17,
+    "metrics": {
+        "exact_match_before": 0.046875,
+        "exact_match_after": 0.703125,
+        "exact_match_prompts": 256,
+        "rouge_l": 0.4125,
+    },
+}
+
+
+class Page(HTMLParser):
+    """A strict reader: every tag must close in order; keeps what the tests look at."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.text = " ".join("".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    def all(self, tag: str, style: str | None = None) -> list[dict]:
+        classes = [(t, a, (a.get("class") or "").split()) for t, a in self.tags]
+        return [a for t, a, words in classes if t == tag and (style is None or style in words)]
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        (line,) = [a for a in self.all("polyline") if a["data-name"] == name]
+        return [tuple(map(float, point.split(","))) for point in line["points"].split()]
+
+    def values(self) -> list[str]:
+        return [a["value"] for a in self.all("data")]
+
+
+def train_record(step: int, **changes) -> dict:
+    record = {"kind": "train", "step": step, "seconds": 2.0 * step, "tokens": 512 * step}
+    record |= {"label_tokens": 220 * step, "loss": 4 - step / 40, "learning_rate": 1e-3}
+    record |= {"tokens_per_second": 4000.0 + step, "label_tokens_per_second": 1700.0}
+    return record | {"padding_share": 0.02, "data_wait_share": 0.01, "mfu": None} | changes
+
+
+def eval_record(step: int, loss: float) -> dict:
+    record = {"kind": "eval", "step": step, "seconds": 2.0 * step, "cross_entropy": loss}
+    return record | {"perplexity": math.exp(loss)}
+
+
+def write_lines(path: Path, records: list[dict], tail: str = "") -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A full run folder: 20 training records, 3 evals, 3 generations."""
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    trains = [train_record(step) for step in range(4, 84, 4)]
+    evals = [eval_record(0, 3.90625), eval_record(40, 2.25), eval_record(80, 1.4375)]
+    write_lines(tmp_path / "metrics.jsonl", [*evals[:1], *trains[:10], evals[1], *trains[10:]])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(evals[2]) + "\n")
+    (tmp_path / "config.yaml").write_text(f"run_name: dolly\nnote: '{HOSTILE}'\n")
+    environment = {"command": "python finetune.py x.yaml 'a.b=<c>'", "versions": {"torch": "2.7.0"}}
+    (tmp_path / "environment.json").write_text(json.dumps({**environment, "devices": ["cpu"]}))
+    row = {"prompt": HOSTILE, "expected": "7", "before": None, "after": "7"}
+    row |= {"exact_before": False, "exact_after": True}
+    odd = {"prompt": "odd \ud83d", "expected": "", "before": "100% %s {x}", "after": "b"}
+    write_lines(tmp_path / "generations.jsonl", [row, odd, {**row, "exact_before": True}])
+    return tmp_path
+
+
+def test_every_curve_has_its_points(folder):
+    page = Page(build_report(folder))
+    assert len(page.curve("train loss")) == 20
+    assert len(page.curve("eval cross-entropy")) == len(page.all("circle", "dots")) == 3
+    assert len(page.curve("all tokens")) == len(page.curve("label tokens")) == 20
+    assert len(page.curve("learning rate")) == 20
+    assert page.curve("eval cross-entropy")[0][0] == 0
+    assert page.curve("train loss")[0][0] == pytest.approx(5)  # step 4 of 80
+    assert page.curve("train loss")[-1][0] == 100
+    for title in ("optimizer step", "cross-entropy (nats per token)", "tokens per second"):
+        assert title in page.text
+
+
+def test_heights_agree_with_the_axis(folder):
+    page = Page(build_report(folder))
+    first_chart = page.all("line", "grid")[
+        : [t["y1"] for t in page.all("line", "grid")].index("0.000%") + 1
+    ]
+    (low, bottom), (high, top) = [
+        (float(tick["data-y"]), float(tick["y1"].rstrip("%")))
+        for tick in (first_chart[0], first_chart[-1])
+    ]
+
+    def height(value):
+        return pytest.approx(bottom + (value - low) * (top - bottom) / (high - low), abs=0.01)
+
+    (target,) = page.all("line", "target")
+    assert (bottom, top) == (100, 0)
+    assert float(target["y1"].rstrip("%")) == height(1.5) and target["y1"] == target["y2"]
+    assert "target 1.5" in page.text
+    assert [y for _, y in page.curve("eval cross-entropy")] == [
+        *map(height, (3.90625, 2.25, 1.4375))
+    ]
+
+
+def test_numbers_are_those_of_the_result(folder):
+    page = Page(build_report(folder))
+    flat = {**RESULT, **RESULT["metrics"]}
+    numbers = {str(value) for value in flat.values() if isinstance(value, int | float)}
+    assert numbers <= set(page.values())
+    for shown in ("1.4375", "4.21", "12 min 3 s", "4,098", "1,798", "4.7% → 70.3%", "1,638,400"):
+        assert shown in page.text
+    assert "target reached" in page.text and page.all("b", "good")
+    assert "padding 2.0%, waiting for data 1.0%." in page.text  # and no MFU, which is null
+
+
+def test_hostile_text_stays_text_and_nothing_is_fetched(folder):
+    path = build_report(folder)
+    page = Page(path)
+    assert page.text.count(HOSTILE) == 3  # two prompts and the config
+    assert "dolly-<b>lora</b>" in page.text and "a.b=<c>" in page.text
+    assert not {"script", "img", "link", "iframe", "image", "use"} & {tag for tag, _ in page.tags}
+    links = [a for _, a in page.tags if {"src", "href", "xlink:href", "srcset"} & set(a)]
+    style = path.read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
+    assert links == [] and "url(" not in style and "@import" not in style
+    assert not [name for _, a in page.tags for name in a if name.startswith("on")]
+
+
+def test_generations_mark_exact_answers(folder):
+    page = Page(build_report(folder))
+    assert len(page.all("b", "exact")) == page.text.count("✓ exact") == 3
+    assert "Of these 3, exact before training 1, after 2." in page.text
+    assert "100% %s {x}" in page.text
+
+
+def test_long_tables_are_folded_and_long_curves_keep_their_spike(folder):
+    losses = [99.0 if step == 7777 else 2.0 for step in range(10_000)]
+    records = [train_record(step, loss=loss) for step, loss in enumerate(losses)]
+    write_lines(folder / "metrics.jsonl", records + [eval_record(step, 2.0) for step in range(13)])
+    page = Page(build_report(folder))
+    curve = page.curve("train loss")
+    assert len(curve) <= 2000 and sum(y < 5 for _, y in curve) == 1
+    assert "3 more" in page.text and len(page.all("table", "numbers")) == 2
+
+
+def test_a_killed_and_resumed_run(folder):
+    records = [train_record(step) for step in (1, 2, 3)]
+    again = [train_record(2, loss=3.0), train_record(3, loss=float("nan")), train_record(4)]
+    write_lines(folder / "metrics.jsonl", records, tail='{"kind": "tra')
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(record) + "\n" for record in again) + '{"step"')
+    run = load_run(folder)
+    assert [record["step"] for record in run.train] == [1, 2, 3, 4]
+    assert run.train[1]["loss"] == 3.0
+    page = Page(build_report(folder))
+    assert len(page.curve("train loss")) == 3 and "nan" not in page.text.lower()
+    assert "Unreadable lines of metrics.jsonl, skipped: 2." in page.text
+    assert "Training records without a finite loss, not drawn: 1." in page.text
+
+
+def test_only_result_json_is_required(tmp_path):
+    empty = dict.fromkeys(RESULT) | {"run_name": "bare", "status": "failed"}
+    (tmp_path / "result.json").write_text(json.dumps(empty))
+    page = Page(build_report(tmp_path))
+    assert page.all("polyline") == [] and page.all("table") == [] and page.all("pre") == []
+    assert "no target" in page.text and page.all("b", "bad")
+    assert "None" not in page.text and "null" not in page.text
+    assert summary_lines(empty) == [f"{'status':<20}failed", f"{'target':<20}none"]
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("target", [None, 1.5, 3.0])
+def test_a_single_point_is_drawn(tmp_path, kind, target):
+    (tmp_path / "result.json").write_text(json.dumps(RESULT | {"target": target}))
+    record = eval_record(0, 3.0) if kind == "eval" else train_record(1, loss=3.0)
+    write_lines(tmp_path / "metrics.jsonl", [record])
+    page = Page(build_report(tmp_path))
+    assert len(page.all("circle")) == (1 if kind == "eval" else 4)
+    assert len(page.all("line", "target")) == (target is not None)
+
+
+def test_the_page_is_replaced_whole(folder):
+    first = build_report(folder).read_text(encoding="utf-8")
+    assert build_report(folder).read_text(encoding="utf-8") == first
+    assert build_report(folder) == folder / "report.html"
+    assert not list(folder.glob("*.part"))
+
+
+def test_summary_is_short_and_aligned():
+    lines = summary_lines(RESULT)
+    assert len(lines) <= 12 and max(map(len, lines)) < 60
+    assert len({len(line) - len(line[20:]) for line in lines}) == 1
+    assert f"{'eval cross-entropy':<20}3.9062 -> 1.4375" in lines
+    assert f"{'exact match':<20}4.7% -> 70.3%" in lines
+    assert f"{'time to train':<20}12 min 3 s (723.4 s)" in lines
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]"])
+def test_a_folder_without_a_result_is_a_config_error(tmp_path, text):
+    if text is not None:
+        (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"no readable result\.json"):
+        build_report(tmp_path)
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_the_door(folder, tmp_path_factory):
+    done = subprocess.run([sys.executable, DOOR, folder], capture_output=True, text=True)
+    assert done.returncode == 0 and str(folder / "report.html") in done.stdout
+    assert all(line in done.stdout for line in summary_lines(RESULT))
+    empty = tmp_path_factory.mktemp("empty")
+    refused = subprocess.run([sys.executable, DOOR, empty], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert str(empty) in refused.stderr and "Traceback" not in refused.stderr
