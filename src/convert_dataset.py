@@ -17,7 +17,9 @@ def main() -> int:
     """Parse arguments and convert."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dataset", required=True, help="FILE.jsonl, a hub name, or `embedded`")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", help="FILE.jsonl, a hub name, or `embedded`")
+    source.add_argument("--splits", nargs="+", metavar="SPLIT=DATASET", help="one source a split")
     add("--task", required=True, choices=["instruct", "text", "jsonl"])
     add("--out_root", required=True, type=Path)
     add("--tokenizer", help="a folder or hub name (not needed for jsonl)")
@@ -26,7 +28,7 @@ def main() -> int:
     )
     add("--field", nargs="+", default=[], metavar="OURS=THEIRS", help="response=output ...")
     add("--source_split", default="train", help="split of a hub dataset")
-    add("--split", default="train", help="name of the split written (without --test_fraction)")
+    add("--split", help="name of the split written (default: train)")
     add("--test_fraction", type=float, default=0.0, help="share held out as split `test`")
     add("--seed", type=int, default=17, help="of the split")
     add("--max_rows", type=int)
@@ -43,8 +45,16 @@ def main() -> int:
         raise ConfigError(f"--max_seq_len {args.max_seq_len}: must be at least 2")
     if any("=" not in pair for pair in args.field):
         raise ConfigError("--field is written OURS=THEIRS, as in --field response=output")
+    if any("=" not in pair for pair in args.splits or []):
+        raise ConfigError("--splits is written SPLIT=DATASET, as in --splits train=a.jsonl")
+    if args.test_fraction and (args.splits or args.split):
+        raise ConfigError("--test_fraction names its splits train and test: give no other names")
     options = vars(args)
     options["fields"] = dict(pair.split("=", 1) for pair in options.pop("field"))
+    dataset, split, splits = (options.pop(name) for name in ("dataset", "split", "splits"))
+    options["datasets"] = (
+        dict(pair.split("=", 1) for pair in splits) if splits else {split or "train": dataset}
+    )
     options["prompt_template"] = args.prompt_template or (
         "text" if args.task == "text" else "dolly"
     )

@@ -7,21 +7,25 @@ import argparse
 import sys
 from pathlib import Path
 
+from overture.data.prompts import TEMPLATES
 from overture.errors import exit_on_error
 
 
 def main() -> int:
     """Parse arguments, train, print the size reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", nargs="+", required=True, help=".txt or .jsonl files, hub names")
+    parser.add_argument(
+        "--input", dest="inputs", nargs="+", required=True, help=".txt or .jsonl files, hub names"
+    )
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompt_template", choices=list(TEMPLATES), help="of the data to come")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
 
     from overture.tokenizer import train_tokenizer
 
-    size = train_tokenizer(args.input, args.vocab_size, args.out, args.overwrite)
+    size = train_tokenizer(**vars(args))
     print(f"{args.out}: {size:,} pieces")
     return 0
 

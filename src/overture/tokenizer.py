@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from overture.data.prompts import PromptTemplate, template
 from overture.data.sources import open_source
 from overture.errors import ConfigError
 
@@ -50,11 +51,18 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode("utf-8")).hexdigest()
 
 
-def train_tokenizer(inputs: list[str], vocab_size: int, out: Path, overwrite: bool = False) -> int:
+def train_tokenizer(
+    inputs: list[str],
+    vocab_size: int,
+    out: Path,
+    prompt_template: str | None = None,
+    overwrite: bool = False,
+) -> int:
     """Train a byte-level BPE tokenizer on text or jsonl files and write it to `out`.
 
-    Every string field of a jsonl record counts as text. Byte-level pieces mean that nothing is
-    unknown and every text comes back as it went in (Radford et al. 2019, GPT-2).
+    Every string field of a jsonl record counts as text or, with a template, what the model will
+    see of it, so that the template's own words become single pieces too. Byte-level pieces mean
+    that nothing is unknown and every text comes back as it went in (Radford et al. 2019, GPT-2).
 
     Returns:
         The size of the vocabulary reached, special tokens included.
@@ -68,7 +76,7 @@ def train_tokenizer(inputs: list[str], vocab_size: int, out: Path, overwrite: bo
         raise ConfigError(f"{out} is there already; give --overwrite to replace it")
     if vocab_size < 258:
         raise ConfigError(f"--vocab_size {vocab_size}: 256 bytes and 2 special tokens need 258")
-    sources = [_texts(name) for name in inputs]
+    sources = [_texts(name, prompt_template) for name in inputs]
     tokenizer = Tokenizer(models.BPE())
     # Splitting digits keeps small numbers from becoming opaque pieces.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -86,17 +94,20 @@ def train_tokenizer(inputs: list[str], vocab_size: int, out: Path, overwrite: bo
     return tokenizer.get_vocab_size()
 
 
-def _texts(name: str) -> Iterator[str]:
+def _texts(name: str, prompt_template: str | None) -> Iterator[str]:
     path = Path(name)
     if path.suffix == ".txt" and path.is_file():
         return iter(path.read_text(encoding="utf-8-sig").splitlines(keepends=True))
+    chosen = template(prompt_template) if prompt_template else None
     source = open_source(name)  # here, so that a missing file is an error before training
-    return (
-        value
-        for _, record in source.read()
-        for value in record.values()
-        if isinstance(value, str) and value
-    )
+    return (text for _, record in source.read() for text in _record_texts(record, chosen))
+
+
+def _record_texts(record: dict[str, Any], chosen: PromptTemplate | None) -> list[str]:
+    texts = {name: value for name, value in record.items() if isinstance(value, str) and value}
+    if chosen is None:
+        return list(texts.values())
+    return [chosen.prompt(texts), texts.get(chosen.response or "", "")]
 
 
 def _save(tokenizer: Any, out: Path) -> None:

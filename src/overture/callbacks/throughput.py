@@ -1,4 +1,4 @@
-"""Tokens per second that mean something: real tokens, label tokens, padding, waiting, utilisation."""
+"""Tokens per second that mean something: real and label tokens, padding, waiting, utilisation."""
 
 from __future__ import annotations
 

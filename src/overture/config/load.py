@@ -41,6 +41,7 @@ def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
     data.setdefault("run_name", Path(path).stem)
 
     def place(key: str) -> str:
+        key = key.split("[")[0]  # an item of a list
         set_here = any(o == key or o.startswith(key + ".") for o in overridden)
         return f"command line (over {path})" if set_here else path
 
@@ -196,7 +197,7 @@ def _convert_union(value: Any, kinds: tuple, key: str, problems: list[tuple[str,
 
 
 def _hint(name: str, allowed: typing.Sequence[Any], inner: typing.Sequence[Any] = ()) -> str:
-    """Return the nearest allowed name, followed by all of them where they are few or none is near."""
+    """Return the nearest allowed name, and all of them where they are few or none is near."""
     match = nearest(name, map(str, allowed))
     listed = f"allowed: {', '.join(map(str, allowed))}"
     if not match:

@@ -171,7 +171,7 @@ class Config:
     eval_first: bool = False
     device_train_microbatch_size: int | Literal["auto"] = 1
     device_eval_batch_size: int = 1
-    # Autocast precision of the forward pass; CPUs take fp32 only (set model.dtype instead).
+    # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16.
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     run_folder: str = "runs/{run_name}"
     # Default: <run_folder>/checkpoints. May be s3://, gs://, ...

@@ -114,7 +114,9 @@ class CausalLM(HuggingFaceModel):
     microbatch; Composer, accumulating on tokens, weights these to the mean over the global batch.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, eval_samples: int | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, eval_samples: int | None, cpu_autocast: bool = False
+    ) -> None:
         metrics = [TokenCrossEntropy(eval_samples)] if eval_samples else []
         super().__init__(model, tokenizer=tokenizer, metrics=[], eval_metrics=metrics)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -125,17 +127,19 @@ class CausalLM(HuggingFaceModel):
         self._scale = 1 / divided if divided else getattr(config, "logit_scale", None) or 1.0
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._shape = _shape(base, config)
+        self._cpu_autocast = cpu_autocast  # Composer's amp_bf16 does nothing without CUDA
         self._frozen = not base.get_input_embeddings().weight.requires_grad
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `token_losses` [labels] float32 and `rows` [labels], the row of each label."""
-        hidden = self._parts["backbone"](
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        )[0]
-        rows, positions, targets = label_positions(batch["labels"])
-        losses = cross_entropy_at(
-            hidden[rows, positions], self._parts["head"], targets, self._scale, self._softcap
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
+            hidden = self._parts["backbone"](
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            )[0]
+            rows, positions, targets = label_positions(batch["labels"])
+            losses = cross_entropy_at(
+                hidden[rows, positions], self._parts["head"], targets, self._scale, self._softcap
+            )
         return {"token_losses": losses, "rows": rows}
 
     def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:

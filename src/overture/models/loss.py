@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+LABEL_BUCKET = 256
+
 
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (row, position, target) of every label, each [labels] int64.
@@ -34,7 +36,11 @@ def cross_entropy_at(
         scale: factor on the logits, for the model families that scale them (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap), as Gemma 2 has it.
     """
-    logits = head(hidden).float() * scale
+    # A shape met for the first time costs a kernel compilation on a CPU, and the number of labels
+    # differs from batch to batch: round it up, so that few shapes occur.
+    count = len(targets)
+    hidden = F.pad(hidden, (0, 0, 0, -count % LABEL_BUCKET))
+    logits = head(hidden)[:count].float() * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, reduction="none")

@@ -43,13 +43,11 @@ def train(config: Config, command: str) -> int:
     """
     quiet_libraries()
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and (
-        config.precision != "fp32" or config.device_train_microbatch_size == "auto"
-    ):
-        raise ConfigError(
-            "precision and device_train_microbatch_size: amp and auto need a CUDA device and there "
-            "is none; set precision: fp32 (model.dtype: bfloat16 is the fast way on a CPU)"
-        )
+    if device == "cpu" and config.precision == "amp_fp16":
+        raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
+    if device == "cpu" and config.device_train_microbatch_size == "auto":
+        raise ConfigError("device_train_microbatch_size: auto needs a CUDA device; give a number")
+    cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     dist.initialize_dist(device, timeout=300)
     reproducibility.seed_all(config.seed)
     run_folder = begin_run(config, command)
@@ -80,7 +78,9 @@ def train(config: Config, command: str) -> int:
     evaluation = None
     if config.eval_loader is not None:
         evaluation = _loader(config, config.eval_loader, tokenizer, config.device_eval_batch_size)
-    model = CausalLM(network, tokenizer, evaluation.num_samples if evaluation else None)
+    model = CausalLM(
+        network, tokenizer, evaluation.num_samples if evaluation else None, cpu_autocast
+    )
     model.to("cuda" if device == "gpu" else "cpu")
     answers = None
     if config.generation is not None:
@@ -115,7 +115,7 @@ def train(config: Config, command: str) -> int:
         loggers=build_loggers(config),
         run_name=config.run_name,
         device=device,
-        precision=config.precision,
+        precision="fp32" if cpu_autocast else config.precision,
         device_train_microbatch_size=config.device_train_microbatch_size,
         # The mean over the label tokens of the global batch, however it is divided.
         accumulate_train_batch_on_tokens=True,

@@ -1,0 +1,78 @@
+# Every target depends on venv. `make quickstart` and `make test` are all a newcomer needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := true
+# Streaming and the hub's client are quiet on their own; TensorFlow, found by accident, is not.
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+# make dolly
+MODEL ?= meta-llama/Llama-3.2-1B
+DATA ?= databricks/databricks-dolly-15k
+NAME ?= dolly
+CONFIG ?= yamls/finetune/dolly.yaml
+
+.PHONY: venv quickstart dolly test test-all lint clean
+
+venv: $(VENV)/.installed data/smoke/.written
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "error: Python 3.10 to 3.12 is needed; name one with make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet uv
+	uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+# A tokenizer and a few shards for yamls/smoke; the two conversions share the two cores.
+SMOKE := python src/convert_dataset.py --dataset embedded --max_rows 400 --test_fraction 0.1 \
+  --tokenizer data/smoke/tokenizer --max_seq_len 128 --overwrite
+data/smoke/.written: $(VENV)/.installed
+	@echo "writing data/smoke ..."
+	@python src/train_tokenizer.py --input embedded --vocab_size 1024 --prompt_template dolly \
+	  --out data/smoke/tokenizer --overwrite > /dev/null
+	@$(SMOKE) --task text --prompt_template passage --out_root data/smoke/text > /dev/null & text=$$!; \
+	  $(SMOKE) --task instruct --out_root data/smoke/instruct > /dev/null && wait $$text
+	@touch $@
+
+# From nothing to a fine-tuned model: its folders are written anew each time.
+QUICK := data/quickstart
+quickstart: venv
+	@rm -rf $(QUICK) runs/quickstart-base runs/quickstart
+	@echo "== 1/4 corpus, tokenizer and shards"
+	python src/convert_dataset.py --dataset embedded --task jsonl --test_fraction 0.1 --out_root $(QUICK)
+	python src/train_tokenizer.py --input $(QUICK)/train.jsonl --vocab_size 2048 \
+	  --prompt_template dolly --out $(QUICK)/tokenizer
+	@set -x; python src/convert_dataset.py --splits train=$(QUICK)/train.jsonl test=$(QUICK)/test.jsonl \
+	  --task text --prompt_template passage --tokenizer $(QUICK)/tokenizer --max_seq_len 128 \
+	  --out_root $(QUICK)/text > $(QUICK)/text.log & text=$$!; \
+	  set -x; python src/convert_dataset.py --splits train=$(QUICK)/train.jsonl test=$(QUICK)/test.jsonl \
+	  --task instruct --tokenizer $(QUICK)/tokenizer --max_seq_len 128 \
+	  --out_root $(QUICK)/instruct > $(QUICK)/instruct.log; wait $$text
+	@grep -h samples $(QUICK)/text.log $(QUICK)/instruct.log
+	@echo "== 2/4 pretraining the base model"
+	composer main.py yamls/pretrain/quickstart.yaml
+	@echo "== 3/4 LoRA to the loss target"
+	composer finetune.py yamls/finetune/quickstart.yaml
+	@echo "== 4/4 done: open runs/quickstart/report.html"
+
+# The same way on databricks-dolly-15k, with any causal model.
+dolly: venv
+	[ -d data/$(NAME)/test ] || python src/convert_dataset.py --dataset $(DATA) --task instruct \
+	  --tokenizer $(MODEL) --test_fraction 0.1 --max_seq_len 512 --out_root data/$(NAME) --overwrite
+	composer finetune.py $(CONFIG) run_name=$(NAME) model.name=$(MODEL) data_local=data/$(NAME)
+
+test: venv
+	python -m pytest -q -m "not slow and not gpu"
+
+test-all: venv
+	python -m pytest -q
+
+lint: venv
+	ruff check .
+	ruff format --check .
+
+clean:
+	rm -rf $(VENV) data runs

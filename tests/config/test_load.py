@@ -1,0 +1,209 @@
+"""Strict merging: what is accepted, and the sentence for everything that is not."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from overture.config.load import command_line, dump_config, load_config, redact
+from overture.config.schema import Config
+from overture.errors import ConfigError
+
+YAML = """
+task: instruct
+model: {name: gpt2, dtype: bfloat16}
+max_seq_len: 512
+max_duration: 3ep
+global_train_batch_size: 8
+data_local: data/x
+trainable: lora
+eval_loader: {dataset: {split: test}}
+"""
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML)
+    return str(path)
+
+
+def load(yaml: str, *overrides: str, tasks=("instruct",)) -> Config:
+    return load_config([yaml, *overrides], tasks)
+
+
+def refusal(yaml: str, *overrides: str, tasks=("instruct",)) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(yaml, *overrides, tasks=tasks)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_defaults_then_file_then_overrides(yaml):
+    config = load(yaml, "optimizer.lr=3", "model.config.hidden_size=64", "run_name=a")
+    assert config.optimizer.lr == 3.0
+    assert isinstance(config.optimizer.lr, float)
+    assert config.optimizer.betas == [0.9, 0.999]  # the default stays
+    assert config.model.dtype == "bfloat16"  # the file stays beside an override of its section
+    assert config.model.config == {"hidden_size": 64}
+    assert config.lora.r == 16  # filled in because trainable: lora asks for it
+
+
+def test_run_name_defaults_to_the_file_and_fills_every_path(yaml):
+    assert load(yaml).run_name == "run"
+    config = load(
+        yaml, "run_name=b", "save_folder=s3://x/{run_name}/ckpt", "load_path=old/{run_name}"
+    )
+    assert config.run_folder == "runs/b"
+    assert config.save_folder == "s3://x/b/ckpt"
+    assert config.load_path == "old/b"
+
+
+def test_dumped_config_loads_again_to_the_same(yaml, tmp_path):
+    config = load(yaml, "callbacks.loss_target.cross_entropy=1.5", "lora.target_modules=[q, v]")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load(str(again)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimiser.lr=1", ["optimiser.lr: unknown key", 'did you mean "optimizer.lr"']),
+        (
+            "optimizer.learning_rate=1",
+            ["optimizer.learning_rate: unknown key", "allowed: name, lr"],
+        ),
+        ("max_seq_len=abc", ["max_seq_len: expected a whole number, got 'abc'"]),
+        ("max_seq_len=true", ["max_seq_len: expected a whole number, got True"]),
+        ("eval_first=1", ["eval_first: expected true or false, got 1"]),
+        ("model.dtype=bf16", ["model.dtype: unknown value 'bf16'", 'did you mean "bfloat16"']),
+        ("max_duration=3", ["max_duration: expected text, got 3"]),
+        ("max_duration=3epochs", ["max_duration: '3epochs' is no duration"]),
+        ("eval_interval=often", ["eval_interval: 'often' is no interval"]),
+        ("lora.target_modules=3", ["lora.target_modules: expected text or a list, got 3"]),
+        ("optimizer.betas=[a,b]", ["optimizer.betas[0]: expected a number, got 'a'"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas: must be two numbers"]),
+        ("optimizer.lr=0", ["optimizer.lr: must be above 0"]),
+        ("model=gpt2", ["model: expected keys and values, got 'gpt2'"]),
+        ("data_local=null", ["data_local: missing"]),
+        ("trainable=all", ["model.dtype: training all weights needs float32"]),
+        (
+            "device_train_microbatch_size=3",
+            ["device_train_microbatch_size: 3 does not divide the 8"],
+        ),
+        ("device_train_microbatch_size=0", ["device_train_microbatch_size: must be at least 1"]),
+        ("device_train_microbatch_size=x", ["expected a whole number or 'auto', got 'x'"]),
+        ("console_log_interval=1ba", ["console_log_interval: needs progress_bar: false"]),
+        ("load_weights_only=true", ["load_weights_only: needs a load_path"]),
+        ("save_num_checkpoints_to_keep=0", ["save_num_checkpoints_to_keep: must be at least 1"]),
+    ],
+)
+def test_refusals_name_key_and_remedy(yaml, override, words):
+    message = refusal(yaml, override)
+    # A contradiction is told of the other key than the one just set, which the file holds.
+    assert f"command line (over {yaml})" in message or override == "trainable=all"
+    for word in words:
+        assert word in message
+
+
+def test_all_mistakes_are_reported_at_once_with_their_places(yaml):
+    Path(yaml).write_text(YAML + "sed: 3\n")
+    message = refusal(yaml, "optimizer.lr=x", "lora.rank=1")
+    assert f'{yaml}: sed: unknown key (did you mean "seed"?)' in message
+    assert f"command line (over {yaml}): optimizer.lr: expected a number" in message
+    assert "lora.rank: unknown key" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_missing_keys_are_named(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("task: instruct\n")
+    message = refusal(str(path))
+    for key in ("model", "max_seq_len", "max_duration", "global_train_batch_size"):
+        assert f"{path}: {key}: missing" in message
+
+
+@pytest.mark.parametrize("key", ["callbacks.loss_target.cross_entropy=1", "eval_first=true"])
+def test_what_reads_eval_data_needs_an_eval_loader(yaml, key):
+    assert "needs an eval_loader" in refusal(yaml, "eval_loader=null", key)
+
+
+def test_lora_section_without_lora_is_not_ignored(yaml):
+    message = refusal(yaml, "trainable=all", "model.dtype=float32", "lora.r=8")
+    assert "lora: is set, but trainable is 'all'" in message
+
+
+def test_task_of_the_other_door(yaml):
+    assert "task: 'instruct' is run by finetune.py" in refusal(yaml, tasks=("causal_lm",))
+
+
+def test_batch_must_divide_over_ranks(yaml, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "8 cannot be divided evenly over 3 ranks" in refusal(yaml)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1\n", "not readable as YAML"),
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("- 1\n", "expected keys and values at the top level"),
+        ("a: ${b}\n", "b"),
+    ],
+)
+def test_broken_yaml_is_one_sentence(tmp_path, text, words):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    message = refusal(str(path))
+    assert str(path) in message
+    assert words in message
+    assert "\n" not in message
+
+
+def test_missing_file_names_the_nearest(yaml):
+    assert f'did you mean "{yaml}"' in refusal(yaml.replace("run.yaml", "runs.yaml"))
+
+
+def test_override_with_dashes(yaml):
+    assert "without dashes" in refusal(yaml, "--optimizer.lr")
+
+
+def test_secrets_are_redacted_and_other_keys_are_not():
+    tree = {
+        "api_key": "s3cr3t",
+        "hub": {"token": "s3cr3t", "tokenizer_name": "gpt2"},
+        "tracking_uri": "https://me:s3cr3t@example.org/x",
+        "target_modules": ["k_proj", "key_value"],
+    }
+    shown = redact(tree)
+    assert "s3cr3t" not in str(shown)
+    assert shown["hub"]["tokenizer_name"] == "gpt2"
+    assert shown["target_modules"] == ["k_proj", "key_value"]
+    assert shown["tracking_uri"] == "https://***@example.org/x"
+
+
+def test_command_line_redacts_and_quotes(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    line = command_line(["finetune.py", "a b.yaml", "x.token=s3cr3t"])
+    assert line == "python finetune.py 'a b.yaml' 'x.token=***'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_line(["main.py", "x.yaml"]) == "composer -n 2 main.py x.yaml"
+
+
+def test_answer_comes_within_a_second_and_without_torch(yaml, run_door):
+    start = time.monotonic()
+    done = run_door("finetune.py", yaml, "optimiser.lr=1")
+    seconds = time.monotonic() - start
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "optimizer.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert seconds < 1.0 or seconds < 3 * _bare_python(run_door)  # a busy machine is no bug
+
+
+def _bare_python(run_door) -> float:
+    start = time.monotonic()
+    run_door("-c", "import omegaconf")
+    return time.monotonic() - start

@@ -1,0 +1,49 @@
+"""Fixtures: the smoke data of `make venv`, the real data where it is, doors as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What a hub would answer is not under test; an attempt to reach it should fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smoke() -> Path:
+    """The folder of the smoke tokenizer and shards."""
+    folder = ROOT / "data" / "smoke"
+    if not (folder / ".written").exists():
+        pytest.fail("data/smoke is missing: run the tests with `make test`, which writes it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real datasets."""
+    folder = os.environ.get("OVERTURE_DATA")
+    if not folder:
+        pytest.skip("OVERTURE_DATA is not set: no real datasets at hand")
+    return Path(folder)
+
+
+@pytest.fixture
+def run_door(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a door of the repository as a user would, and return its output and exit code."""
+
+    def run(*command: object, launcher: str = sys.executable) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [launcher, *map(str, command)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

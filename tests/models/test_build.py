@@ -1,0 +1,168 @@
+"""Models by name; our loss equals the family's own; packed documents are apart."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+
+from overture.data.collate import TokenCollator
+from overture.errors import ConfigError
+from overture.models.attention import prove_isolation
+from overture.models.build import CausalLM, load_causal_lm, locate_model
+from overture.models.lora import add_lora
+from overture.tokenizer import load_tokenizer
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {**TINY, "num_key_value_heads": 2},
+    "qwen2": {**TINY, "num_key_value_heads": 2},
+    "gpt_neox": TINY,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    # These two change their logits after the head: scaled down, and soft-capped.
+    "granite": {**TINY, "num_key_value_heads": 2, "logits_scaling": 4.0},
+    "gemma2": {**TINY, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 3.0},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smoke):
+    return load_tokenizer(str(smoke / "tokenizer"))
+
+
+def build(family: str, tokenizer, **options):
+    torch.manual_seed(1)
+    return load_causal_lm(family, False, "float32", "sdpa", FAMILIES[family], tokenizer, **options)
+
+
+def packed_batch(tokenizer, lengths=(9, 5, 14)) -> dict[str, torch.Tensor]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, len(tokenizer), sum(lengths)).astype(np.uint16)
+    row = {
+        "input_ids": ids,
+        "loss_mask": np.ones(len(ids), np.uint8),
+        "document_ends": np.cumsum(lengths).astype(np.uint32),
+        "sample_id": 0,
+    }
+    return TokenCollator(32, tokenizer.pad_token_id)([row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_loss_equals_each_document_alone(family, tokenizer):
+    network = build(family, tokenizer).eval()
+    prove_isolation(network, len(tokenizer))
+    model = CausalLM(network, tokenizer, eval_samples=None).eval()
+    batch = packed_batch(tokenizer)
+    with torch.no_grad():
+        ours = model(batch)["token_losses"]
+        expected, start = [], 0
+        for length in (9, 5, 14):
+            ids = batch["input_ids"][:, start : start + length]
+            logits = network(input_ids=ids, use_cache=False).logits[0, :-1]
+            expected.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+            start += length
+    torch.testing.assert_close(ours, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_families_that_ignore_packing_are_refused(tokenizer):
+    config = GPTNeoConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=4,
+        attention_types=[[["global", "local"], 1]], window_size=16,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"GPTNeoForCausalLM.*--packing none"):
+        prove_isolation(GPTNeoForCausalLM(config), len(tokenizer))
+
+
+def test_gradients_of_lora_reach_every_adapter_and_nothing_else(tokenizer):
+    network = add_lora(build("llama", tokenizer), 4, 8.0, 0.0, "all-linear")
+    model = CausalLM(network, tokenizer, eval_samples=None)
+    batch = packed_batch(tokenizer)
+    model.loss(model(batch), batch).backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in n for n in trained)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+    # B starts at zero, so only B has a gradient that differs from zero at first.
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_adapters_are_float32_over_a_bfloat16_base(tokenizer):
+    network = load_causal_lm("llama", False, "bfloat16", "auto", FAMILIES["llama"], tokenizer)
+    network = add_lora(network, 4, 8.0, 0.0, ["q_proj"])
+    kinds = {"lora" if "lora_" in n else "base": p.dtype for n, p in network.named_parameters()}
+    assert kinds == {"lora": torch.float32, "base": torch.bfloat16}
+
+
+def test_cpu_autocast_is_close_to_float32(tokenizer):
+    network = build("llama", tokenizer)
+    batch = packed_batch(tokenizer)
+    exact = CausalLM(network, tokenizer, None)
+    fast = CausalLM(network, tokenizer, None, cpu_autocast=True)
+    a, b = (m.loss(m(batch), batch).item() for m in (exact, fast))
+    assert a == pytest.approx(b, abs=0.02)
+    assert a != b
+
+
+def test_batch_without_labels_has_a_zero_loss(tokenizer):
+    model = CausalLM(build("llama", tokenizer), tokenizer, None)
+    batch = packed_batch(tokenizer)
+    batch["labels"].fill_(-100)
+    loss = model.loss(model(batch), batch)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
+    batch = packed_batch(tokenizer)
+    full = CausalLM(build("llama", tokenizer), tokenizer, None).flops_per_batch(batch)
+    adapted = add_lora(build("llama", tokenizer), 4, 8.0, 0.0, "all-linear")
+    lora = CausalLM(adapted, tokenizer, None).flops_per_batch(batch)
+    assert 0.6 < lora / full < 0.7
+    weights = sum(p.numel() for p in build("llama", tokenizer).parameters())
+    embedding = len(tokenizer) * 32  # untied: the input one is looked up
+    products = 6 * (weights - embedding) * 28
+    assert full == pytest.approx(products, rel=0.05)
+    assert full > products  # attention
+
+
+def test_weights_come_back(tokenizer, tmp_path):
+    network = build("llama", tokenizer)
+    network.save_pretrained(tmp_path)
+    again = load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+    for (name, a), (_, b) in zip(network.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "overrides", "words"),
+    [
+        ("lama", False, {}, 'did you mean "llama"'),
+        ("/no/such/model", True, {}, "no such folder"),
+        ("llama", False, {"hidden_sise": 3}, 'no such key (did you mean "hidden_size"?)'),
+    ],
+)
+def test_refusals(tokenizer, name, pretrained, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load_causal_lm(name, pretrained, "float32", "auto", overrides, tokenizer)
+    assert words in str(caught.value)
+
+
+def test_tokenizer_that_does_not_fit(tokenizer, tmp_path):
+    small = AutoModelForCausalLM.from_config(build("llama", tokenizer).config)
+    small.resize_token_embeddings(100)
+    small.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has 100 embeddings, but the tokenizer .* 1,024 pieces"):
+        load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+
+
+def test_wrong_lora_target(tokenizer):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: .*nope"):
+        add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["nope"])
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json is missing"):
+        locate_model(str(tmp_path))

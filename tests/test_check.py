@@ -1,0 +1,72 @@
+"""The check of the machine, and of data before torch is imported."""
+
+import json
+import shutil
+
+import pytest
+
+from overture.check import check_data, check_environment
+from overture.config.load import load_config
+from overture.errors import ConfigError, DataError
+
+
+def test_environment_is_fine_here():
+    findings = {what: (fine, text) for what, fine, text in check_environment()}
+    assert all(fine for fine, _ in findings.values()), findings
+    assert {"Python", "torch", "composer", "streaming", "CPU", "cpu bfloat16"} <= findings.keys()
+    assert findings["cpu float32"][1].endswith("GFLOP/s")
+
+
+def test_door_says_that_all_is_well(run_door):
+    done = run_door("src/check_setup.py")
+    assert done.returncode == 0, done.stderr
+    assert "everything needed is here" in done.stdout
+    assert "STOP" not in done.stdout
+
+
+@pytest.fixture
+def config(smoke, tmp_path):
+    shutil.copytree(smoke / "instruct", tmp_path / "data")
+
+    def load(*overrides):
+        options = [f"data_local={tmp_path / 'data'}", *overrides]
+        return load_config(["yamls/smoke/finetune.yaml", *options], ("instruct",))
+
+    return load
+
+
+def test_good_data_passes(config):
+    check_data(config())
+
+
+def test_missing_split_names_those_there(config):
+    with pytest.raises(ConfigError, match=r"the splits there are: test, train"):
+        check_data(config("train_loader.dataset.split=dev"))
+
+
+def test_batch_larger_than_the_split(config):
+    with pytest.raises(ConfigError, match=r"global_train_batch_size: 4096 samples per batch"):
+        check_data(config("global_train_batch_size=4096"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "ledger"])
+def test_damaged_files_exit_4(config, tmp_path, damage):
+    train = tmp_path / "data" / "train"
+    shard = next(train.glob("shard*"))
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "short":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        (train / "dataset.json").write_text("{")
+    with pytest.raises(DataError) as caught:
+        check_data(config())
+    assert caught.value.exit_code == 4
+    assert ("dataset.json" if damage == "ledger" else shard.name) in str(caught.value)
+
+
+def test_ledger_agrees_with_the_index(smoke):
+    for split in smoke.glob("*/t*"):
+        ledger = json.loads((split / "dataset.json").read_text())
+        index = json.loads((split / "index.json").read_text())
+        assert ledger["samples"] == sum(shard["samples"] for shard in index["shards"])

@@ -1,0 +1,48 @@
+"""Every shipped YAML is checked; those that can run here are run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from overture.config.load import load_config
+
+ROOT = Path(__file__).parents[1]
+YAMLS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("yamls/**/*.yaml"))
+DOORS = {"causal_lm": "main.py", "instruct": "finetune.py"}
+
+
+def load(path: str, *overrides: str):
+    return load_config([str(ROOT / path), *overrides], tuple(DOORS))
+
+
+def test_there_are_some():
+    assert len(YAMLS) >= 7
+
+
+@pytest.mark.parametrize("path", YAMLS)
+def test_loads_and_says_what_it_is(path):
+    config = load(path)
+    header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
+    assert header[0].startswith("# Purpose: ")
+    text = "\n".join(header)
+    for word in ("Hardware: ", "Launch: ", "Expected: "):
+        assert f"# {word}" in text, word
+    assert f"composer {DOORS[config.task]} {path}" in text or "make dolly" in text
+    assert config.run_name == Path(path).stem or config.run_name in path or "quickstart" in path
+    # The smoke run of any YAML.
+    assert load(path, "max_duration=16ba").max_duration == "16ba"
+
+
+@pytest.mark.parametrize("path", [p for p in YAMLS if "/smoke/" in p])
+def test_smoke_runs_do_what_their_headers_say(path, run_door, smoke, tmp_path):
+    config = load(path)
+    done = run_door(DOORS[config.task], path, f"run_folder={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert result["steps"] == 16
+    assert result["eval_cross_entropy"] < (5.5 if config.task == "causal_lm" else 6.5)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert "Warning" not in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr

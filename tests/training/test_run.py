@@ -1,0 +1,211 @@
+"""The recipe for real: Composer's Trainer on real shards, its run folder, its exit codes."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from overture.config.load import load_config
+from overture.errors import ConfigError, DataError
+from overture.training.run import train
+
+FINETUNE = """
+task: instruct
+max_seq_len: 128
+tokenizer_name: {smoke}/tokenizer
+data_local: {data}
+model:
+  name: llama
+  pretrained: false
+  config: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 2}}
+train_loader: {{dataset: {{split: train, shuffle: true}}, drop_last: true}}
+eval_loader: {{dataset: {{split: test}}}}
+optimizer: {{lr: 1.0e-2}}
+max_duration: 8ba
+eval_interval: 4ba
+eval_first: true
+global_train_batch_size: 4
+device_train_microbatch_size: 4
+device_eval_batch_size: 4
+progress_bar: false
+"""
+
+
+@pytest.fixture
+def run(tmp_path, smoke, monkeypatch):
+    """Train from the YAML above with overrides; returns (exit code, run folder)."""
+    path = tmp_path / "tiny.yaml"
+
+    def go(*overrides: str, data: Path = smoke / "instruct", tasks=("instruct",)):
+        path.write_text(FINETUNE.format(smoke=smoke, data=data))
+        config = load_config([str(path), *overrides], tasks)
+        return train(config, command="python finetune.py tiny.yaml"), tmp_path / config.run_folder
+
+    monkeypatch.chdir(tmp_path)
+    return go
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_completed_run_leaves_everything_another_tool_needs(run, smoke):
+    code, folder = run("generation.num_prompts=6", "generation.max_new_tokens=4")
+    assert code == 0
+    outcome = result(folder)
+    assert outcome["status"] == "completed"
+    assert outcome["steps"] == 8
+    assert outcome["seed"] == 17
+    steps, evals = records(folder, "train"), records(folder, "eval")
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert [r["step"] for r in evals] == [0, 4, 8]
+    assert outcome["eval_cross_entropy"] == evals[-1]["cross_entropy"] < evals[0]["cross_entropy"]
+    assert outcome["eval_cross_entropy_before"] == evals[0]["cross_entropy"]
+    assert outcome["eval_perplexity"] == pytest.approx(math.exp(evals[-1]["cross_entropy"]))
+    assert outcome["tokens_seen"] == steps[-1]["tokens"] <= 8 * 4 * 128
+    assert 0 < outcome["label_tokens_seen"] == steps[-1]["label_tokens"] < outcome["tokens_seen"]
+    assert outcome["tokens_per_second"] > outcome["label_tokens_per_second"] > 0
+    assert 0 < steps[-1]["padding_share"] < 0.2
+    assert outcome["metrics"]["exact_match_prompts"] == 6
+    answers = [json.loads(x) for x in (folder / "generations.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
+    assert all(a["prompt"].endswith("### Response:\n") for a in answers)
+    assert (folder / "report.html").is_file()
+    assert (folder / "hf" / "model.safetensors").is_file()
+    assert json.loads((folder / "environment.json").read_text())["command"].startswith("python")
+    assert not list(folder.rglob("*.bin"))
+    # What was saved is what was evaluated, read back by plain transformers and plain torch.
+    assert _cross_entropy(folder / "hf", smoke / "instruct") == pytest.approx(
+        outcome["eval_cross_entropy"], abs=1e-4
+    )
+
+
+def _cross_entropy(model_folder: Path, data: Path) -> float:
+    from streaming import StreamingDataset
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    rows = StreamingDataset(local=str(data), split="test", batch_size=1)
+    total = count = 0
+    for number in range(rows.num_samples):
+        row, start = rows[number], 0
+        for end in row["document_ends"].tolist():
+            ids = torch.from_numpy(row["input_ids"][start:end].astype("int64"))[None]
+            learned = torch.from_numpy(row["loss_mask"][start + 1 : end].astype(bool))
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+            total += losses[learned].sum().item()
+            count += int(learned.sum())
+            start = end
+    return total / count
+
+
+def test_loss_does_not_depend_on_the_microbatch(run):
+    curves = []
+    for size in (1, 2, 4):
+        _, folder = run(f"device_train_microbatch_size={size}", f"run_name=micro{size}")
+        curves.append([r["loss"] for r in records(folder, "train")])
+        curves[-1] += [r["cross_entropy"] for r in records(folder, "eval")]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert curves[2] == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_target_stops_the_run_at_the_first_evaluation_below(run):
+    code, folder = run("callbacks.loss_target.cross_entropy=6.5", "max_duration=40ba")
+    outcome, evals = result(folder), records(folder, "eval")
+    assert code == 0
+    assert outcome["status"] == "target_reached"
+    assert outcome["steps"] == evals[-1]["step"] < 40
+    assert evals[-1]["cross_entropy"] <= 6.5 < evals[-2]["cross_entropy"]
+    assert [e["step"] for e in evals] == sorted({e["step"] for e in evals})  # none runs twice
+    # The clock stops when the target is seen, within the evaluation that saw it.
+    assert outcome["time_to_train_seconds"] == pytest.approx(evals[-1]["seconds"], abs=0.1)
+
+
+def test_target_that_the_base_meets_trains_nothing(run):
+    code, folder = run("callbacks.loss_target.cross_entropy=50")
+    assert code == 0
+    assert result(folder)["status"] == "target_reached"
+    assert result(folder)["steps"] == 0
+
+
+def test_missed_target_exits_3_and_says_by_how_much(run, capsys):
+    code, folder = run("callbacks.loss_target.cross_entropy=0.01")
+    outcome = result(folder)
+    assert code == 3
+    assert outcome["status"] == "target_missed"
+    assert outcome["time_to_train_seconds"] is None
+    said = capsys.readouterr().out
+    assert f"eval cross-entropy {outcome['eval_cross_entropy']:.4f}, 0.01 was asked for" in said
+
+
+def test_lora_saves_adapters_only(run):
+    run("run_name=base", "max_duration=1ba")
+    code, folder = run(
+        "run_name=lora", "trainable=lora", "lora.r=4", "model.name=runs/base",
+        "model.pretrained=true", "model.config={}", "tokenizer_name=null",
+    )  # fmt: skip
+    assert code == 0
+    assert (folder / "hf" / "adapter_model.safetensors").is_file()
+    assert not (folder / "hf" / "model.safetensors").exists()
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "hf" / "adapter_model.safetensors")
+    assert saved
+    assert all("lora_" in name for name in saved)
+    checkpoint = next((folder / "checkpoints").glob("ep*.pt"))
+    state = torch.load(checkpoint, weights_only=False)["state"]["model"]
+    assert state
+    assert all("lora_" in name for name in state)
+
+
+def test_finished_run_is_refused_and_changed_config_too(run):
+    run("max_duration=1ba", "run_name=done")
+    with pytest.raises(ConfigError, match=r"done is finished \(completed\); choose another"):
+        run("max_duration=1ba", "run_name=done")
+    Path("runs/done/result.json").unlink()
+    with pytest.raises(ConfigError, match=r"begun with another config \(optimizer changed\)"):
+        run("max_duration=1ba", "run_name=done", "optimizer.lr=1")
+
+
+def test_shards_of_another_tokenizer_task_or_length_are_refused(run, smoke, tmp_path):
+    other = tmp_path / "tokenizer"
+    shutil.copytree(smoke / "tokenizer", other)
+    text = (other / "tokenizer.json").read_text()
+    assert "Ġthe" in text
+    (other / "tokenizer.json").write_text(text.replace('"Ġthe"', '"Ġzhe"'))
+    with pytest.raises(ConfigError, match="another tokenizer than"):
+        run(f"tokenizer_name={other}", "run_name=a")
+    with pytest.raises(ConfigError, match=r"converted with --task text"):
+        run("run_name=b", data=smoke / "text")
+    with pytest.raises(ConfigError, match=r"max_seq_len: 64 is shorter than the rows"):
+        run("run_name=c", "max_seq_len=64")
+
+
+def test_more_samples_per_batch_than_there_are(run):
+    with pytest.raises(ConfigError, match="fewer than the 100000 of one batch"):
+        run("global_train_batch_size=100000", "device_train_microbatch_size=100000")
+
+
+def test_missing_shard_ends_the_run_instead_of_the_epoch(run, smoke, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(smoke / "instruct", data)
+    next((data / "train").glob("shard*")).unlink()
+    with pytest.raises((DataError, ValueError, FileNotFoundError, RuntimeError)):
+        run("run_name=broken", data=data)
+    assert result(Path("runs/broken"))["status"] == "failed"
+
+
+def test_cpu_takes_no_fp16(run):
+    with pytest.raises(ConfigError, match="amp_fp16 needs a CUDA device"):
+        run("precision=amp_fp16")
