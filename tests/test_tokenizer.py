@@ -10,7 +10,7 @@ from overture.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256, tr
 TEXTS = [
     "The owl hoots in the forest.",
     "12 owls and 7 ducks",
-    "naïve \N{PIZZA} 日本語\ttab\n\nend  ",
+    "naïve \U0001f355 日本語\ttab\n\nend  ",
 ]
 
 

@@ -209,3 +209,19 @@ def test_missing_shard_ends_the_run_instead_of_the_epoch(run, smoke, tmp_path):
 def test_cpu_takes_no_fp16(run):
     with pytest.raises(ConfigError, match="amp_fp16 needs a CUDA device"):
         run("precision=amp_fp16")
+
+
+def test_remote_shards_are_streamed_into_the_cache(run, smoke, tmp_path):
+    cache = tmp_path / "cache"
+    code, folder = run(f"data_remote={smoke / 'instruct'}", "run_name=remote", data=cache)
+    assert code == 0
+    assert list((cache / "train").glob("shard*"))
+    _, local = run("run_name=local")
+    assert records(folder, "eval")[-1]["cross_entropy"] == pytest.approx(
+        records(local, "eval")[-1]["cross_entropy"], abs=1e-6
+    )
+
+
+def test_remote_that_is_not_there(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"data_remote: .*dataset\.json cannot be read"):
+        run(f"data_remote={tmp_path / 'nowhere'}", data=tmp_path / "cache")

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
+
+
+def quiet_trainer(trainer: Any) -> None:
+    """Keep Composer from printing hyperparameters of its own; the run folder has the real ones."""
+    for destination in trainer.logger.destinations:
+        if hasattr(destination, "hparams_already_logged_to_console"):
+            destination.hparams_already_logged_to_console = True
 
 
 def quiet_libraries() -> None:

@@ -26,7 +26,7 @@ from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training.answers import HeldOutAnswers
 from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
 from overture.training.optim import build_optimizer, build_scheduler
-from overture.training.quiet import quiet_libraries
+from overture.training.quiet import quiet_libraries, quiet_trainer
 from overture.training.run_folder import begin_run, write_result
 
 
@@ -130,6 +130,7 @@ def train(config: Config, command: str) -> int:
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
+    quiet_trainer(trainer)
     try:
         if config.eval_first and trainer.state.timestamp.batch == 0:
             trainer.eval()

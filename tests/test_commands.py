@@ -1,0 +1,73 @@
+"""Every command of the README and of the YAML headers: its door, its options, its files."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overture.config.load import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    found = []
+    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL):
+        found += [line.split("   #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
+    for path in ROOT.glob("yamls/**/*.yaml"):
+        lines = [x[2:] for x in path.read_text().splitlines() if x.startswith("# ")]
+        text = "\n".join(lines).replace("\\\n", " ")
+        found += re.findall(r"^ *(python src/.*)$", text, re.MULTILINE)
+        found += re.findall(r"(?:Launch|Smoke run): (composer .*)$", text, re.MULTILINE)
+    return sorted({" ".join(c.split()) for c in found if c})
+
+
+def test_the_readme_has_its_two_commands():
+    assert "make quickstart" in commands()
+    assert "make test" in commands()
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_make_targets(command):
+    done = subprocess.run(
+        [*shlex.split(command.replace("...", "x")), "--dry-run"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("composer ")])
+def test_composer_lines_load(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, door, *arguments = shlex.split(command.replace("=...", "=1"))
+    task = {"main.py": ("causal_lm",), "finetune.py": ("instruct",)}[door]
+    load_config(arguments, task)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python ")])
+def test_options_of_python_lines(command):
+    _, door, *arguments = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, door, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for option in [a for a in arguments if a.startswith("--")]:
+        assert option in done.stdout, option
+
+
+def test_every_file_of_the_tour_is_there():
+    table = README.split("## What is in the box")[1]
+    for name in re.findall(r"`([\w./-]+)`", table):
+        if "/" in name or name.endswith(".py"):
+            found = (ROOT / name).exists() or list(ROOT.glob(f"yamls/{name}"))
+            assert found, name
+
+
+def test_makefile_recipe_of_the_quickstart_uses_shipped_files():
+    text = (ROOT / "Makefile").read_text()
+    for path in re.findall(r"(?:yamls|src)/[\w./-]+\.(?:yaml|py)", text):
+        assert (ROOT / path).is_file(), path
