@@ -50,7 +50,7 @@ quickstart: venv
 	  --out_root $(QUICK)/text > $(QUICK)/text.log & text=$$!; \
 	  set -x; python src/convert_dataset.py --splits train=$(QUICK)/train.jsonl test=$(QUICK)/test.jsonl \
 	  --task instruct --tokenizer $(QUICK)/tokenizer --max_seq_len 128 \
-	  --out_root $(QUICK)/instruct > $(QUICK)/instruct.log; wait $$text
+	  --out_root $(QUICK)/instruct > $(QUICK)/instruct.log && wait $$text
 	@grep -h samples $(QUICK)/text.log $(QUICK)/instruct.log
 	@echo "== 2/4 pretraining the base model"
 	composer main.py yamls/pretrain/quickstart.yaml
@@ -58,10 +58,11 @@ quickstart: venv
 	composer finetune.py yamls/finetune/quickstart.yaml
 	@echo "== 4/4 done: open runs/quickstart/report.html"
 
-# The same way on databricks-dolly-15k, with any causal model.
+# The same way on databricks-dolly-15k. Families that cannot keep packed documents apart say so;
+# they need CONVERT_FLAGS="--packing none".
 dolly: venv
-	[ -d data/$(NAME)/test ] || python src/convert_dataset.py --dataset $(DATA) --task instruct \
-	  --tokenizer $(MODEL) --test_fraction 0.1 --max_seq_len 512 --out_root data/$(NAME) --overwrite
+	python src/convert_dataset.py --dataset $(DATA) --task instruct --tokenizer $(MODEL) \
+	  --test_fraction 0.1 --max_seq_len 512 --out_root data/$(NAME) --overwrite $(CONVERT_FLAGS)
 	composer finetune.py $(CONFIG) run_name=$(NAME) model.name=$(MODEL) data_local=data/$(NAME)
 
 test: venv

@@ -50,6 +50,7 @@ def main() -> None:
     environment["processor"] = processor()
     results = {"program": "quickstart_seeds", "environment": environment, "rows": rows}
     out = ROOT / "benchmarks" / "results" / "quickstart_seeds.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(out.relative_to(ROOT))
 

@@ -31,6 +31,14 @@ def test_config_error_comes_through_the_launcher(run_door, smoke):
 
 
 @pytest.mark.dist
+def test_exit_code_of_two_ranks_is_that_of_the_error(run_door, smoke):
+    # The launcher made 241 of it when rank one was the first to go.
+    done = run_door("-n", 2, "finetune.py", SMOKE, "data_local=no/such", launcher=COMPOSER)
+    assert done.returncode == 2
+    assert (done.stderr + done.stdout).count("no converted dataset") == 1
+
+
+@pytest.mark.dist
 def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(run_door, smoke, tmp_path):
     folders = []
     for ranks in (1, 2):

@@ -11,6 +11,7 @@ from typing import Any
 
 from overture.config.schema import Config
 from overture.data.schema import check_files, check_split
+from overture.errors import ConfigError
 
 NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
 OPTIONAL = {
@@ -30,14 +31,15 @@ def check_data(config: Config) -> None:
         ConfigError: a split is missing or does not fit the config.
         DataError: a file of a split is not what was written.
     """
+    if config.load_path and "://" not in config.load_path and not Path(config.load_path).exists():
+        raise ConfigError(f"load_path: {config.load_path}: no such file")
     if config.data_remote is not None:
         return  # what lies there is checked when it arrives
     loaders = [(config.train_loader, config.global_train_batch_size)]
     if config.eval_loader is not None:
-        loaders.append((config.eval_loader, 0))
+        loaders.append((config.eval_loader, 1))
     for loader, batch in loaders:
         folder = Path(config.data_local) / loader.dataset.split
-        batch = batch if loader.drop_last else min(batch, 1)
         check_files(folder, check_split(folder, config.task, config.max_seq_len, batch))
 
 

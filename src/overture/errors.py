@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
@@ -55,9 +56,11 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     try:
         return function() or EXIT_DONE
     except OvertureError as error:
-        # Every rank meets the same error; one voice is enough.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # Mostly every rank meets the same error. Rank zero goes first: the launcher then ends the
+        # others and returns its code. If rank zero was fine, this rank speaks for itself.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `... | head` is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,14 +10,21 @@ import torch
 from tqdm import tqdm
 
 
-def held_out_prompts(dataset: Any, count: int) -> list[tuple[list[int], list[int]]]:
-    """Return (prompt ids, answer ids without EOS) of the first documents of an instruct split."""
+def held_out_prompts(
+    dataset: Any, count: int, longest: int = 2**31
+) -> list[tuple[list[int], list[int]]]:
+    """Return (prompt ids, answer ids without EOS) of the first documents of an instruct split.
+
+    Prompts of more than `longest` tokens are passed over.
+    """
     pairs = []
     for index in range(dataset.num_samples):
         row = dataset[index]
         starts = np.concatenate([[0], row["document_ends"][:-1]]).astype(int)
         for start, end in zip(starts, row["document_ends"].astype(int), strict=True):
             ids, learned = row["input_ids"][start:end], row["loss_mask"][start:end].astype(bool)
+            if (~learned).sum() > longest:
+                continue
             pairs.append((ids[~learned].tolist(), ids[learned][:-1].tolist()))
             if len(pairs) == count:
                 return pairs

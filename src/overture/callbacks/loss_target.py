@@ -45,8 +45,9 @@ class LossTarget(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has to keep."""
-        return {"seconds_to_train": self.seconds_to_train}
+        return {"target": self.target, "seconds_to_train": self.seconds_to_train}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.seconds_to_train = state["seconds_to_train"]
+        """Go on from a checkpoint; the outcome of another target is not ours."""
+        if state["target"] == self.target:
+            self.seconds_to_train = state["seconds_to_train"]

@@ -17,7 +17,8 @@ from overture.flops import peak_flops
 class Throughput(Callback):
     """Counts tokens over all ranks and logs rates over the last `window` steps.
 
-    Time is Composer's batch time, so evaluation and checkpoints are not in it; waiting for data is.
+    Time is Composer's batch time: waiting for data and writing checkpoints are in it, evaluation
+    is not.
     """
 
     def __init__(self, window: int = 10) -> None:

@@ -6,8 +6,10 @@ import re
 
 from overture.config.schema import Config, LoraConfig
 
-_DURATION = re.compile(r"\d+(ep|ba|sp|tok)")
-_INTERVAL = re.compile(r"\d+(ep|ba|sp|tok)|0?\.\d+dur|1(\.0)?dur")
+_DURATION = re.compile(r"[1-9]\d*(ep|ba|sp|tok)")
+_INTERVAL = re.compile(r"[1-9]\d*(ep|ba|sp|tok)|0?\.\d*[1-9]\d*dur|1(\.0)?dur")
+_WARMUP = re.compile(r"\d+(ep|ba|sp|tok)|0?\.\d+dur")
+_CONSOLE = re.compile(r"[1-9]\d*(ep|ba)")
 
 
 def contradictions(
@@ -43,6 +45,10 @@ def contradictions(
                 refuse(key, "needs an eval_loader")
     if config.generation is not None and config.task != "instruct":
         refuse("generation", "scores answers to prompts, so it needs task: instruct")
+    if config.eval_loader is not None and config.eval_loader.drop_last:
+        refuse("eval_loader.drop_last", "would leave samples out of the evaluation")
+    if not re.fullmatch(r"[\w.=-]+", config.run_name or "") or config.run_name.startswith("."):
+        refuse("run_name", f"{config.run_name!r} must be letters, digits, and any of . _ = -")
     if config.load_weights_only and config.load_path is None:
         refuse("load_weights_only", "needs a load_path")
     if config.progress_bar and config.console_log_interval is not None:
@@ -94,22 +100,29 @@ def _ranges(config: Config) -> list[tuple[str, str]]:
 
 
 def _durations(config: Config) -> list[tuple[str, str]]:
-    found = []
-    for key, value in (
-        ("max_duration", config.max_duration),
-        ("scheduler.t_warmup", config.scheduler.t_warmup),
-    ):
-        warmup_share = key != "max_duration" and _INTERVAL.fullmatch(value)
-        if not (_DURATION.fullmatch(value) or warmup_share):
-            found.append((key, f"{value!r} is no duration; write 3ep, 200ba, 1000sp or 50000tok"))
-    for key, value in (
-        ("eval_interval", config.eval_interval),
-        ("save_interval", config.save_interval),
-        ("console_log_interval", config.console_log_interval),
-    ):
-        if value is not None and not _INTERVAL.fullmatch(value):
-            found.append((key, f"{value!r} is no interval; write 1ep, 50ba or 0.25dur"))
+    rows = [
+        ("max_duration", config.max_duration, _DURATION, "3ep, 200ba, 1000sp or 50000tok"),
+        ("scheduler.t_warmup", config.scheduler.t_warmup, _WARMUP, "0.03dur, 20ba or 0ba"),
+        ("eval_interval", config.eval_interval, _INTERVAL, "1ep, 50ba or 0.25dur"),
+        ("save_interval", config.save_interval, _INTERVAL, "1ep, 50ba or 0.25dur"),
+        ("console_log_interval", config.console_log_interval, _CONSOLE, "10ba or 1ep"),
+    ]
+    found = [
+        (key, f"{value!r} is none that can be used here; write {examples}")
+        for key, value, pattern, examples in rows
+        if value is not None and not pattern.fullmatch(value)
+    ]
+    total, warmup = config.max_duration, config.scheduler.t_warmup
+    if not found and not warmup.endswith("dur") and {_unit(total), _unit(warmup)} > {"steps"}:
+        text = f"{warmup} and max_duration {total} are in different units; write it as 0.03dur"
+        found.append(("scheduler.t_warmup", text))
     return found
+
+
+def _unit(duration: str) -> str:
+    # Composer converts between epochs and batches, but to neither from samples or tokens.
+    unit = duration.lstrip("0123456789")
+    return "steps" if unit in ("ep", "ba") else unit
 
 
 def _batches(config: Config, world_size: int) -> list[tuple[str, str]]:

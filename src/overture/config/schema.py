@@ -23,7 +23,7 @@ class ModelConfig:
     pretrained: bool = True
     # Type of the weights. LoRA keeps its adapters in float32 over a bfloat16 base.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Attention kernels; auto takes the best one present and names it.
+    # Attention kernels: auto is sdpa, torch's fused kernels.
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     # Overrides of the model's own config (hidden_size, num_hidden_layers, ...).
     config: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class SchedulerConfig:
     name: Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"] = (
         "cosine_with_warmup"
     )
-    t_warmup: str = "0ba"
+    t_warmup: str = "0.0dur"  # in the unit of max_duration, or a share of it
     # Final learning rate as a share of optimizer.lr; default 0.1 where the rate decays.
     alpha_f: float | None = None
 
@@ -112,7 +112,7 @@ class CallbacksConfig:
 
 @dataclass
 class TensorboardConfig:
-    log_dir: str = "runs/{run_name}/tensorboard"
+    log_dir: str | None = None  # default: <run_folder>/tensorboard
 
 
 @dataclass

@@ -23,6 +23,7 @@ def load_causal_lm(
     attention: str,
     overrides: dict[str, Any],
     tokenizer: Any,
+    max_seq_len: int = 0,
     trust_remote_code: bool = False,
 ) -> Any:
     """Return a causal language model of Hugging Face's, with weights or freshly initialised.
@@ -31,10 +32,11 @@ def load_causal_lm(
         name: hub name, folder, run folder, or without weights also a model type such as `llama`.
         overrides: keys of the model's own config.
         tokenizer: decides the vocabulary of a model without weights.
+        max_seq_len: tokens that a row of the data may have.
 
     Raises:
         ConfigError: no such model, an override that its config does not know, or a tokenizer
-            with more pieces than the model has embeddings.
+            with more pieces than the model has embeddings, or fewer positions than max_seq_len.
     """
     from transformers import AutoModelForCausalLM
 
@@ -65,14 +67,27 @@ def load_causal_lm(
             f"model.name: {name} has {embeddings:,} embeddings, but the tokenizer "
             f"{tokenizer.name_or_path} has {len(tokenizer):,} pieces; use the model's own tokenizer"
         )
+    if max_seq_len > position_limit(model):
+        raise ConfigError(
+            f"max_seq_len: {max_seq_len}, but {name} has {position_limit(model)} positions "
+            "(model.config.max_position_embeddings); convert the data to fit"
+        )
     return model
+
+
+def position_limit(model: Any) -> int:
+    """Return how many positions a model knows."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def locate_model(name: str) -> str:
     """Return the folder that holds a model in Hugging Face format, or the hub name as it is."""
     path = Path(name)
     if (path / "hf").is_dir():  # a run folder
-        return str(path / "hf")
+        path, name = path / "hf", str(path / "hf")
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(f"model.name: {name}: holds adapters only; name their base model")
     if not path.exists() and (name.startswith(("/", ".", "runs/")) or name.count("/") > 1):
         raise ConfigError(f"model.name: {name}: no such folder")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -159,7 +174,9 @@ class CausalLM(HuggingFaceModel):
     def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
         """Return the training FLOPs of a batch, over real tokens only."""
         tokens = int(batch["num_tokens"].sum())
-        documents = int((batch["position_ids"] == 0).sum())
+        # The first token of a document is its position 0; so is that of the padding behind it.
+        real = torch.arange(batch["input_ids"].shape[1]) < batch["num_tokens"][:, None].cpu()
+        documents = int(((batch["position_ids"].cpu() == 0) & real).sum())
         weights, layers, width = self._shape
         return training_flops(
             weights, self._frozen, tokens, layers, width, tokens / max(documents, 1)

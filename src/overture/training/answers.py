@@ -10,6 +10,7 @@ from composer.utils import dist
 
 from overture.config.schema import GenerationConfig
 from overture.data.schema import write_aside
+from overture.errors import ConfigError
 from overture.generate import greedy_answers, held_out_prompts, is_exact
 
 
@@ -20,12 +21,21 @@ class HeldOutAnswers:
         dataset: the eval split, an instruct one.
         tokenizer: turns ids into text.
         config: how many prompts, and how long an answer may be.
+        positions: of the model; prompts that leave no room for an answer are passed over.
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, config: GenerationConfig) -> None:
+    def __init__(
+        self, dataset: Any, tokenizer: Any, config: GenerationConfig, positions: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        pairs = held_out_prompts(dataset, config.num_prompts)
+        longest = positions - config.max_new_tokens
+        pairs = held_out_prompts(dataset, config.num_prompts, longest)
+        if not pairs:
+            raise ConfigError(
+                f"generation.max_new_tokens: {config.max_new_tokens} leave no room for a prompt in "
+                f"the model's {positions} positions"
+            )
         self._ids = [prompt for prompt, _ in pairs]
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
         self.expected = tokenizer.batch_decode([answer for _, answer in pairs])

@@ -30,7 +30,6 @@ LOGGERS: dict[str, tuple[Any, str]] = {
 
 def build_callbacks(config: Config) -> list[Callback]:
     """Return the Composer callbacks that the config switches on."""
-    # MemoryMonitor reads CUDA's allocator and warns without one.
     return [
         CALLBACKS[name](**options) for name, options in _switched_on(config.callbacks, CALLBACKS)
     ]
@@ -52,6 +51,8 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
     built = []
     for name, options in _switched_on(config.loggers, LOGGERS):
         logger, package = LOGGERS[name]
+        if name == "tensorboard":
+            options["log_dir"] = options["log_dir"] or f"{config.run_folder}/tensorboard"
         if name == "wandb":
             options = {**options, "name": config.run_name}
         try:

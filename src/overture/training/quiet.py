@@ -18,6 +18,7 @@ def quiet_libraries() -> None:
     """Silence known, harmless warnings of our dependencies; errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for module in ("composer", "streaming", "transformers", "peft", "torch", "torchmetrics"):
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
     for name in ("composer", "streaming", "transformers", "torch.distributed", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from overture.data.schema import check_split
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError
 from overture.export import save_model
 from overture.models.attention import prove_isolation
-from overture.models.build import CausalLM, load_causal_lm
+from overture.models.build import CausalLM, load_causal_lm, position_limit
 from overture.models.lora import add_lora
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
@@ -27,7 +27,7 @@ from overture.training.answers import HeldOutAnswers
 from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.quiet import quiet_libraries, quiet_trainer
-from overture.training.run_folder import begin_run, write_result
+from overture.training.run_folder import begin_run, refuse_finished_run, write_result
 
 
 def train(config: Config, command: str) -> int:
@@ -50,7 +50,7 @@ def train(config: Config, command: str) -> int:
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     dist.initialize_dist(device, timeout=300)
     reproducibility.seed_all(config.seed)
-    run_folder = begin_run(config, command)
+    run_folder = refuse_finished_run(config)
     say = print if dist.get_global_rank() == 0 else _silent
 
     # Model: base weights, then adapters.
@@ -64,6 +64,7 @@ def train(config: Config, command: str) -> int:
         config.model.attention,
         config.model.config,
         tokenizer,
+        config.max_seq_len,
         config.model.trust_remote_code,
     )
     if _is_packed(config, tokenizer):
@@ -84,7 +85,9 @@ def train(config: Config, command: str) -> int:
     model.to("cuda" if device == "gpu" else "cpu")
     answers = None
     if config.generation is not None:
-        answers = HeldOutAnswers(evaluation.dataloader.dataset, tokenizer, config.generation)
+        answers = HeldOutAnswers(
+            evaluation.dataloader.dataset, tokenizer, config.generation, position_limit(network)
+        )
         answers.before = answers.ask(network, "answers before training")
 
     # Time to train starts here, before the first touch of the training data.
@@ -96,6 +99,7 @@ def train(config: Config, command: str) -> int:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
     training = _loader(config, config.train_loader, tokenizer, per_rank)
+    begin_run(config, command)  # from here on there is a run; what failed before left nothing
     trainer = Trainer(
         model=model,
         train_dataloader=training,
@@ -125,6 +129,8 @@ def train(config: Config, command: str) -> int:
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         load_path=config.load_path,
         load_weights_only=config.load_weights_only,
+        # Clock, counts and outcome of another run are not ours. An autoresume restores them.
+        load_ignore_keys=["state/callbacks"],
         autoresume=config.autoresume,
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,
@@ -134,8 +140,13 @@ def train(config: Config, command: str) -> int:
     try:
         if config.eval_first and trainer.state.timestamp.batch == 0:
             trainer.eval()
-        if not (target and target.reached):
+        if trainer.state.timestamp >= trainer.state.max_duration:
+            # The last part of this run got to the end of training, but not of this function.
+            if evaluation is not None and not (target and target.reached):
+                trainer.eval()
+        elif not (target and target.reached):
             trainer.fit()
+        seconds = clock.seconds()
     except Exception as error:
         write_result(
             run_folder, {"run_name": config.run_name, "status": "failed", "error": str(error)}
@@ -145,6 +156,8 @@ def train(config: Config, command: str) -> int:
         trainer.close()
 
     # Outcome: model, answers, result.json, report.
+    if dist.get_global_rank() == 0:
+        save_model(network, tokenizer, run_folder / "hf")
     if answers:
         answers.after = answers.ask(network, "answers after training")
     tokens_per_second, label_tokens_per_second = throughput.rates()
@@ -155,7 +168,7 @@ def train(config: Config, command: str) -> int:
         "eval_cross_entropy": log.last_eval,
         "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
         "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
-        "time_to_train_seconds": target.seconds_to_train if target else clock.seconds(),
+        "time_to_train_seconds": target.seconds_to_train if target else seconds,
         "steps": trainer.state.timestamp.batch.value,
         "tokens_seen": throughput.tokens,
         "label_tokens_seen": throughput.label_tokens,
@@ -165,7 +178,6 @@ def train(config: Config, command: str) -> int:
         "metrics": {},
     }
     if dist.get_global_rank() == 0:
-        save_model(network, tokenizer, run_folder / "hf")
         if answers:
             result["metrics"] = answers.write(run_folder / "generations.jsonl")
         write_result(run_folder, result)
@@ -195,13 +207,16 @@ def _loader(config: Config, loader: LoaderConfig, tokenizer: Any, batch_size: in
 def _is_packed(config: Config, tokenizer: Any) -> bool:
     """Check the splits against the tokenizer and return whether any holds packed documents."""
     packed = False
-    for loader in (config.train_loader, config.eval_loader):
+    for loader, batch in (
+        (config.train_loader, config.global_train_batch_size),
+        (config.eval_loader, 1),
+    ):
         if loader is not None:
             folder = Path(config.data_local) / loader.dataset.split
             if config.data_remote is not None:
                 fetch_ledger(config.data_remote, config.data_local, loader.dataset.split)
             ledger = check_split(
-                folder, config.task, config.max_seq_len, 0, tokenizer_sha256(tokenizer)
+                folder, config.task, config.max_seq_len, batch, tokenizer_sha256(tokenizer)
             )
             packed = packed or ledger["packing"]["method"] != "none"
     return packed

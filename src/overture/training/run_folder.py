@@ -25,34 +25,48 @@ PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "datasets
 _FREE = ("progress_bar", "console_log_interval", "loggers")
 
 
-def begin_run(config: Config, command: str) -> Path:
-    """Make or re-enter the run folder and return it.
+def refuse_finished_run(config: Config) -> Path:
+    """Return the run folder, which may hold an unfinished run of the same config.
 
     Raises:
-        ConfigError: the run is finished, or was begun with another config.
+        ConfigError: the run is finished, was begun with another config, or may not be resumed.
     """
     folder = Path(config.run_folder)
     remedy = f"choose another run_name, or delete {folder}"
-    resolved = dump_config(config)
     result, begun = folder / "result.json", folder / "config.yaml"
     if result.is_file():
         status = json.loads(result.read_text(encoding="utf-8")).get("status")
         if status in FINISHED:
             raise ConfigError(f"run_name: {config.run_name} is finished ({status}); {remedy}")
-    if begun.is_file():
-        changed = _changed(begun.read_text(encoding="utf-8"), resolved)
+    if begun.is_file() and _has_checkpoint(config):
+        changed = _changed(begun.read_text(encoding="utf-8"), dump_config(config))
         if changed:
             raise ConfigError(
                 f"run_name: {config.run_name} was begun with another config "
                 f"({', '.join(changed)} changed); {remedy}"
             )
+        if not config.autoresume:
+            raise ConfigError(f"autoresume: false, but {config.run_name} has checkpoints; {remedy}")
+    return folder
+
+
+def begin_run(config: Config, command: str) -> None:
+    """Make the run folder, or go on with the one that is there."""
+    folder = Path(config.run_folder)
     dist.barrier()  # no rank writes before every rank has looked
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(begun, resolved)
+        if not _has_checkpoint(config):
+            # Steps of an attempt that left nothing to go on from are no part of this run.
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        write_aside(folder / "config.yaml", dump_config(config))
         write_aside(folder / "environment.json", json.dumps(environment(command), indent=1) + "\n")
-        result.unlink(missing_ok=True)
-    return folder
+        (folder / "result.json").unlink(missing_ok=True)
+
+
+def _has_checkpoint(config: Config) -> bool:
+    folder = config.save_folder or str(Path(config.run_folder) / "checkpoints")
+    return "://" in folder or any(Path(folder).glob("*.pt"))
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""Rows of shards to batches of one fixed shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TokenCollator:
+    """Pads rows to `max_seq_len`, so that every batch has the same shape.
+
+    Returns a dict of
+        input_ids     [rows, tokens] int64
+        labels        [rows, tokens] int64, the token's own id where it is learned, else -100
+        position_ids  [rows, tokens] int64, restarting at each document (and at the padding), which
+                      is what keeps documents apart; there is no attention mask
+        sample_ids    [rows] int64, numbers of the rows in their dataset
+        num_tokens    [rows] int64, tokens that are not padding
+    """
+
+    def __init__(self, max_seq_len: int, pad_token_id: int) -> None:
+        self.max_seq_len = max_seq_len
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of some rows."""
+        shape = (len(rows), self.max_seq_len)
+        input_ids = np.full(shape, self.pad_token_id, np.int64)
+        labels = np.full(shape, -100, np.int64)
+        position_ids = np.zeros(shape, np.int64)
+        for index, row in enumerate(rows):
+            # int64 first: -100 would wrap round in the uint16 of the shards.
+            ids, ends = (row[name].astype(np.int64) for name in ("input_ids", "document_ends"))
+            length = len(ids)
+            starts = np.concatenate([[0], ends[:-1]])
+            learned = row["loss_mask"].astype(bool)
+            learned[starts] = False  # nothing of its own document comes before a first token
+            input_ids[index, :length] = ids
+            labels[index, :length] = np.where(learned, ids, -100)
+            # One document is causal as it is: positions run on over the padding behind it, which
+            # lets the kernel take its fast path without a mask.
+            if len(ends) > 1:
+                starts = np.append(starts, length)
+                ends = np.append(ends, self.max_seq_len)
+                offsets = np.repeat(starts, ends - starts)
+                position_ids[index] = np.arange(self.max_seq_len) - offsets
+            else:
+                position_ids[index] = np.arange(self.max_seq_len)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids),
+            "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
+            "num_tokens": torch.tensor([len(row["input_ids"]) for row in rows]),
+        }
+
+
+def count_tokens(batch: dict[str, Tensor]) -> dict[str, int]:
+    """Return the real tokens of a batch, and those that make loss."""
+    return {
+        "total": int(batch["num_tokens"].sum()),
+        "loss_generating": int((batch["labels"][:, 1:] != -100).sum()),
+    }

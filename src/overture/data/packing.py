@@ -1,0 +1,43 @@
+"""Best-fit packing: documents of unequal length into rows of at most `capacity` tokens.
+
+Best-fit decreasing: the longest document first, each into the fullest row that still has room. It
+never needs more than 11/9 OPT + 1 rows (Johnson 1974) and in practice fills text corpora to well
+over 98 %, at the price of holding a window of documents in memory. Documents are never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return rows of document indices, each row's lengths summing to at most `capacity`.
+
+    Rows come in the order of their first document, and so do the documents within a row: packing
+    changes who sits together, not the drift of the corpus.
+
+    Raises:
+        ValueError: a document is empty or longer than `capacity`.
+    """
+    if lengths and (min(lengths) < 1 or max(lengths) > capacity):
+        raise ValueError(f"document lengths must be within 1 and {capacity}")
+    rows: list[list[int]] = []
+    # Rows by the room left in them. Bit r of `rooms` says that by_room[r] is not empty, so the
+    # fullest row with room is the lowest set bit at or above the length: no search over rows.
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = rooms >> lengths[index]
+        if fitting:
+            room = lengths[index] + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        left = room - lengths[index]
+        by_room[left].append(row)
+        rooms |= 1 << left
+    return sorted(sorted(row) for row in rows)
