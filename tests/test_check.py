@@ -49,6 +49,11 @@ def test_batch_larger_than_the_split(config):
         check_data(config("global_train_batch_size=4096"))
 
 
+def test_missing_checkpoint(config):
+    with pytest.raises(ConfigError, match=r"load_path: no/such\.pt: no such file"):
+        check_data(config("load_path=no/such.pt"))
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "ledger"])
 def test_damaged_files_exit_4(config, tmp_path, damage):
     train = tmp_path / "data" / "train"
@@ -66,7 +71,9 @@ def test_damaged_files_exit_4(config, tmp_path, damage):
 
 
 def test_ledger_agrees_with_the_index(smoke):
-    for split in smoke.glob("*/t*"):
-        ledger = json.loads((split / "dataset.json").read_text())
-        index = json.loads((split / "index.json").read_text())
+    ledgers = list(smoke.glob("*/*/dataset.json"))
+    assert len(ledgers) == 4
+    for path in ledgers:
+        ledger = json.loads(path.read_text())
+        index = json.loads((path.parent / "index.json").read_text())
         assert ledger["samples"] == sum(shard["samples"] for shard in index["shards"])

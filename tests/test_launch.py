@@ -33,7 +33,15 @@ def test_config_error_comes_through_the_launcher(run_door, smoke):
 @pytest.mark.dist
 def test_exit_code_of_two_ranks_is_that_of_the_error(run_door, smoke):
     # The launcher made 241 of it when rank one was the first to go.
-    done = run_door("-n", 2, "finetune.py", SMOKE, "data_local=no/such", launcher=COMPOSER)
+    done = run_door(
+        "-n",
+        2,
+        "finetune.py",
+        SMOKE,
+        "data_local=no/such",
+        "device_train_microbatch_size=4",
+        launcher=COMPOSER,
+    )
     assert done.returncode == 2
     assert (done.stderr + done.stdout).count("no converted dataset") == 1
 

@@ -42,7 +42,7 @@ def test_smoke_runs_do_what_their_headers_say(path, run_door, smoke, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "completed"
     assert result["steps"] == 16
-    assert result["eval_cross_entropy"] < (5.5 if config.task == "causal_lm" else 6.5)
+    assert result["eval_cross_entropy"] < (5.5 if config.task == "causal_lm" else 6.8)
     assert (tmp_path / "run" / "report.html").is_file()
     assert "Warning" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr

@@ -36,7 +36,7 @@ def test_shard_that_vanishes_ends_in_an_error_not_in_a_short_epoch(smoke, tmp_pa
     shutil.copytree(smoke / "instruct", tmp_path / "data")
     stream = TokenStream(
         local=str(tmp_path / "cache"), remote=str(tmp_path / "data"), split="train", batch_size=1,
-        download_retry=0, download_timeout=2,
+        download_retry=1, download_timeout=2,
     )  # fmt: skip
     next((tmp_path / "data" / "train").glob("shard*")).unlink()
     with pytest.raises(DataError, match="a shard is missing, broken or could not be fetched"):

@@ -124,7 +124,7 @@ def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
     weights = sum(p.numel() for p in build("llama", tokenizer).parameters())
     embedding = len(tokenizer) * 32  # untied: the input one is looked up
     products = 6 * (weights - embedding) * 28
-    assert full == pytest.approx(products, rel=0.05)
+    assert full == pytest.approx(products, rel=0.1)
     assert full > products  # attention
 
 

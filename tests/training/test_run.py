@@ -181,9 +181,10 @@ def test_finished_run_is_refused_and_changed_config_too(run):
 def test_shards_of_another_tokenizer_task_or_length_are_refused(run, smoke, tmp_path):
     other = tmp_path / "tokenizer"
     shutil.copytree(smoke / "tokenizer", other)
-    text = (other / "tokenizer.json").read_text()
-    assert "Ġthe" in text
-    (other / "tokenizer.json").write_text(text.replace('"Ġthe"', '"Ġzhe"'))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    pieces = tokenizer["model"]["vocab"]
+    pieces["Ġthe"], pieces["Ġto"] = pieces["Ġto"], pieces["Ġthe"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match="another tokenizer than"):
         run(f"tokenizer_name={other}", "run_name=a")
     with pytest.raises(ConfigError, match=r"converted with --task text"):
@@ -193,7 +194,7 @@ def test_shards_of_another_tokenizer_task_or_length_are_refused(run, smoke, tmp_
 
 
 def test_more_samples_per_batch_than_there_are(run):
-    with pytest.raises(ConfigError, match="fewer than the 100000 of one batch"):
+    with pytest.raises(ConfigError, match="100000 samples per batch, but .* holds only"):
         run("global_train_batch_size=100000", "device_train_microbatch_size=100000")
 
 
@@ -225,3 +226,44 @@ def test_remote_shards_are_streamed_into_the_cache(run, smoke, tmp_path):
 def test_remote_that_is_not_there(run, tmp_path):
     with pytest.raises(ConfigError, match=r"data_remote: .*dataset\.json cannot be read"):
         run(f"data_remote={tmp_path / 'nowhere'}", data=tmp_path / "cache")
+
+
+def test_late_mistake_does_not_lock_the_run_name(run):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
+        run("run_name=late", "trainable=lora", "lora.target_modules=[nope]")
+    assert not Path("runs/late").exists()
+    code, _ = run("run_name=late", "max_duration=1ba")
+    assert code == 0
+
+
+def test_load_path_brings_weights_but_no_clock_and_no_outcome(run):
+    _, first = run("run_name=first", "callbacks.loss_target.cross_entropy=6.9")
+    assert result(first)["status"] == "target_reached"
+    checkpoint = first / "checkpoints" / "latest-rank0.pt"
+    options = [f"load_path={checkpoint}", "load_weights_only=true", "max_duration=1ba"]
+    code, second = run("run_name=second", "callbacks.loss_target.cross_entropy=0.01", *options)
+    assert code == 3
+    outcome = result(second)
+    assert outcome["tokens_seen"] <= 4 * 128
+    start = result(first)["eval_cross_entropy"]
+    assert outcome["eval_cross_entropy_before"] == pytest.approx(start, abs=1e-5)
+
+
+def test_run_that_died_after_its_last_step_is_finished_by_the_same_command(run):
+    _, folder = run("run_name=late", "save_interval=4ba")
+    before = result(folder)
+    for name in ("result.json", "report.html"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "hf")
+    code, _ = run("run_name=late", "save_interval=4ba")
+    after = result(folder)
+    assert code == 0
+    for key in ("status", "steps", "tokens_seen", "eval_cross_entropy_before"):
+        assert after[key] == before[key]
+    assert after["eval_cross_entropy"] == pytest.approx(before["eval_cross_entropy"], abs=1e-6)
+    assert (folder / "hf" / "model.safetensors").is_file()
+
+
+def test_more_tokens_than_positions(run):
+    with pytest.raises(ConfigError, match="max_seq_len: 128, but llama has 64 positions"):
+        run("model.config.max_position_embeddings=64")

@@ -100,12 +100,10 @@ def _model_config(
 ) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    fresh = not pretrained and location in CONFIG_MAPPING
     try:
-        if not pretrained and location in CONFIG_MAPPING:
+        if fresh:
             config = CONFIG_MAPPING[location]()
-            config.vocab_size = len(tokenizer)
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(config, key, getattr(tokenizer, key))
         else:
             config = AutoConfig.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError) as error:
@@ -119,6 +117,10 @@ def _model_config(
                 f"{nearest(key, config.to_dict())}"
             )
         setattr(config, key, value)
+    if fresh:
+        # Made anew, as some defaults follow others: key-value heads are as many as heads.
+        ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = CONFIG_MAPPING[location](**{"vocab_size": len(tokenizer), **ids, **overrides})
     return config
 
 
