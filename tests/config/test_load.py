@@ -1,5 +1,6 @@
 """Strict merging: what is accepted, and the sentence for everything that is not."""
 
+import os
 import time
 from pathlib import Path
 
@@ -194,6 +195,16 @@ def test_command_line_redacts_and_quotes(monkeypatch):
     assert line == "python finetune.py 'a b.yaml' 'x.token=***'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert command_line(["main.py", "x.yaml"]) == "composer -n 2 main.py x.yaml"
+
+
+def test_other_name_of_the_hub_token(yaml, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HUGGINGFACE_HUB_TOKEN", "hf_x")
+    load(yaml)
+    assert os.environ["HF_TOKEN"] == "hf_x"
+    monkeypatch.setenv("HF_TOKEN", "hf_y")
+    load(yaml)
+    assert os.environ["HF_TOKEN"] == "hf_y"
 
 
 def test_answer_comes_within_a_second_and_without_torch(yaml, run_door):

@@ -265,6 +265,65 @@ def test_templates_name_their_fields():
         template("doly")
 
 
+def test_compressed_shards_read_back_the_same(job):
+    _, root, _ = job(rows(30))
+    job(rows(30), compression="zstd", out_root=root.parent / "zstd")
+    assert list((root.parent / "zstd" / "train").glob("*.zstd"))
+    assert documents(root, "train") == documents(root.parent / "zstd", "train")
+
+
+def test_split_that_cannot_be_made_leaves_the_other_out_too(job, tmp_path):
+    train = write(tmp_path / "a.jsonl", rows(10))
+    test = write(tmp_path / "b.jsonl", [{**rows(11)[10], "response": " "}])
+    with pytest.raises(ConfigError, match="no row is left for 'test'"):
+        job("", datasets={"train": train, "test": test})
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_split_of_another_draw_from_the_same_source_is_refused(job, tmp_path):
+    source = write(tmp_path / "a.jsonl", rows(20))
+    job(source, test_fraction=0.2)
+    with pytest.raises(ConfigError, match="out/test was drawn from the same"):
+        job(source, overwrite=True)
+
+
+def test_named_field_wins_over_one_of_our_name(job, smoke):
+    record = {"instruction": "say", "output": "wanted", "response": "other"}
+    _, root, _ = job([record], fields={"response": "output"})
+    ((ids, _),) = documents(root, "train")
+    assert "wanted" in load_tokenizer(str(smoke / "tokenizer")).decode(ids)
+    with pytest.raises(ConfigError, match=r'--field respnse=.*did you mean "response"'):
+        job([record], fields={"respnse": "output"}, overwrite=True)
+
+
+def test_lone_surrogate_names_its_line(job, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"instruction": "a", "response": "\\ud800"}\n')
+    with pytest.raises(ConfigError, match="line 1: field 'response' holds half of a surrogate"):
+        job(str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dataset", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--dataset", "embedded", "--field", "response"], "--field is written OURS=THEIRS"),
+        (["--dataset", "embedded", "--test_fraction", "1.5"], "--test_fraction 1.5"),
+        (["--splits", "a.jsonl"], "--splits is written SPLIT=DATASET"),
+        (["--splits", "train=a", "--test_fraction", "0.1"], "give no other names"),
+        (["--dataset", "embedded", "--prompt_template", "text"], "is not for --task instruct"),
+    ],
+)
+def test_door_refuses_with_one_sentence(run_door, tmp_path, options, words):
+    done = run_door(
+        "src/convert_dataset.py", "--task", "instruct", "--out_root", tmp_path / "x", *options
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.data
 def test_dolly_counts(job, real_data, smoke):
     source = real_data / "dolly" / "databricks-dolly-15k.jsonl"

@@ -66,6 +66,14 @@ def test_packed_loss_equals_each_document_alone(family, tokenizer):
     torch.testing.assert_close(ours, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_bfloat16_rounding_is_not_taken_for_a_leak(tokenizer):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6,
+             "num_attention_heads": 8, "initializer_range": 0.04}  # fmt: skip
+    network = load_causal_lm("llama", False, "bfloat16", "sdpa", shape, tokenizer)
+    prove_isolation(network, len(tokenizer))
+
+
 def test_families_that_ignore_packing_are_refused(tokenizer):
     config = GPTNeoConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=4,

@@ -194,7 +194,7 @@ def test_shards_of_another_tokenizer_task_or_length_are_refused(run, smoke, tmp_
 
 
 def test_more_samples_per_batch_than_there_are(run):
-    with pytest.raises(ConfigError, match="100000 samples per batch, but .* holds only"):
+    with pytest.raises(ConfigError, match=r"100000 samples per batch, but .* holds only"):
         run("global_train_batch_size=100000", "device_train_microbatch_size=100000")
 
 
