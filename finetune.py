@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> int:
     """Train as the YAML says and return the process's exit code."""
     config = load_config(arguments, tasks=("instruct",))
     check_data(config)
+    print(f"{config.run_name}: config and data fit; loading torch and Composer ...", flush=True)
     from overture.training.run import train  # imports torch, so after the config is known good
 
     return train(config, command=command_line(["finetune.py", *arguments]))
