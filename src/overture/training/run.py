@@ -42,11 +42,7 @@ def train(config: Config, command: str) -> int:
         DataError: shards are not what they were.
     """
     quiet_libraries()
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and config.precision == "amp_fp16":
-        raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
-    if device == "cpu" and config.device_train_microbatch_size == "auto":
-        raise ConfigError("device_train_microbatch_size: auto needs a CUDA device; give a number")
+    device = _choose_device(config)
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     dist.initialize_dist(device, timeout=300)
     reproducibility.seed_all(config.seed)
@@ -57,20 +53,7 @@ def train(config: Config, command: str) -> int:
     tokenizer = load_tokenizer(
         config.tokenizer_name or config.model.name, config.model.trust_remote_code
     )
-    network = load_causal_lm(
-        config.model.name,
-        config.model.pretrained,
-        config.model.dtype,
-        config.model.attention,
-        config.model.config,
-        tokenizer,
-        config.max_seq_len,
-        config.model.trust_remote_code,
-    )
-    if _is_packed(config, tokenizer):
-        prove_isolation(network, len(tokenizer))
-    if config.trainable == "lora":
-        network = add_lora(network, **vars(config.lora))
+    network = _build_network(config, tokenizer, packed=_is_packed(config, tokenizer))
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
@@ -160,23 +143,8 @@ def train(config: Config, command: str) -> int:
         save_model(network, tokenizer, run_folder / "hf")
     if answers:
         answers.after = answers.ask(network, "answers after training")
-    tokens_per_second, label_tokens_per_second = throughput.rates()
-    result = {
-        "run_name": config.run_name,
-        "status": "completed" if target is None else target.status,
-        "target": target.target if target else None,
-        "eval_cross_entropy": log.last_eval,
-        "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
-        "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
-        "time_to_train_seconds": target.seconds_to_train if target else seconds,
-        "steps": trainer.state.timestamp.batch.value,
-        "tokens_seen": throughput.tokens,
-        "label_tokens_seen": throughput.label_tokens,
-        "tokens_per_second": tokens_per_second,
-        "label_tokens_per_second": label_tokens_per_second,
-        "seed": config.seed,
-        "metrics": {},
-    }
+    steps = trainer.state.timestamp.batch.value
+    result = _result(config, log, throughput, target, seconds, steps)
     if dist.get_global_rank() == 0:
         if answers:
             result["metrics"] = answers.write(run_folder / "generations.jsonl")
@@ -185,6 +153,63 @@ def train(config: Config, command: str) -> int:
         print("\n".join([*summary_lines(result), f"report: {page}"]))
     dist.barrier()
     return _exit_code(target, log)
+
+
+def _choose_device(config: Config) -> str:
+    """Return `gpu` where there is one, else `cpu`, which cannot do all that a config may ask."""
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and config.precision == "amp_fp16":
+        raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
+    if device == "cpu" and config.device_train_microbatch_size == "auto":
+        raise ConfigError("device_train_microbatch_size: auto needs a CUDA device; give a number")
+    return device
+
+
+def _build_network(config: Config, tokenizer: Any, packed: bool) -> Any:
+    """Return the base model, with adapters if it is to have them."""
+    network = load_causal_lm(
+        config.model.name,
+        config.model.pretrained,
+        config.model.dtype,
+        config.model.attention,
+        config.model.config,
+        tokenizer,
+        config.max_seq_len,
+        config.model.trust_remote_code,
+    )
+    if packed:
+        prove_isolation(network, len(tokenizer))
+    if config.trainable == "lora":
+        network = add_lora(network, **vars(config.lora))
+    return network
+
+
+def _result(
+    config: Config,
+    log: RunLog,
+    throughput: Throughput,
+    target: LossTarget | None,
+    seconds: float,
+    steps: int,
+) -> dict[str, Any]:
+    """Return the content of result.json, but for the task's own metrics."""
+    tokens_per_second, label_tokens_per_second = throughput.rates()
+    return {
+        "run_name": config.run_name,
+        "status": "completed" if target is None else target.status,
+        "target": target.target if target else None,
+        "eval_cross_entropy": log.last_eval,
+        "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
+        "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
+        "time_to_train_seconds": target.seconds_to_train if target else seconds,
+        "steps": steps,
+        "tokens_seen": throughput.tokens,
+        "label_tokens_seen": throughput.label_tokens,
+        "tokens_per_second": tokens_per_second,
+        "label_tokens_per_second": label_tokens_per_second,
+        "seed": config.seed,
+        "metrics": {},
+    }
 
 
 def _loader(config: Config, loader: LoaderConfig, tokenizer: Any, batch_size: int) -> Any:
