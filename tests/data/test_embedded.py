@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from overture.data.embedded import generate_rows, write_corpus
+from overture.data.embedded import generate_rows
 
 KEYS = ["instruction", "context", "response", "category"]
 SHARES = {
@@ -160,16 +160,6 @@ def test_weekdays_are_right(rows):
             assert row["response"] == f"There are {NUMBERS[days]} days."
         seen.update(["shift"] * bool(shift) + ["span"] * bool(span))
     assert min(seen["shift"], seen["span"]) > 50
-
-
-def test_write_corpus_round_trip(tmp_path):
-    path = tmp_path / "new" / "corpus.jsonl"
-    path.parent.mkdir()
-    path.write_text("old")
-    assert write_corpus(path, num_rows=300, seed=5) == 300
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == generate_rows(300, seed=5)
-    assert list(path.parent.iterdir()) == [path]  # no temporary file stays behind
 
 
 @pytest.mark.parametrize("num_rows", [0, -1, 10**5, 10**9])

@@ -6,14 +6,11 @@ exact match on held-out prompts measures what a model of a few million parameter
 price is narrowness: under 1,000 words, and one answer per record.
 """
 
-import json
-import os
 import random
 import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
 
 KEYS = ("instruction", "context", "response", "category")
 OPENERS = ("", "Quick question: ", "Can you tell me: ", "Please answer in one sentence: ",
@@ -378,18 +375,3 @@ def generate_rows(num_rows: int = 12_000, seed: int = 17) -> list[dict[str, str]
             )
     rng.shuffle(rows)
     return rows
-
-
-def write_corpus(path: str | os.PathLike[str], num_rows: int = 12_000, seed: int = 17) -> int:
-    """Write `generate_rows(num_rows, seed)` to `path` as JSON lines (UTF-8); return the row count.
-
-    The file appears whole or not at all: it is written beside `path` and then renamed.
-    """
-    rows = generate_rows(num_rows, seed)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-    return len(rows)
