@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from overture.config.load import load_config
-from overture.data.convert import Conversion, convert
+from overture.data.conversion import Conversion, Origin
+from overture.data.convert import convert
 from overture.training.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -17,9 +18,9 @@ def test_lora_on_real_rows_lowers_the_loss_of_a_real_model(real_data, tmp_path, 
     model = str(real_data / "models" / "stories260K")
     convert(
         Conversion(
-            datasets={"train": str(real_data / "dolly" / "databricks-dolly-15k.jsonl")},
+            origins={"train": Origin(str(real_data / "dolly" / "databricks-dolly-15k.jsonl"))},
             task="instruct",
-            out_root=tmp_path / "data",
+            out_root=str(tmp_path / "data"),
             tokenizer=model,
             test_fraction=0.1,
             max_rows=600,

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from overture.config.load import local_rank
 from overture.config.schema import Config
-from overture.data.schema import check_files, check_split
+from overture.data.integrity import verify_split
+from overture.data.schema import check_split
 from overture.errors import ConfigError
 
 NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
@@ -40,7 +42,8 @@ def check_data(config: Config) -> None:
         loaders.append((config.eval_loader, 1))
     for loader, batch in loaders:
         folder = Path(config.data_local) / loader.dataset.split
-        check_files(folder, check_split(folder, config.task, config.max_seq_len, batch))
+        ledger = check_split(folder, config.task, config.max_seq_len, batch)
+        verify_split(folder, ledger, contents=local_rank() == 0)  # hashed once per node
 
 
 def check_environment() -> Iterator[tuple[str, bool, str]]:

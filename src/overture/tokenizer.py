@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from overture.data.prompts import PromptTemplate, template
-from overture.data.sources import open_source
+from overture.data.readers import Malformed
+from overture.data.sources import Place, open_source
 from overture.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,7 +23,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: there is none of that name, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # seconds to import
+    from transformers import AutoTokenizer, logging  # seconds to import
+
+    logging.set_verbosity_error()  # its warnings on tokenizers speak to their authors
 
     folder = Path(name)
     if (folder / "hf").is_dir():  # a run folder
@@ -100,10 +103,14 @@ def _texts(name: str, prompt_template: str | None) -> Iterator[str]:
         return iter(path.read_text(encoding="utf-8-sig").splitlines(keepends=True))
     chosen = template(prompt_template) if prompt_template else None
     source = open_source(name)  # here, so that a missing file is an error before training
-    return (text for _, record in source.read() for text in _record_texts(record, chosen))
+    return (text for row in source.read() for text in _record_texts(name, *row, chosen))
 
 
-def _record_texts(record: dict[str, Any], chosen: PromptTemplate | None) -> list[str]:
+def _record_texts(
+    name: str, place: Place, record: dict[str, Any] | Malformed, chosen: PromptTemplate | None
+) -> list[str]:
+    if isinstance(record, Malformed):
+        raise ConfigError(f"{name}: {place} {record.detail}")
     texts = {name: value for name, value in record.items() if isinstance(value, str) and value}
     if chosen is None:
         return list(texts.values())

@@ -66,6 +66,11 @@ def adopt_hub_token() -> None:
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
 
 
+def local_rank() -> int:
+    """Return which of this node's training processes this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def redact(value: Any, key: str = "") -> Any:
     """Return a copy of a config tree in which no secret is left: by key name, and in URLs."""
     if isinstance(value, dict):

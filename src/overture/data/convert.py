@@ -1,71 +1,42 @@
-"""Records to MDS shards: read, check, split, tokenise, pack, write, and keep the books.
+"""Records to MDS shards: read, check, divide, tokenise, pack, write, and keep the books.
 
     python src/convert_dataset.py --dataset databricks/databricks-dolly-15k --task instruct \
         --tokenizer meta-llama/Llama-3.2-1B --out_root data/dolly --test_fraction 0.1
 
-Splits are drawn before anything is dropped, so that no filter can move a record between them. A
-split is written into a hidden folder beside its place and renamed when it is whole.
+A source is read twice: once to check every row and draw the splits, once to write them. All splits
+are made in a hidden folder and renamed when every one of them is whole.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
-import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import overture
-from overture.data.encode import Document, RecordEncoder
-from overture.data.examine import Examination, examine, records
-from overture.data.packing import best_fit
-from overture.data.prompts import template
-from overture.data.schema import LEDGER, sha256_file, token_columns, write_aside
-from overture.data.sources import Source, open_source
-from overture.errors import ConfigError
+from overture.data.conversations import as_threads
+from overture.data.conversion import Conversion
+from overture.data.encode import InstructEncoder, RawTextEncoder, TextEncoder, Tokens
+from overture.data.encode_chat import ChatEncoder
+from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
+from overture.data.examine import Fields, describe_rejected, examine
+from overture.data.prompts import PromptTemplate, chat_template, describe, template
+from overture.data.readers import Format
+from overture.data.schema import LEDGER, read_ledger
+from overture.data.sources import Place, Source, open_source
+from overture.data.splits import Part, draw, mark_repeats, number_of
+from overture.data.workers import Workers
+from overture.data.workspace import Workspace
+from overture.errors import ConfigError, nearest
 
-BATCH_RECORDS = 1_000  # records tokenised at once, so that the tokenizer can use all cores
-WINDOW_DOCUMENTS = 16_384  # documents packed together; bounds memory
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What to convert and how; the arguments of `src/convert_dataset.py`."""
-
-    datasets: dict[str, str]  # split -> source
-    task: str  # instruct | text | jsonl
-    out_root: Path
-    tokenizer: str | None = None
-    prompt_template: str = "dolly"
-    fields: dict[str, str] = field(default_factory=dict)  # ours -> theirs
-    source_split: str = "train"
-    test_fraction: float = 0.0
-    seed: int = 17
-    max_rows: int | None = None
-    max_seq_len: int = 2048
-    overflow: str = "truncate_prompt"
-    packing: str = "best_fit"  # best_fit | none
-    compression: str | None = None
-    size_limit: int = 1 << 26
-    overwrite: bool = False
-
-    def splits(self) -> list[str]:
-        """Return the names of the splits to be written."""
-        return ["train", "test"] if self.test_fraction else list(self.datasets)
-
-    def place(self, split: str) -> Path:
-        """Return where a split goes."""
-        return self.out_root / (f"{split}.jsonl" if self.task == "jsonl" else split)
+BATCH_RECORDS = 400  # tokenised at once: enough for all threads, and processes end together
+_SQUAD = {"context", "question", "answers"}
 
 
 def convert(job: Conversion, say: Callable[[str], Any] = print) -> dict[str, dict[str, Any]]:
@@ -74,260 +45,263 @@ def convert(job: Conversion, say: Callable[[str], Any] = print) -> dict[str, dic
     Raises:
         ConfigError: the source, a field, the tokenizer or an argument does not fit, or a split is
             there already; nothing is left behind.
+        GuardError: the disk is full or a worker died; `--resume` goes on from what is finished.
     """
-    for split in job.splits():
-        if job.place(split).exists() and not job.overwrite:
-            raise ConfigError(
-                f"{job.place(split)} is there already; give --overwrite to replace it"
-            )
-    _refuse_other_draws(job)
-    parts = [_examined(job, split, say) for split in job.datasets]
-    held_out = {
-        key for part in parts for key, owner in zip(part.found.keys, part.owners, strict=True)
-        if owner != "train"
-    }  # fmt: skip
-    tokenizer = _load_tokenizer(job.tokenizer) if job.task != "jsonl" else None
-    ledgers = {}
-    job.out_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=job.out_root) as folder:
-        aside = Path(folder)
-        for part in parts:
-            for split in dict.fromkeys(part.owners):
-                picked = _Picked(job, part, split, held_out)
-                place = aside / job.place(split).name
-                if tokenizer is None:
-                    ledgers[split] = _write_jsonl(picked, place)
-                    say(f"{job.place(split)}: {ledgers[split]['rows']['kept']:,} rows")
-                else:
-                    ledgers[split] = _write_split(picked, job, tokenizer, place)
-                    say(describe(job.place(split), ledgers[split]))
-        # Every split is whole now: a split that could not be made would have left none behind.
+    job.check()
+    _refuse_existing(job)
+    with Workspace(job) as work:
+        work.bind(job.identity())
+        sources = {split: _open(job, split, work) for split in job.origins}
+        work.bind({f"source of {split}": s.fingerprint for split, s in sources.items()})
+        prompt = _template(job, next(iter(sources.values())))
+        fields = _fields(job, prompt)
+        parts = []
+        for split, source in sources.items():
+            found = examine(source, fields, job.max_rejected)
+            say("\n".join([source.name, *(f"  {line}" for line in found.lines())]))
+            if job.stratify and job.stratify not in found.names:
+                known = nearest(job.stratify, found.names)
+                raise ConfigError(f"--stratify {job.stratify}: no row has that field{known}")
+            parts.append(draw(source, fields, found, split, job.test_fraction, job.seed))
+        mark_repeats(parts, job.dedupe)
+        ledgers = _write_all(job, work, parts, prompt, say)
         for split in ledgers:
-            _move_into_place(aside / job.place(split).name, job.place(split))
+            work.move_into_place(split)
+        if job.remote:
+            from overture.data.remote import upload_split
+
+            for split in ledgers:
+                upload_split(work.place(split), job.place(split))
     return ledgers
 
 
-def describe(folder: Path, ledger: dict[str, Any]) -> str:
+def describe_split(place: str, ledger: dict[str, Any]) -> str:
     """Return the figures of a ledger as one line for the terminal."""
     rows, tokens, packing = ledger["rows"], ledger["tokens"], ledger["packing"]
-    dropped = ", ".join(f"{count:,} {why}" for why, count in rows["dropped"].items() if count)
-    return (
-        f"{folder}: {rows['in_split']:,} rows, {rows['kept']:,} kept"
-        + (f" (dropped: {dropped})" if dropped else "")
-        + (f", {rows['truncated']:,} prompts truncated" if rows["truncated"] else "")
-        + f"; {tokens['total']:,} tokens, {tokens['trained'] / max(tokens['total'], 1):.1%} learned"
-        + f"; {ledger['samples']:,} samples, {packing['utilisation']:.1%} of their room used"
-    )
+    lost = {**rows["malformed"], **rows["dropped"]}
+    dropped = ", ".join(f"{count:,} {why}" for why, count in lost.items() if count)
+    line = f"{place}: {rows['in_split']:,} rows, {rows['kept']:,} kept"
+    line += f" (dropped: {dropped})" if dropped else ""
+    line += f", {rows['truncated']:,} prompts truncated" if rows["truncated"] else ""
+    line += f"; {tokens['total']:,} tokens" if tokens["total"] else ""
+    if "loss_mask" in ledger["columns"]:
+        line += f", {tokens['trained'] / tokens['total']:.1%} learned"
+    line += f"; {ledger['samples']:,} samples"
+    packed = packing["method"] != "none"
+    return line + (f", {packing['utilisation']:.1%} of their room used" if packed else "")
 
 
-@dataclass
-class _Part:
-    """A source, what was found in it, and the split that each of its rows belongs to."""
-
-    source: Source
-    found: Examination
-    owners: list[str]
-
-
-def _examined(job: Conversion, split: str, say: Callable[[str], Any]) -> _Part:
-    """Read a source for the first time, say what is in it, and draw its splits."""
-    source = open_source(job.datasets[split], job.source_split)
-    if job.max_rows is not None:
-        source = replace(source, read=partial(_first_rows, source, job.max_rows))
-    found = examine(source, template(job.prompt_template), job.fields)
-    say(f"{source.name}")
-    for line in found.lines():
-        say(f"  {line}")
-    owners = [split] * found.rows
-    if job.test_fraction:
-        # The test share is rounded up, as scikit-learn and datasets have it.
-        held_out = math.ceil(found.rows * job.test_fraction)
-        if held_out == found.rows:
-            raise ConfigError(
-                f"--test_fraction {job.test_fraction} of {found.rows} rows leaves none to train on"
-            )
-        for index in random.Random(job.seed).sample(range(found.rows), held_out):
-            owners[index] = "test"
-    return _Part(source, found, owners)
-
-
-def _first_rows(source: Source, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    # The range first: it ends before another line, perhaps a broken one, is read.
-    return (row for _, row in zip(range(count), source.read(), strict=False))
-
-
-class _Picked:
-    """The records of one split, without those that must not be in it; counts what it drops."""
-
-    def __init__(self, job: Conversion, part: _Part, split: str, held_out: set[int]) -> None:
-        self.part, self.split = part, split
-        self.in_split = part.owners.count(split)
-        self.dropped: Counter[str] = Counter()
-        self._held_out = held_out if split == "train" else set()
-        self._template = template(job.prompt_template)
-        self._renamed = {n: job.fields.get(n, n) for n in self._template.fields()}
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        needed = [name for name, must in self._template.fields().items() if must]
-        part = self.part
-        rows = tqdm(
-            zip(part.owners, part.found.keys, records(part.source, self._renamed), strict=True),
-            total=part.found.rows,
-            desc=f"converting {self.split}",
-            unit=" rows",
-            delay=2,
-            leave=False,
-        )
-        for owner, key, (_, record) in rows:
-            if owner != self.split:
-                continue
-            empty = next((name for name in needed if not record.get(name, "").strip()), None)
-            if empty:
-                self.dropped[f"empty_{empty}"] += 1
-            elif key in self._held_out:
-                self.dropped["also_held_out"] += 1
-            else:
-                yield record
-
-
-def _load_tokenizer(name: str | None) -> Any:
-    if name is None:
-        raise ConfigError("--tokenizer is missing: a folder in Hugging Face format or a hub name")
-    from overture.tokenizer import load_tokenizer
-
-    return load_tokenizer(name)
-
-
-def _write_jsonl(picked: _Picked, place: Path) -> dict[str, Any]:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in picked]
-    place.write_text("".join(lines), encoding="utf-8")
-    return {"rows": {"in_split": picked.in_split, "kept": len(lines), "dropped": picked.dropped}}
-
-
-def _write_split(picked: _Picked, job: Conversion, tokenizer: Any, place: Path) -> dict[str, Any]:
-    from streaming import MDSWriter  # slow to import: after the arguments are known to be good
-
-    encoder = RecordEncoder(tokenizer, template(job.prompt_template), job.max_seq_len, job.overflow)
-    columns = token_columns(len(tokenizer))
-    totals: Counter[str] = Counter()
-    # Not `with MDSWriter`: on an error it would write an index that looks complete.
-    writer = MDSWriter(
-        out=str(place),
-        columns=columns,
-        compression=job.compression,
-        hashes=["sha256", "xxh64"],
-        size_limit=job.size_limit,
-    )
-    for row in _rows(picked, encoder, job):
-        writer.write(_sample(row, columns))
-        totals["samples"] += 1
-        totals["documents"] += len(row)
-        totals["tokens"] += sum(len(d.input_ids) for d in row)
-        totals["trained"] += sum(int(d.loss_mask.sum()) for d in row)
-    if not totals["samples"]:
-        raise ConfigError(f"{picked.part.source.name}: no row is left for {picked.split!r}")
-    writer.finish()
-    ledger = {
-        **_ledger(picked, encoder, job, totals),
-        "tokenizer": _describe_tokenizer(tokenizer, job.tokenizer),
-        "columns": columns,
-        "files": [
-            {"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_file(p)}
-            for p in sorted(place.iterdir())
-        ],
-    }
-    write_aside(place / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
-    return ledger
-
-
-def _rows(picked: _Picked, encoder: RecordEncoder, job: Conversion) -> Iterator[list[Document]]:
-    """Yield the documents of one MDS row at a time, packed window by window."""
-    for window in _windows(picked, encoder):
-        if job.packing == "none":
-            yield from ([document] for document in window)
+def _refuse_existing(job: Conversion) -> None:
+    """Refuse to replace a split unasked, or to put one beside another draw from its source."""
+    if job.remote:
+        from overture.data.remote import holds_split as is_there
+    else:
+        is_there = os.path.exists
+    for split in job.splits():
+        place = job.place(split)
+        if not (job.overwrite or job.resume) and is_there(place):
+            raise ConfigError(f"{place} is there already; give --overwrite to replace it")
+    for ledger in Path(job.out_root).glob(f"*/{LEDGER}"):  # none, where it is remote
+        if ledger.parent.name in job.splits():
             continue
-        for row in best_fit([len(document.input_ids) for document in window], job.max_seq_len):
-            yield [window[index] for index in row]
+        theirs = read_ledger(ledger.parent).get("arguments", {}).get("origins", {})
+        shared = [o for o in theirs.values() if any(_overlap(o, p) for p in job.origins.values())]
+        if shared:
+            raise ConfigError(
+                f"{ledger.parent} was drawn from the same {shared[0][0]}: its rows would be in "
+                f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
+            )
 
 
-def _windows(picked: _Picked, encoder: RecordEncoder) -> Iterator[list[Document]]:
-    records_left = iter(picked)
-    window: list[Document] = []
-    while batch := list(itertools.islice(records_left, BATCH_RECORDS)):
-        window += encoder.encode(batch)
-        if len(window) >= WINDOW_DOCUMENTS:
-            yield window
-            window = []
-    if window:
-        yield window
+def _overlap(one: Any, other: Any) -> bool:
+    """Return whether two origins have rows in common."""
+    (_, _, start, stop), (_, _, begin, end) = one, other
+    apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
+    return list(one[:2]) == list(other[:2]) and not apart
 
 
-def _sample(row: list[Document], columns: dict[str, str]) -> dict[str, np.ndarray]:
-    id_dtype = columns["input_ids"].split(":")[1]
-    return {
-        "input_ids": np.concatenate([d.input_ids for d in row]).astype(id_dtype),
-        "loss_mask": np.concatenate([d.loss_mask for d in row]),
-        "document_ends": np.cumsum([len(d.input_ids) for d in row], dtype=np.uint32),
-    }
+def _open(job: Conversion, split: str, work: Workspace) -> Source:
+    origin = job.origins[split]
+    form = Format(job.columns, job.text_rows)
+    source = open_source(origin.dataset, origin.split, form, job.data_subset, job.revision)
+    source = source.rows(origin.start, origin.stop)
+    if job.max_rows is not None:
+        source = source.rows(0, job.max_rows)
+    if source.streamed:
+        source = source.kept(work.folder / f"{split}.source.jsonl")
+    return as_threads(source, job.threads) if job.task == "chat" else _flat_answers(source)
 
 
-def _ledger(
-    picked: _Picked, encoder: RecordEncoder, job: Conversion, totals: Counter[str]
-) -> dict[str, Any]:
-    dropped = picked.dropped + Counter({w: encoder.counts[w] for w in encoder.DROPS})
-    # Where the shards lie is no part of what they are.
-    arguments = {k: v for k, v in vars(job).items() if k not in ("out_root", "overwrite")}
-    room = totals["samples"] * job.max_seq_len if job.packing != "none" else totals["tokens"]
-    return {
+def _flat_answers(source: Source) -> Source:
+    """Return SQuAD rows as the hub has them with `answer`, the first of their answers."""
+    answers = source.first().get("answers")
+    if not (isinstance(answers, dict) and "text" in answers):
+        return source
+
+    def read() -> Iterator[tuple[Place, Any]]:
+        for place, record in source.read():
+            if isinstance(record, dict) and isinstance(record.get("answers"), dict):
+                texts = record["answers"].get("text") or [""]
+                record = {**record, "answer": texts[0], "answers": texts}
+            yield place, record
+
+    return replace(source, read=read)
+
+
+def _template(job: Conversion, source: Source) -> PromptTemplate | str | None:
+    """Return the prompt template, or for chat the Jinja text (None: the tokenizer's own)."""
+    if job.task == "chat":
+        return chat_template(job.prompt_template) if job.prompt_template else None
+    if job.task == "classify":
+        return None
+    default = {"text": "text", "seq2seq": "pair"}.get(job.task, "dolly")
+    if default == "dolly" and set(source.first()) >= _SQUAD:
+        default = "jsquad"
+    chosen = template(job.prompt_template or default)
+    if job.task in ("text", "instruct", "seq2seq") and (
+        (chosen.response is None) != (job.task == "text")
+    ):
+        raise ConfigError(f"--prompt_template {job.prompt_template}: is not for --task {job.task}")
+    return chosen
+
+
+def _fields(job: Conversion, prompt: Any) -> Fields:
+    if job.task == "chat":
+        kinds, learned = {"messages": "messages"}, ()
+    elif job.task == "classify":
+        kinds, learned = {"text": "text", "text_pair": "optional", "label": "label"}, ("label",)
+        if "text_pair" in job.fields:
+            kinds["text_pair"] = "text"  # named, so it is to be there
+    else:
+        kinds = {name: "text" if must else "optional" for name, must in prompt.fields().items()}
+        learned = (prompt.response,) if prompt.response else ()
+    for name in job.fields:
+        if name not in (*kinds, "id"):
+            raise ConfigError(
+                f"--field {name}=...: no field {name!r} is read{nearest(name, kinds)}; there are: "
+                f"{', '.join(kinds)}, id"
+            )
+    renamed = {ours: theirs for ours, theirs in job.fields.items() if ours in kinds}
+    return Fields(kinds, learned, renamed, job.fields.get("id", "id"), job.stratify)
+
+
+def _write_all(
+    job: Conversion, work: Workspace, parts: list[Part], prompt: Any, say: Callable[[str], Any]
+) -> dict[str, dict[str, Any]]:
+    if job.task == "jsonl":
+        return {
+            split: _write_jsonl(job, work, part, split, say)
+            for part in parts
+            for split in part.splits
+        }
+    labels = None
+    if job.task == "classify":
+        found = sum((part.found.labels for part in parts), Counter())
+        labels = class_names(found, job.labels, job.regression)
+    tokenizer = _load_tokenizer(job) if job.tokenizer else None
+    tokens = Tokens(tokenizer, specials=job.task == "chat") if tokenizer else None
+    facts = {
         "kit_version": overture.__version__,
         "task": job.task,
-        "split": picked.split,
-        "source": {"name": picked.part.source.name, **picked.part.source.fingerprint},
-        "arguments": arguments,
-        "prompt_template": job.prompt_template,
-        "rows": {
-            "read": picked.part.found.rows,
-            "in_split": picked.in_split,
-            "kept": picked.in_split - sum(dropped.values()),
-            "dropped": dict(dropped),
-            "truncated": encoder.counts["truncated"],
-            "split": encoder.counts["split"],
-            "duplicates": picked.part.found.duplicate_rows,
-        },
-        "documents": totals["documents"],
-        "samples": totals["samples"],
-        "tokens": {"total": totals["tokens"], "trained": totals["trained"]},
-        "packing": {"method": job.packing, "utilisation": totals["tokens"] / room},
-        "max_seq_len": job.max_seq_len,
+        "tokenizer": _describe_tokenizer(tokens, job.tokenizer) if tokens else None,
+        "prompt_template": job.prompt_template or _name(prompt),
+        "template": describe(prompt) if isinstance(prompt, PromptTemplate) else prompt,
+        "labels": labels,
     }
+    work.bind({"tokenizer hash": facts["tokenizer"] and facts["tokenizer"]["sha256"]})
+    encoder = _encoder(job, tokens, prompt, labels)
+    ledgers = {}
+    with Workers(encoder, job.processes) as workers:
+        from overture.data.write import write_split  # slow to import: after the workers are forked
+
+        for part in parts:
+            for split in part.splits:
+                done = work.finished(split, part.source)
+                rows = Selected(part, split)
+                ledgers[split] = done or write_split(job, work.folder, rows, workers, facts)
+                say(describe_split(job.place(split), ledgers[split]))
+    return ledgers
 
 
-def _describe_tokenizer(tokenizer: Any, name: str | None) -> dict[str, Any]:
+def _name(prompt: Any) -> str | None:
+    from overture.data.prompts import TEMPLATES
+
+    return next((name for name, one in TEMPLATES.items() if one == prompt), None)
+
+
+def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -> Any:
+    limits = (job.max_seq_len, job.how_long_rows_end())
+    if tokens is None:
+        return RawTextEncoder(prompt)
+    if job.task == "text":
+        longest = None if job.packing == "concat" else job.max_seq_len
+        return TextEncoder(tokens, prompt, longest, limits[1], job.bos_text, job.eos_text)
+    if job.task == "classify":
+        return ClassifyEncoder(tokens, labels, *limits)
+    kind = {"instruct": InstructEncoder, "chat": ChatEncoder, "seq2seq": Seq2SeqEncoder}
+    return kind[job.task](tokens, prompt, *limits)
+
+
+class Selected:
+    """The rows of one split: those kept, in batches, and those not, with the reason."""
+
+    def __init__(self, part: Part, split: str) -> None:
+        self.part, self.split = part, split
+        self.number = number_of(part, split)
+        self.in_split = int((part.owners == self.number).sum())
+
+    def batches(self, from_row: int = 0) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        """Yield ((the row after the batch, places, rejected entries), records)."""
+        found, fields = self.part.found, self.part.fields
+        mine = self.part.owners == self.number
+        places: list[Place] = []
+        records: list[dict[str, Any]] = []
+        rejected: list[dict[str, Any]] = []
+        rows = tqdm(
+            enumerate(self.part.source.read()), total=found.rows, desc=f"converting {self.split}",
+            unit=" rows", delay=2, leave=False, disable=None,
+        )  # fmt: skip
+        for row, (place, record) in rows:
+            if row < from_row or not mine[row]:
+                continue
+            if found.fates[row]:
+                rejected.append(dict(describe_rejected(found, row, place)))
+                continue
+            places.append(place)
+            records.append(fields.read(record, known=True))
+            if len(records) == BATCH_RECORDS:
+                yield (row + 1, places, rejected), records
+                places, records, rejected = [], [], []
+        if records or rejected:
+            yield (found.rows, places, rejected), records
+
+
+def _write_jsonl(
+    job: Conversion, work: Workspace, part: Part, split: str, say: Callable[[str], Any]
+) -> dict[str, Any]:
+    kept, dropped = 0, Counter()
+    rows = Selected(part, split)
+    with (work.folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+        for (_, _, rejected), records in rows.batches():
+            kept += len(records)
+            dropped.update(entry["reason"] for entry in rejected)
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    say(f"{job.place(split)}: {kept:,} rows")
+    return {"rows": {"in_split": rows.in_split, "kept": kept, "dropped": dict(dropped)}}
+
+
+def _load_tokenizer(job: Conversion) -> Any:
+    from overture.tokenizer import load_tokenizer
+
+    return load_tokenizer(job.tokenizer)
+
+
+def _describe_tokenizer(tokens: Tokens, name: str) -> dict[str, Any]:
     from overture.tokenizer import tokenizer_sha256
 
     return {
         "name": name,
-        "sha256": tokenizer_sha256(tokenizer),
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
+        "sha256": tokenizer_sha256(tokens.tokenizer),
+        "vocab_size": tokens.vocab_size,
+        "eos_token_id": tokens.eos,
     }
-
-
-def _refuse_other_draws(job: Conversion) -> None:
-    """Refuse to put a split beside one that another draw from the same source has left there."""
-    for ledger in job.out_root.glob(f"*/{LEDGER}"):
-        name = ledger.parent.name
-        if name not in job.splits():
-            theirs = json.loads(ledger.read_text(encoding="utf-8"))["source"]["name"]
-            if theirs in job.datasets.values():
-                raise ConfigError(
-                    f"{ledger.parent} was drawn from the same {theirs}: its rows would be in "
-                    f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
-                )
-
-
-def _move_into_place(aside: Path, place: Path) -> None:
-    """Rename a finished split to its place; an old one goes with the folder of `aside`."""
-    if place.exists():
-        os.rename(place, aside.with_name(f"old-{place.name}"))
-    os.rename(aside, place)

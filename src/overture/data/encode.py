@@ -2,11 +2,12 @@
 
 Prompt and response are tokenised apart, so the border between them is exact and generation, which
 sees the prompt alone, meets the same ids as training did. A response is never cut; EOS always
-follows it and is learned.
+follows it and is learned. What stands in a record is text: a `</s>` in it does not become EOS.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,109 +15,224 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overture.data.prompts import PromptTemplate
+from overture.data.schema import token_columns
+from overture.data.word_cache import SAFE, WordCache
 from overture.errors import ConfigError
 
-
-class Document(NamedTuple):
-    """One document: `input_ids` [tokens] uint32 and `loss_mask` [tokens] uint8."""
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
+Document = dict[str, Any]  # column -> [tokens] array, or a single value
 
 
-class RecordEncoder:
-    """Encodes batches of records; counts what it drops, cuts and splits in `counts`.
+class Encoded(NamedTuple):
+    """The documents of some records, the records that gave none, and what happened to others."""
+
+    documents: list[Document]
+    drops: list[tuple[int, str]]  # (number of the record in its batch, reason)
+    notes: Counter[str]  # truncated, split
+
+
+class Tokens:
+    """A tokenizer as the encoders need it: fast, with an EOS, and its BOS known.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with an EOS token.
-        template: what the model sees of a record. Without a response field all text is learned.
-        max_seq_len: the longest document, in tokens.
-        overflow: `truncate_prompt` shortens the template's `cut` field; `drop` does not.
+        specials: whether special tokens in a text count as such; otherwise they are plain text.
 
     Raises:
         ConfigError: the tokenizer is not a fast one or has no EOS token.
     """
 
-    DROPS = ("too_long", "empty", "empty_prompt")  # the counts that stand for a record lost
-
-    def __init__(
-        self, tokenizer: Any, template: PromptTemplate, max_seq_len: int, overflow: str
-    ) -> None:
+    def __init__(self, tokenizer: Any, specials: bool = False) -> None:
+        name = tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"{tokenizer.name_or_path}: only fast tokenizers are supported")
-        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"{name}: only fast tokenizers are supported")
+        if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
             raise ConfigError(
-                f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so a model could "
-                "not learn to stop; set eos_token in its tokenizer_config.json"
+                f"{name}: the tokenizer has no EOS token, so a model could not learn to stop; set "
+                "eos_token in its tokenizer_config.json"
             )
-        self.template = template
-        self.max_seq_len = max_seq_len
-        self.overflow = overflow
+        self.tokenizer = tokenizer
         self.eos = tokenizer.eos_token_id
+        if self.eos is None:  # BERT's kind calls its ends CLS and SEP
+            self.eos = tokenizer.sep_token_id
         # Asking the tokenizer itself is the only way that holds for every family.
         first = tokenizer("a")["input_ids"][0]
-        self.bos = [first] if first == tokenizer.bos_token_id else []
-        self.counts: Counter[str] = Counter()
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        has_bos = first in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+        self.bos = _array([first] if has_bos else [])
+        self.special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+        self.vocab_size = len(tokenizer)
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = not specials
+        self._words = WordCache.of(self.backend)
 
-    def encode(self, records: Sequence[dict[str, str]]) -> list[Document]:
-        """Return the documents of some records, in order; dropped records yield none."""
-        prompts = self._ids([self.template.prompt(record) for record in records])
-        if self.template.response is None:
-            return [part for ids in prompts for part in self._text(ids)]
-        responses = self._ids([record[self.template.response] for record in records])
-        found = map(self._answer, records, prompts, responses)
-        return [document for document in found if document is not None]
+    def ids(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids of some texts, each [tokens] uint32, nothing added."""
+        cached = [self._words is not None and SAFE.fullmatch(text) for text in texts]
+        others = [text for text, safe in zip(texts, cached, strict=True) if not safe]
+        found = self.backend.encode_batch_fast(others, add_special_tokens=False)
+        rest = (np.array(one.ids, np.uint32) for one in found)
+        if len(others) == len(texts):
+            return list(rest)
+        safe_ids = iter(self._words.ids([t for t, safe in zip(texts, cached, strict=True) if safe]))
+        return [next(safe_ids) if safe else next(rest) for safe in cached]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch(texts, add_special_tokens=False)]
+    def missing_bos(self, ids: np.ndarray) -> np.ndarray:
+        """Return the BOS that a document is to begin with, nothing if a template wrote it."""
+        return self.bos[len(self.bos) :] if ids[:1].tolist() == self.bos.tolist() else self.bos
 
-    def _text(self, ids: list[int]) -> list[Document]:
-        """Return a plain text as one document, or as several of at most max_seq_len tokens."""
-        if not ids:
-            self.counts["empty"] += 1
-            return []
-        whole = np.array([*self.bos, *ids, self.eos], np.uint32)
-        parts = [whole[i : i + self.max_seq_len] for i in range(0, len(whole), self.max_seq_len)]
-        self.counts["split"] += len(parts) > 1
-        # The first token of a document has nothing before it that could predict it.
-        masks = [np.ones(len(part), np.uint8) for part in parts]
-        for mask in masks:
-            mask[0] = 0
-        return [Document(*pair) for pair in zip(parts, masks, strict=True) if len(pair[0]) > 1]
+    def shortened(self, text: str, excess: int) -> str:
+        """Return a text without its last tokens, at least `excess` of them, but never mid-word."""
+        pieces = self.backend.encode(text, add_special_tokens=False).offsets
+        keep = len(pieces) - excess
+        # Pieces of one character share its end, hence the second bound: every call gets shorter.
+        end = min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0
+        return text[:end].rstrip()
+
+
+def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
+    """Return the columns of a document made of (ids, whether they are learned) parts."""
+    ids = np.concatenate([ids for ids, _ in parts])
+    mask = np.zeros(len(ids), np.uint8)
+    end = 0
+    for part, learned in parts:
+        end += len(part)
+        if learned:
+            mask[end - len(part) : end] = 1
+    return {"input_ids": ids, "loss_mask": mask}
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, np.uint32)
+
+
+class TextEncoder:
+    """Encodes plain text, all of it learned but the first token, which nothing could predict.
+
+    Args:
+        tokens: the tokenizer.
+        template: what the model sees of a record.
+        max_seq_len: the longest document; None leaves documents whole, for concatenation.
+        overflow: `split` makes several documents of one that is too long; `drop`.
+        bos_text, eos_text: instead of the tokenizer's own; '' for none.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        template: PromptTemplate,
+        max_seq_len: int | None,
+        overflow: str,
+        bos_text: str | None = None,
+        eos_text: str | None = None,
+    ) -> None:
+        self.tokens, self.template, self.overflow = tokens, template, overflow
+        self.max_seq_len = max_seq_len
+        self.bos = tokens.bos if bos_text is None else self._marker(bos_text)
+        self.eos = _array([tokens.eos]) if eos_text is None else self._marker(eos_text)
+        self.columns = token_columns(tokens.vocab_size)
+
+    def _marker(self, text: str) -> np.ndarray:
+        return _array(self.tokens.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
+        """Return the documents of some records, in order."""
+        texts = self.tokens.ids([self.template.prompt(record) for record in records])
+        out = Encoded([], [], Counter())
+        longest = self.max_seq_len or 2**62
+        for number, ids in enumerate(texts):
+            whole = np.concatenate([self.bos, ids, self.eos])
+            if not len(ids) or len(whole) < 2:
+                out.drops.append((number, "empty"))
+                continue
+            if len(whole) > longest and self.overflow != "split":
+                out.drops.append((number, "too_long"))
+                continue
+            out.notes["split"] += len(whole) > longest
+            for start, end in _parts(len(whole), longest):
+                part = [(whole[start : start + 1], False), (whole[start + 1 : end], True)]
+                out.documents.append(token_document(part))
+        return out
+
+
+def _parts(length: int, longest: int) -> list[tuple[int, int]]:
+    """Return the borders of parts of at most `longest`, none of one token, which teaches none."""
+    starts = list(range(0, length, longest))
+    if len(starts) > 1 and length - starts[-1] == 1:
+        starts[-1] -= 1
+    return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+class InstructEncoder:
+    """Encodes a prompt, which is masked, and the response with its EOS, which is learned.
+
+    Args:
+        tokens: the tokenizer.
+        template: with a response field.
+        max_seq_len: the longest document.
+        overflow: `truncate_prompt` shortens the template's `cut` field; `drop`.
+    """
+
+    def __init__(
+        self, tokens: Tokens, template: PromptTemplate, max_seq_len: int, overflow: str
+    ) -> None:
+        self.tokens, self.template = tokens, template
+        self.max_seq_len, self.overflow = max_seq_len, overflow
+        self.columns = token_columns(tokens.vocab_size)
+        self._eos = _array([tokens.eos])
+
+    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
+        """Return the documents of some records, in order."""
+        count = len(records)
+        prompts = [self.template.prompt(record) for record in records]
+        # One call for both: the tokenizer's threads are kept busy to the end.
+        ids = self.tokens.ids(prompts + [record[self.template.response] for record in records])
+        out = Encoded([], [], Counter())
+        for number, (prompt, response) in enumerate(zip(ids[:count], ids[count:], strict=True)):
+            found = self._answer(records[number], prompt, response, out.notes)
+            if isinstance(found, str):
+                out.drops.append((number, found))
+            else:
+                out.documents.append(found)
+        return out
 
     def _answer(
-        self, record: dict[str, str], prompt: list[int], response: list[int]
-    ) -> Document | None:
-        learned = [*response, self.eos]
-        room = self.max_seq_len - len(learned) - len(self.bos)
+        self, record: dict[str, str], prompt: np.ndarray, response: np.ndarray, notes: Counter[str]
+    ) -> Document | str:
+        bos = self.tokens.missing_bos(prompt)
+        room = self.max_seq_len - len(response) - len(self._eos) - len(bos)
         if len(prompt) > room:
-            cut = self.overflow == "truncate_prompt"
-            prompt = self._cut_prompt(record, prompt, room) if cut else None
+            prompt = self._cut(record, prompt, room)
             if prompt is None:
-                self.counts["too_long"] += 1
-                return None
-            self.counts["truncated"] += 1
-        prompt = [*self.bos, *prompt]
-        if not prompt:
-            self.counts["empty_prompt"] += 1
-            return None
-        mask = np.zeros(len(prompt) + len(learned), np.uint8)
-        mask[len(prompt) :] = 1
-        return Document(np.array(prompt + learned, np.uint32), mask)
+                return "too_long"
+            notes["truncated"] += 1
+        if not len(bos) and not len(prompt):
+            return "empty_prompt"
+        parts = [(bos, False), (prompt, False), (response, True), (self._eos, True)]
+        return token_document(parts)
 
-    def _cut_prompt(self, record: dict[str, str], ids: list[int], room: int) -> list[int] | None:
+    def _cut(self, record: dict[str, str], ids: np.ndarray, room: int) -> np.ndarray | None:
         """Return prompt ids that fit in `room`, the cut field shortened at a token border."""
+        if self.overflow != "truncate_prompt":
+            return None
         name = self.template.cut
         text = record.get(name, "") if name else ""
+        # Cut text may tokenise differently at its new end, hence the loop.
         while text.strip() and len(ids) > room:
-            pieces = self._backend.encode(text, add_special_tokens=False).offsets
-            keep = len(pieces) - (len(ids) - room)
-            # Cut text may tokenise differently at its new end, hence the loop; pieces of one
-            # character share its end, hence the second bound, without which it might not end.
-            end = min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0
-            text = text[:end].rstrip()
-            ids = self._ids([self.template.prompt({**record, name: text})])[0]
+            text = self.tokens.shortened(text, len(ids) - room)
+            ids = self.tokens.ids([self.template.prompt({**record, name: text})])[0]
         return ids if len(ids) <= room else None
+
+
+class RawTextEncoder:
+    """Keeps texts as they are, for models whose tokenizer runs with the loader."""
+
+    def __init__(self, template: PromptTemplate) -> None:
+        self.columns = {"text": "str"}
+        self.template = template
+
+    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
+        """Return the text of each record that has one."""
+        texts = [self.template.prompt(record) for record in records]
+        drops = [(i, "empty") for i, text in enumerate(texts) if not text.strip()]
+        return Encoded([{"text": text} for text in texts if text.strip()], drops, Counter())

@@ -1,14 +1,19 @@
-"""The first reading of a dataset: records are checked and counted before anything is written."""
+"""The first reading of a dataset: every row is checked and counted before anything is written."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from overture.data.prompts import PromptTemplate
-from overture.data.sources import Source
+import numpy as np
+
+from overture.data.conversations import conversations
+from overture.data.readers import MAX_ROW_BYTES, Malformed
+from overture.data.sources import Place, Source
 from overture.errors import ConfigError, nearest
 
 # What other datasets call our fields, for a better hint than spelling alone can give.
@@ -16,32 +21,140 @@ _ALIASES = {
     "response": ("output", "answer", "completion", "target", "chosen"),
     "instruction": ("prompt", "question", "query"),
     "context": ("input", "passage", "document"),
-    "text": ("content", "document", "body"),
+    "text": ("content", "document", "body", "sentence", "sentence1"),
+    "text_pair": ("sentence2",),
+    "label": ("class", "category", "score"),
+    "messages": ("conversation", "dialog", "turns"),
 }
+KEPT = "kept"
+MAX_DETAILS = 10_000  # reasons in words are kept for so many malformed rows, counts for all
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields that a task reads, and what it expects in them.
+
+    Attributes:
+        kinds: ours -> `text` (must be filled), `optional`, `label` or `messages`.
+        learned: the fields that are the answer; the others are the prompt.
+        renamed: ours -> theirs, where they differ.
+        identifier: the field that no two rows may share; '' for none.
+    """
+
+    kinds: dict[str, str]
+    learned: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+    identifier: str = "id"
+    stratify: str | None = None
+
+    def read(self, record: dict[str, Any], known: bool = False) -> dict[str, Any] | Malformed:
+        """Return the record under our names, all other texts kept, or what is wrong with it.
+
+        A row that is `known` to be sound from an earlier reading is not searched again.
+        """
+        ours: dict[str, Any] = {}
+        for name, kind in self.kinds.items():
+            theirs = self.renamed.get(name, name)
+            value = record.get(theirs)
+            if kind == "messages":
+                value = conversations(record, theirs)
+                if isinstance(value, Malformed):
+                    return value
+            elif theirs not in record and kind != "optional":
+                return Malformed("missing_field", f"has no field {theirs!r}")
+            elif kind == "label" and isinstance(value, (int, float)):
+                value = str(int(value) if isinstance(value, bool) else value)
+            elif value is not None and not isinstance(value, str):
+                kind_of = type(value).__name__
+                return Malformed("wrong_type", f"field {theirs!r} holds {kind_of}, not text")
+            ours[name] = value or ""
+        names = {theirs: name for name, theirs in self.renamed.items()}
+        found = {}
+        for theirs, value in record.items():
+            name = names.get(theirs, theirs)
+            if name in ours:
+                found[name] = ours[name]
+            elif isinstance(value, str):
+                found[theirs] = value
+        found |= ours
+        return found if known else _unsound(found) or found
+
+
+def _unsound(record: dict[str, Any]) -> Malformed | None:
+    for name, value in record.items():
+        texts = [value] if isinstance(value, str) else [m["content"] for m in value]
+        for text in texts:
+            if len(text) > MAX_ROW_BYTES:
+                return Malformed("too_large", f"field {name!r} is over {MAX_ROW_BYTES >> 20} MiB")
+            if not text.isascii() and _has_surrogate(text):
+                what = "bytes that are not UTF-8, or half of a surrogate pair, which is no text"
+                return Malformed("not_text", f"field {name!r} holds {what}")
+    return None
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 @dataclass
 class Examination:
-    """What was found in a source. `keys` holds one 64-bit hash of the prompt fields per record."""
+    """What was found in a source. Per row: what becomes of it, and 64-bit keys of its contents.
 
-    rows: int = 0
+    Attributes:
+        fates: [rows] uint16, index in `reasons`; 0 is kept.
+        prompts: [rows] int64, equal where the prompt fields are.
+        contents: [rows] int64, equal where all fields that the task reads are.
+        details: row -> (place, sentence) of malformed rows.
+    """
+
+    reasons: list[str] = field(default_factory=lambda: [KEPT])
+    malformed: Counter[str] = field(default_factory=Counter)
     empty: Counter[str] = field(default_factory=Counter)
     categories: Counter[str] = field(default_factory=Counter)
-    duplicate_rows: int = 0
-    duplicate_prompts: int = 0
-    samples: list[dict[str, str]] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)
+    names: Counter[str] = field(default_factory=Counter)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[int, tuple[Place, str]] = field(default_factory=dict)
+    fates: Any = field(default_factory=lambda: array("H"))
+    prompts: Any = field(default_factory=lambda: array("q"))
+    contents: Any = field(default_factory=lambda: array("q"))
+    identifiers: Any = field(default_factory=lambda: array("q"))
+    strata: Any = field(default_factory=lambda: array("q"))
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows, broken ones included."""
+        return len(self.fates)
+
+    def fate(self, reason: str) -> int:
+        """Return the number of a reason."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return self.reasons.index(reason)
+
+    def reject(self, place: Place, reason: str, detail: str, row: int) -> int:
+        """Count a malformed row and return the number of the reason."""
+        self.malformed[reason] += 1
+        if len(self.details) < MAX_DETAILS:
+            self.details[row] = (place, detail)
+        return self.fate(reason)
 
     def lines(self) -> list[str]:
         """Return the findings as lines for the terminal."""
         lines = [f"rows               {self.rows:,}"]
+        lines += [f"malformed          {count:,} {why}" for why, count in self.malformed.items()]
         lines += [f"empty {name:<12} {count:,}" for name, count in self.empty.items()]
-        if self.categories:
-            listed = ", ".join(f"{k} {v:,}" for k, v in self.categories.most_common(12))
-            lines.append(f"categories         {listed}")
+        for title, counts in (("categories", self.categories), ("labels", self.labels)):
+            if counts and len(counts) <= 100:
+                listed = ", ".join(f"{k} {v:,}" for k, v in counts.most_common(12))
+                lines.append(f"{title:<18} {listed}")
         lines.append(
-            f"duplicates         {self.duplicate_rows:,} rows, "
-            f"{self.duplicate_prompts:,} repeated prompts"
+            f"duplicates         {repeats(self.contents).sum():,} rows, "
+            f"{repeats(self.prompts).sum():,} repeated prompts"
         )
         for number, sample in enumerate(self.samples):
             lines.append(f"sample {number}")
@@ -49,96 +162,124 @@ class Examination:
         return lines
 
 
-def records(source: Source, renamed: dict[str, str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, record) with fields renamed to ours and missing texts as ''.
-
-    Raises:
-        ConfigError: a field holds something that is not text.
-    """
-    back = {theirs: ours for ours, theirs in renamed.items()}
-    for number, record in source.read():
-        fields = {}
-        for name, value in record.items():
-            if name in renamed and renamed[name] != name:
-                continue  # its place is taken by the field that the user named instead
-            if value is not None and not isinstance(value, str):
-                if name in back:
-                    raise ConfigError(
-                        f"{source.name}: line {number}: field {name!r} holds "
-                        f"{type(value).__name__}, not text"
-                    )
-                continue
-            try:
-                (value or "").encode("utf-8")
-            except UnicodeEncodeError:
-                raise ConfigError(
-                    f"{source.name}: line {number}: field {name!r} holds half of a surrogate pair, "
-                    "which is no text"
-                ) from None
-            fields[back.get(name, name)] = value or ""
-        yield number, fields
+def repeats(keys: np.ndarray) -> np.ndarray:
+    """Return [rows] bool, True where a key was there in an earlier row."""
+    later = np.ones(len(keys), bool)
+    later[np.unique(keys, return_index=True)[1]] = False
+    return later
 
 
-def examine(source: Source, template: PromptTemplate, renamed: dict[str, str]) -> Examination:
+def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
     """Read a source once and return what is in it.
 
     Raises:
-        ConfigError: there are no records, or a field that the template needs is missing.
+        ConfigError: there are no rows, or more than the share `max_rejected` is malformed.
     """
     found = Examination()
-    wanted = template.fields()
-    for name in renamed:
-        if name not in wanted:
-            raise ConfigError(
-                f"--field {name}=...: the template reads no field {name!r}{nearest(name, wanted)}"
-            )
-    missing: dict[str, tuple[int, int]] = {}
-    names: Counter[str] = Counter()
-    prompts, rows = set(), set()
-    learned = [template.response] if template.response else []
-    for number, record in records(source, {name: renamed.get(name, name) for name in wanted}):
-        found.rows += 1
-        names.update(record.keys())  # not update(record): that would add up the texts
-        for name in wanted:
-            if name not in record:
-                count, first = missing.get(name, (0, number))
-                missing[name] = (count + 1, first)
-        for name, text in record.items():
-            found.empty[name] += not text.strip()
-        if "category" in record:
-            found.categories[record["category"]] += 1
-        if len(found.samples) < 3:
-            found.samples.append(record)
-        key = _hash(record.get(name, "") for name in wanted if name not in learned)
-        row = _hash(record.values())
-        found.duplicate_prompts += key in prompts
-        found.duplicate_rows += row in rows
-        prompts.add(key)
-        rows.add(row)
-        found.keys.append(key)
+    first: dict[str, str] = {}
+    for row, (place, raw) in enumerate(source.read()):
+        record = raw
+        if not isinstance(raw, Malformed):
+            found.names.update(raw.keys())  # not update(raw): that would add up the texts
+            record = fields.read(raw)
+        if isinstance(record, Malformed):
+            first.setdefault(record.reason, f"{place} {record.detail}")
+            found.fates.append(found.reject(place, record.reason, record.detail, row))
+            # Keys that nothing shares: a broken row is nobody's duplicate.
+            for keys in (found.prompts, found.contents, found.identifiers, found.strata):
+                keys.append(hash((row, source.name)))
+            continue
+        _count(found, fields, record)
+        identifier = raw.get(fields.identifier)
+        found.identifiers.append(hash((row,)) if identifier is None else hash(str(identifier)))
+        found.strata.append(hash(str(raw.get(fields.stratify))))
     if not found.rows:
         raise ConfigError(f"{source.name}: holds no records")
-    for name, (count, first) in missing.items():
-        if wanted[name] or (count == found.rows and len(wanted) == 1):
-            raise ConfigError(_missing(source.name, name, count, first, found.rows, names))
+    for name in ("fates", "prompts", "contents", "identifiers", "strata"):
+        values = getattr(found, name)
+        setattr(found, name, np.frombuffer(values, np.dtype(values.typecode)).copy())
+    _reject_repeated_identifiers(found, source, fields, first)
+    share = sum(found.malformed.values()) / found.rows
+    if share > max_rejected:
+        raise ConfigError(_too_many(source, found, fields, first, max_rejected))
     return found
 
 
-def _missing(source: str, name: str, count: int, first: int, rows: int, names: Counter) -> str:
-    present = [n for n in names if names[n] > rows // 2]
-    alias = next((a for a in _ALIASES.get(name, ()) if a in present), None)
-    hint = f' (did you mean "--field {name}={alias}"?)' if alias else nearest(name, present)
+def _count(found: Examination, fields: Fields, record: dict[str, Any]) -> None:
+    shown = [*fields.kinds, *(["category"] if "category" in record else [])]
+    for name in shown:
+        value = record[name]
+        found.empty[name] += not value or (isinstance(value, str) and value.isspace())
+    empty = next(
+        (n for n, kind in fields.kinds.items() if kind in ("text", "label")
+         and (not record[n] or record[n].isspace())), None,
+    )  # fmt: skip
+    if "category" in record:
+        found.categories[record["category"]] += 1
+    if "label" in fields.kinds:
+        found.labels[record["label"]] += 1
+    if len(found.samples) < 3:
+        found.samples.append({name: record[name] for name in shown})
+    answer = fields.learned
+    values = {n: _hashable(record.get(n, "")) for n in fields.kinds}
+    found.prompts.append(hash(tuple(v for n, v in values.items() if n not in answer)))
+    found.contents.append(hash(tuple(values.values())))
+    found.fates.append(found.fate(f"empty_{empty}") if empty else 0)
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _reject_repeated_identifiers(
+    found: Examination, source: Source, fields: Fields, first: dict[str, str]
+) -> None:
+    repeated = np.flatnonzero(repeats(found.identifiers))
+    if not len(repeated):
+        return
+    wanted = set(repeated.tolist())
+    for row, (place, record) in enumerate(source.read()):
+        if row in wanted:
+            what = f"repeats {fields.identifier} {record[fields.identifier]!r}"
+            first.setdefault("duplicate_id", f"{place} {what}")
+            found.fates[row] = found.reject(place, "duplicate_id", what, row)
+
+
+def _too_many(
+    source: Source, found: Examination, fields: Fields, first: dict[str, str], limit: float
+) -> str:
+    """Return the sentence on a source with too many malformed rows."""
+    count, rows = sum(found.malformed.values()), found.rows
+    reasons = "; ".join(
+        f"{found.malformed[why]:,} {why}, first: {where}" for why, where in first.items()
+    )
+    hint = ""
+    if "missing_field" in first:
+        names = [n for n in found.names if found.names[n] > rows // 2]
+        needed = [n for n, kind in fields.kinds.items() if kind != "optional"]
+        name = next((n for n in needed if fields.renamed.get(n, n) not in names), "")
+        alias = next((a for a in _ALIASES.get(name, ()) if a in names), None)
+        guess = f' (did you mean "--field {name}={alias}"?)' if alias else nearest(name, names)
+        hint = f"; the fields there are: {', '.join(map(str, names))}{guess}"
+    elif "duplicate_id" in first:
+        hint = "; if that field is no identifier, say --field id=OTHER, or --field id= for none"
     return (
-        f"{source}: field {name!r} is missing in {count:,} of {rows:,} rows, first at line "
-        f"{first}; the fields there are: {', '.join(present)}{hint}"
+        f"{source.name}: {count:,} of {rows:,} rows are malformed, over --max_rejected {limit:g} "
+        f"({reasons}){hint}"
     )
 
 
-def _hash(texts: Iterator[str]) -> int:
-    joined = "\x1f".join(texts).encode("utf-8")
-    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
-
-
-def _shorten(text: str, width: int = 90) -> str:
-    flat = " ".join(text.split())
+def _shorten(value: Any, width: int = 90) -> str:
+    text = value if isinstance(value, str) else " | ".join(m["content"] for m in value)
+    flat = " ".join(text[: 4 * width].split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def describe_rejected(found: Examination, row: int, place: Place) -> Iterator[tuple[str, Any]]:
+    """Yield what `rejected.jsonl` says of a row that the first reading did not keep."""
+    if place.file:
+        yield "file", place.file
+    yield "line", place.line
+    yield "reason", found.reasons[found.fates[row]]
+    if row in found.details:
+        yield "detail", found.details[row][1]

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from composer import DataSpec
 from composer.utils import dist
 from streaming import StreamingDataLoader
-from streaming.base.storage.download import CloudDownloader
 
 from overture.data.collate import TokenCollator, count_tokens
-from overture.data.schema import LEDGER
+from overture.data.leftovers import remove_leftovers
 from overture.data.streams import TokenStream
-from overture.errors import ConfigError
+from overture.errors import ConfigError, DataError
+
+
+class GuardedLoader(StreamingDataLoader):
+    """A StreamingDataLoader whose workers' DataErrors stay the one sentence that they are."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of an epoch."""
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # torch puts the worker's traceback before the message; and its own traceback, which
+            # holds itself in a circle, would keep the workers alive for ten seconds.
+            error.__traceback__ = None
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
 def build_loader(
@@ -33,7 +45,14 @@ def build_loader(
 
     The order of samples is fixed by the seed and the same on any number of ranks of one node; at
     the end of an epoch Streaming repeats a sample where the ranks would not come out even.
+
+    Raises:
+        ConfigError: every batch would be dropped.
+        DataError: the index of the split is missing or unsound.
     """
+    if dist.get_local_rank() == 0:
+        remove_leftovers()
+    dist.barrier()  # all ranks must find the same numbers taken
     dataset = TokenStream(
         local=data_local,
         remote=data_remote,
@@ -42,9 +61,14 @@ def build_loader(
         shuffle_seed=shuffle_seed,
         batch_size=batch_size,
         num_canonical_nodes=1,
-        validate_hash="xxh64" if data_remote else None,
     )
-    loader = StreamingDataLoader(
+    full_batch = batch_size * dist.get_world_size()
+    if drop_last and dataset.num_samples < full_batch:  # training would wait for a batch for ever
+        raise ConfigError(
+            f"drop_last: {full_batch} samples make a batch, but {split} holds only "
+            f"{dataset.num_samples:,}; lower the batch size or convert more data"
+        )
+    loader = GuardedLoader(
         dataset,
         batch_size=batch_size,
         collate_fn=TokenCollator(max_seq_len, pad_token_id),
@@ -63,26 +87,3 @@ def build_loader(
 
 def _count_samples(batch: dict[str, Any]) -> int:
     return len(batch["input_ids"])
-
-
-def fetch_ledger(remote: str, local: str, split: str) -> None:
-    """Download the ledger of a remote split to its cache, which Streaming itself would leave out.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    source, place = f"{remote.rstrip('/')}/{split}/{LEDGER}", Path(local) / split / LEDGER
-    failure = None
-    if dist.get_local_rank() == 0:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if "://" in remote:
-                CloudDownloader.get(source).download(source, str(place), timeout=60)
-            else:
-                shutil.copyfile(source, place)
-        except Exception as error:  # each store's client raises its own kinds
-            failure = " ".join(str(error).split())[:200]
-    # Every rank must learn of it: one that raised alone would leave the others waiting.
-    failures = [text for text in dist.all_gather_object(failure) if text]
-    if failures:
-        raise ConfigError(f"data_remote: {source} cannot be read ({failures[0]})")

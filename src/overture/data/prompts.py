@@ -7,7 +7,10 @@ template serves rows with and without context.
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from overture.errors import ConfigError, nearest
 
@@ -22,11 +25,9 @@ class PromptTemplate:
 
     def fields(self) -> dict[str, bool]:
         """Return the fields that the template reads, each with whether it must be filled."""
-        found = {}
-        for section in self.sections:
-            for name in _names(section):
-                # The field that may be cut may as well be empty from the start.
-                found[name] = name != self.cut and self.response is not None
+        names = dict.fromkeys(name for section in self.sections for name in _names(section))
+        # The field that may be cut may as well be empty from the start; not if it is all there is.
+        found = {n: len(names) == 1 or (n != self.cut and self.response is not None) for n in names}
         if self.response is not None:
             found[self.response] = True
         return found
@@ -37,6 +38,7 @@ class PromptTemplate:
         return "".join(section.format_map(record) for section in kept)
 
 
+@cache
 def _names(section: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(section) if name]
 
@@ -52,8 +54,26 @@ TEMPLATES = {
         response="response",
         cut="context",
     ),
+    # The fields and headings that Alpaca's data and its many successors have.
+    "alpaca": PromptTemplate(
+        sections=(
+            "### Instruction:\n{instruction}\n\n",
+            "### Input:\n{input}\n\n",
+            "### Response:\n",
+        ),
+        response="output",
+        cut="input",
+    ),
+    # Questions on a passage, in Japanese: JSQuAD, JaQuAD and other SQuAD-format files.
+    "jsquad": PromptTemplate(
+        sections=("題名: {title}\n", "本文: {context}\n", "質問: {question}\n", "回答: "),
+        response="answer",
+        cut="context",
+    ),
     # One text field, as most pretraining corpora have.
     "text": PromptTemplate(sections=("{text}",)),
+    # Translation and other pairs, for --task seq2seq.
+    "pair": PromptTemplate(sections=("{source}",), response="target", cut="source"),
     # Instruction rows as running text, for pretraining: the same sentences without the markers
     # that fine-tuning introduces. A context is given twice, which teaches a small model to look
     # back and copy within far fewer steps than it needs otherwise.
@@ -61,15 +81,95 @@ TEMPLATES = {
         sections=("{context}\n", "{instruction}\n", "{response}\n", "{context}")
     ),
 }
+# Conversations, for --task chat; Jinja, as tokenizers carry it.
+CHAT_TEMPLATES = {
+    # Needs a tokenizer that has these two markers.
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    # Any tokenizer: EOS ends each answer.
+    "plain": "{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}"
+    "{{ eos_token }}\n{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}",
+}
 
 
 def template(name: str) -> PromptTemplate:
-    """Return a built-in template.
+    """Return a built-in template, or the one in a YAML file with keys sections, response and cut.
+
+    Raises:
+        ConfigError: there is none of that name, or the file is not such a template.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if Path(name).is_file():
+        return _from_file(Path(name))
+    hint = nearest(name, TEMPLATES) or f" (there are: {', '.join(TEMPLATES)}, or a YAML file)"
+    raise ConfigError(f"--prompt_template {name}: unknown template{hint}")
+
+
+def chat_template(name: str) -> str:
+    """Return a built-in chat template, or the content of a Jinja file.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in TEMPLATES:
-        hint = nearest(name, TEMPLATES) or f" (there are: {', '.join(TEMPLATES)})"
-        raise ConfigError(f"--prompt_template {name}: unknown template{hint}")
-    return TEMPLATES[name]
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    known = f" (there are: {', '.join(CHAT_TEMPLATES)}, or a Jinja file)"
+    raise ConfigError(f"--prompt_template {name}: unknown chat template{known}")
+
+
+def _from_file(path: Path) -> PromptTemplate:
+    import yaml
+
+    def refuse(why: str) -> ConfigError:
+        return ConfigError(
+            f"{path}: {why}; a template has sections (a list of texts with {{field}} in them), "
+            "response and cut (names of fields)"
+        )
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise refuse(f"is not YAML ({' '.join(str(error).split())[:120]})") from None
+    known = [f.name for f in fields(PromptTemplate)]
+    if not isinstance(content, dict) or not isinstance(content.get("sections"), list):
+        raise refuse("has no list of sections")
+    for key, value in content.items():
+        if key not in known:
+            raise refuse(f"unknown key {key!r}{nearest(str(key), known)}")
+        if key != "sections" and not isinstance(value, (str, type(None))):
+            raise refuse(f"{key} is no text")
+    try:
+        made = PromptTemplate(**{**content, "sections": tuple(map(str, content["sections"]))})
+        made.prompt({})
+    except (ValueError, KeyError, IndexError) as error:
+        raise refuse(f"a section cannot be filled in ({error})") from None
+    if not [n for n in made.fields() if n != made.response]:
+        raise refuse("no section names a field")
+    if made.cut is not None and made.cut not in made.fields():
+        raise refuse(f"cut names {made.cut!r}, which no section holds")
+    return made
+
+
+def describe(chosen: PromptTemplate) -> dict[str, Any]:
+    """Return a template as the ledger keeps it."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()}
+
+
+def list_templates() -> list[str]:
+    """Return lines that show every built-in template, with the fields it reads."""
+    lines = []
+    for name, one in TEMPLATES.items():
+        needed = ", ".join(n if must else f"[{n}]" for n, must in one.fields().items())
+        learned = f"{{{one.response}}}" if one.response else "(all of it is learned)"
+        lines += [f"{name}: reads {needed}", *_indented("".join(one.sections) + learned)]
+    for name, text in CHAT_TEMPLATES.items():
+        lines += [f"{name} (--task chat): reads messages", *_indented(text)]
+    return lines
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()] + [""]

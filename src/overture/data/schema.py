@@ -6,6 +6,12 @@ or it is absent. A row is a pack of one or more documents:
     input_ids      [tokens] uint16, or uint32 where the vocabulary needs it
     loss_mask      [tokens] uint8, 1 where the token is to be learned
     document_ends  [documents] uint32, the exclusive end of each document, so ends[-1] == tokens
+
+Other tasks have one record a row:
+
+    seq2seq   input_ids, labels   [tokens] each, with the ends that the tokenizer's family wants
+    classify  input_ids, token_type_ids [tokens] uint8, label int32 (or float32 for regression)
+    text without a tokenizer      text, a str
 """
 
 from __future__ import annotations
@@ -20,13 +26,18 @@ from overture.errors import ConfigError, DataError
 
 LEDGER = "dataset.json"
 INDEX = "index.json"
+CACHE_MARK = ".cache"  # in a folder that was made as a cache, and may therefore be emptied
+
+
+def ids_type(vocab_size: int) -> str:
+    """Return the MDS type of token ids: the smallest that holds them."""
+    return f"ndarray:{'uint16' if vocab_size <= 2**16 else 'uint32'}"
 
 
 def token_columns(vocab_size: int) -> dict[str, str]:
-    """Return the MDS column types of token rows; ids take the smallest type that fits."""
-    id_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    """Return the MDS column types of rows of packed documents."""
     return {
-        "input_ids": f"ndarray:{id_dtype}",
+        "input_ids": ids_type(vocab_size),
         "loss_mask": "ndarray:uint8",
         "document_ends": "ndarray:uint32",
     }
@@ -62,9 +73,13 @@ def read_ledger(folder: Path) -> dict[str, Any]:
             f"{folder}: no converted dataset ({there}); write one with src/convert_dataset.py"
         )
     try:
-        return json.loads((folder / LEDGER).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
+        files = [entry.keys() for entry in ledger["files"]]
+        if not all({"name", "sha256"} <= keys for keys in files) or "task" not in ledger:
+            raise ValueError("keys are missing")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DataError(f"{folder / LEDGER}: unreadable ({error}); convert again") from None
+    return ledger
 
 
 # What a training task reads, by the task that the data was converted for.
@@ -85,7 +100,7 @@ def check_split(
 
     Raises:
         ConfigError: the data is for another task, length, tokenizer or batch size.
-        DataError: a file of the split is missing or has another size than when it was written.
+        DataError: the ledger is unreadable.
     """
     ledger = read_ledger(folder)
     wanted = CONVERTED_FOR[task]
@@ -94,6 +109,8 @@ def check_split(
             f"{folder}: was converted with --task {ledger['task']}, but task {task} reads "
             f"--task {wanted}"
         )
+    if ledger["tokenizer"] is None:
+        raise ConfigError(f"{folder}: holds raw text; convert it again with --tokenizer")
     if ledger["max_seq_len"] > max_seq_len:
         raise ConfigError(
             f"max_seq_len: {max_seq_len} is shorter than the rows of {folder} "
@@ -110,20 +127,3 @@ def check_split(
             f"{folder} was converted with; token ids would mean other words"
         )
     return ledger
-
-
-def check_files(folder: Path, ledger: dict[str, Any]) -> None:
-    """Compare the files of a split with its ledger, by name and size.
-
-    Raises:
-        DataError: naming the first file that differs.
-    """
-    for entry in ledger["files"]:
-        path = folder / entry["name"]
-        if not path.is_file():
-            raise DataError(f"{path}: is missing; convert the dataset again")
-        if path.stat().st_size != entry["bytes"]:
-            raise DataError(
-                f"{path}: has {path.stat().st_size:,} bytes, {entry['bytes']:,} were written; "
-                "convert the dataset again"
-            )

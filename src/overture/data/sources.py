@@ -1,71 +1,187 @@
-"""Where records come from: a jsonl file, a dataset on the hub, or the embedded corpus."""
+"""Where records come from: files of many kinds, a dataset on the hub, or the embedded corpus."""
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from overture.data.readers import (
+    PLAIN,
+    READERS,
+    Format,
+    Malformed,
+    Rows,
+    read_jsonl,
+    read_parallel,
+    reader,
+)
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
 
 EMBEDDED = "embedded"
 
 
-@dataclass
+class Place(NamedTuple):
+    """Where a row stands. `file` is empty where the source is a single one."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"line {self.line}" + (f" of {self.file}" if self.file else "")
+
+
+@dataclass(frozen=True)
 class Source:
     """A dataset that can be read from its start any number of times, always in the same order."""
 
     name: str
-    read: Callable[[], Iterator[tuple[int, dict[str, Any]]]]  # yields (line number, record)
+    read: Callable[[], Iterator[tuple[Place, dict[str, Any] | Malformed]]]
     fingerprint: dict[str, Any] = field(default_factory=dict)  # file hashes, or a hub revision
+    streamed: bool = False  # from the network: better kept than read again
+
+    def first(self) -> dict[str, Any]:
+        """Return the first record, or an empty one."""
+        return next((r for _, r in self.read() if not isinstance(r, Malformed)), {})
+
+    def rows(self, start: int, stop: int | None) -> Source:
+        """Return the same source from row start up to row stop."""
+        if (start, stop) == (0, None):
+            return self
+        # islice ends before another line, perhaps a broken one, is read.
+        return replace(self, read=lambda: itertools.islice(self.read(), start, stop))
+
+    def kept(self, path: Path) -> Source:
+        """Return the source as read from a copy at `path`, which is written if it is not there."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".partial")
+            with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
+                for _, record in self.read():
+                    file.write(json.dumps(record, default=str) + "\n")
+            os.replace(aside, path)
+        fingerprint = {**self.fingerprint, "sha256": sha256_file(path)}
+        return Source(self.name, lambda: _placed("", read_jsonl(path)), fingerprint)
 
 
-def open_source(name: str, split: str = "train") -> Source:
-    """Return the source called `name`: a .jsonl path, `embedded`, or a hub name.
+def open_source(
+    name: str,
+    split: str = "train",
+    form: Format = PLAIN,
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """Return the source called `name`.
+
+    A file, a folder, a pattern, two line-aligned files as `FILE,FILE`, `embedded`, or a hub name.
+    In a folder, `split` picks the files of that name (`train.tsv`, `train/*.jsonl`); all of them
+    are `train` where none is called so.
 
     Raises:
-        ConfigError: there is no such file or dataset, or a line of it is broken (when read).
+        ConfigError: there is no such file, split or dataset.
     """
     if name == EMBEDDED:
         from overture.data.embedded import generate_rows
 
-        return Source(name, lambda: enumerate(generate_rows(), start=1), {"generated": True})
+        rows = lambda: _placed("", enumerate(generate_rows(), start=1))  # noqa: E731
+        return Source(name, rows, {"generated": True})
+    pair = [Path(part) for part in name.split(",")]
+    if len(pair) == 2 and not Path(name).exists() and pair[0].is_file():
+        if not pair[1].is_file():
+            raise ConfigError(f"{pair[1]}: no such file")
+        return Source(name, lambda: _placed("", read_parallel(pair)), _fingerprint(pair))
+    files = _local_files(name, split)
+    if files:
+        if subset or revision:
+            raise ConfigError(f"{name}: is local: --data_subset and --revision are for hub names")
+        return _file_source(name, files, form)
+    path = Path(name)
+    looks_local = reader(path) or name.startswith(("/", ".", "~")) or glob.has_magic(name)
+    if looks_local or name.count("/") > 1:
+        raise ConfigError(f"{name}: no such file (and not a hub name of the form owner/dataset)")
+    return _hub_source(name, split, subset, revision)
+
+
+def _local_files(name: str, split: str) -> list[Path]:
     path = Path(name)
     if path.is_file():
-        fingerprint = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        return Source(name, lambda: _read_jsonl(path), fingerprint)
-    looks_local = path.suffix in (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
-    if looks_local or name.startswith(("/", ".")) or name.count("/") != 1:
-        raise ConfigError(f"{name}: no such file (and not a hub name of the form owner/dataset)")
-    return _hub_source(name, split)
+        if split != "train":
+            raise ConfigError(f"{name}: is one file, so its only split is train, not {split}")
+        return [path]
+    if glob.has_magic(name):
+        return [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
+    if not path.is_dir():
+        return []
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and reader(p)]
+    if not files:
+        raise ConfigError(f"{name}: holds no file of a known kind ({', '.join(READERS)})")
+    named = [
+        p for p in files
+        if split in (p.name.split(".")[0], p.relative_to(path).parts[0])
+    ]  # fmt: skip
+    if not named and split != "train":
+        there = ", ".join(str(p.relative_to(path)) for p in files[:8])
+        raise ConfigError(f"{name}: has no files for split {split!r}; there are: {there}")
+    return named or files
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+def _file_source(name: str, files: list[Path], form: Format) -> Source:
+    unknown = next((p for p in files if reader(p) is None), None)
+    if unknown:
+        raise ConfigError(
+            f"{unknown}: no reader for this kind of file; there are: {', '.join(READERS)}, each "
+            "also as .gz and .zst"
+        )
+
+    kinds = {reader(path) for path in files}
+    if form.columns and not kinds & {READERS[".csv"], READERS[".tsv"]}:
+        raise ConfigError(f"--columns names those of csv and tsv files; {name} is none")
+    if form.text_rows != "file" and READERS[".txt"] not in kinds:
+        raise ConfigError(f"--text_rows is for txt files; {name} is none")
+
+    def read() -> Iterator[tuple[Place, Any]]:
+        for path in files:
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}: line {number} is not valid JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ConfigError(f"{path}: line {number} holds no JSON object")
-            yield number, record
+                yield from _placed("" if len(files) == 1 else str(path), reader(path)(path, form))
+            except (OSError, EOFError) as error:  # a truncated or foreign .gz, a file gone
+                raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+    return Source(name, read, _fingerprint(files))
 
 
-def _hub_source(name: str, split: str) -> Source:
+def _fingerprint(files: list[Path]) -> dict[str, Any]:
+    found = [{"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files]
+    if len(files) == 1:
+        return found[0]
+    return {"files": [{"name": p.name, **f} for p, f in zip(files, found, strict=True)]}
+
+
+def _placed(file: str, rows: Rows) -> Iterator[tuple[Place, Any]]:
+    return ((Place(file, line), record) for line, record in rows)
+
+
+def _hub_source(name: str, split: str, subset: str | None, revision: str | None) -> Source:
     import datasets  # slow to import, and only needed here
 
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub's client raises a dozen kinds; all mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{name}: no such local file, and not to be had from the hub ({reason}); give the "
-            "path of a .jsonl file, or log in with HF_TOKEN if the dataset is gated"
-        ) from None
-    return Source(name, lambda: enumerate(table, start=1), {"hub_fingerprint": table._fingerprint})
+    def read() -> Iterator[tuple[Place, Any]]:
+        # The hub's client raises a dozen kinds of error; all mean the same here.
+        try:
+            table = datasets.load_dataset(
+                name, subset, split=split, revision=revision, streaming=True
+            )
+            yield from _placed("", enumerate(table, start=1))
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{name}: no such local file, and not to be had from the hub ({reason}); give the "
+                "path of a file, or log in with HF_TOKEN if the dataset is gated"
+            ) from None
+
+    found = {"subset": subset, "split": split, "revision": revision}
+    return Source(name, read, found, streamed=True)

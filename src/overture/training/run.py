@@ -14,7 +14,8 @@ from overture.callbacks.loss_target import LossTarget
 from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
 from overture.config.schema import Config, LoaderConfig
-from overture.data.loaders import build_loader, fetch_ledger
+from overture.data.cache import open_cache
+from overture.data.loaders import build_loader
 from overture.data.schema import check_split
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError
 from overture.export import save_model
@@ -239,11 +240,11 @@ def _is_packed(config: Config, tokenizer: Any) -> bool:
         if loader is not None:
             folder = Path(config.data_local) / loader.dataset.split
             if config.data_remote is not None:
-                fetch_ledger(config.data_remote, config.data_local, loader.dataset.split)
+                open_cache(config.data_remote, config.data_local, loader.dataset.split)
             ledger = check_split(
                 folder, config.task, config.max_seq_len, batch, tokenizer_sha256(tokenizer)
             )
-            packed = packed or ledger["packing"]["method"] != "none"
+            packed = packed or ledger["packing"]["method"] == "best_fit"
     return packed
 
 

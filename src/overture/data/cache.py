@@ -1,0 +1,74 @@
+"""The local cache of a remote split: its ledger and index proven, what is stale or damaged gone.
+
+Streaming itself keeps whatever lies in a cache, even when the remote was converted anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist
+from streaming.base.storage.download import CloudDownloader
+
+from overture.data.integrity import damaged, verified_index
+from overture.data.schema import CACHE_MARK, INDEX, LEDGER, read_ledger, write_aside
+from overture.errors import ConfigError, OvertureError
+
+
+def open_cache(remote: str, local: str, split: str, say: Callable[[str], Any] = print) -> None:
+    """Bring the cache of a remote split up to date; called by every rank.
+
+    A cached shard that is damaged is deleted: it is fetched again when it is needed.
+
+    Raises:
+        ConfigError: the remote cannot be read, or `local` not written, or it holds other data.
+        DataError: the remote's ledger or index is not what was written.
+    """
+    failure = None
+    if dist.get_local_rank() == 0:
+        with tempfile.TemporaryDirectory() as aside:
+            source = f"{remote.rstrip('/')}/{split}"
+            try:
+                _refresh(source, Path(local) / split, Path(aside), say)
+            except OvertureError as error:
+                failure = type(error)(str(error).replace(aside, source))
+            except OSError as error:
+                failure = ConfigError(f"data_local: {local} cannot be a cache ({error})")
+    # Every rank must learn of it: one that raised alone would leave the others waiting.
+    failures = [error for error in dist.all_gather_object(failure) if error]
+    if failures:
+        raise failures[0]
+
+
+def _refresh(source: str, folder: Path, aside: Path, say: Callable[[str], Any]) -> None:
+    for name in (LEDGER, INDEX):
+        try:
+            CloudDownloader.direct_download(f"{source}/{name}", str(aside / name), timeout=60)
+        except Exception as error:  # each store's client raises its own kinds
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(f"data_remote: {source}/{name} cannot be read ({text})") from None
+    shards = verified_index(aside / INDEX, read_ledger(aside))
+    ledger, cached = ((place / LEDGER) for place in (aside, folder))
+    same = cached.is_file() and cached.read_bytes() == ledger.read_bytes()
+    if not same:
+        if folder.is_dir() and any(folder.iterdir()):
+            # Whoever converts to data_local and forgets to upload must not lose it.
+            if not (folder / CACHE_MARK).is_file():
+                raise ConfigError(
+                    f"data_local: {folder} holds other data than {source}, and is no cache of it; "
+                    "name another folder, or train without data_remote"
+                )
+            say(f"{folder}: emptied, since {source} was converted anew")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CACHE_MARK).touch()
+    for name in (INDEX, LEDGER):
+        write_aside(folder / name, (aside / name).read_text(encoding="utf-8"))
+    files = [f for shard in shards for f in shard if f and (folder / f.name).exists()]
+    for file, fault in damaged(folder, files):
+        say(f"{folder / file.name}: {fault}; deleted, to be fetched again")
+        (folder / file.name).unlink()

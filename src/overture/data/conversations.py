@@ -1,0 +1,95 @@
+"""Conversations of every common shape to lists of `{"role", "content"}`, checked turn by turn.
+
+Three shapes are known: `messages` (role, content), `conversations` (from, value) and the trees of
+OpenAssistant (Köpf et al. 2023), in which each message names its parent: a thread is the way from a
+root to a leaf, and siblings carry a rank, 0 being the best.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from overture.data.readers import Malformed
+from overture.data.sources import Place, Source
+
+_ROLES = {
+    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
+_TREE = {"message_id", "parent_id", "role", "text"}
+
+
+def conversations(record: dict[str, Any], name: str) -> list[dict[str, str]] | Malformed:
+    """Return the messages of a record: of field `name`, or of `conversations` if it has that.
+
+    A conversation begins with an optional system message; then user and assistant take turns, and
+    the assistant speaks last (what comes after its last turn is left out).
+    """
+    found = record.get(name, record.get("conversations") if name == "messages" else None)
+    if not isinstance(found, list):
+        return Malformed("missing_field", f"has no list of messages under {name!r}")
+    messages = []
+    for turn in found:
+        if not isinstance(turn, dict):
+            return Malformed("wrong_type", "holds a message that is no object")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in _ROLES or not isinstance(content, str):
+            return Malformed("wrong_type", f"holds a message without role or text ({role!r})")
+        messages.append({"role": _ROLES[role], "content": content})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    turns = [m["role"] for m in messages if m["role"] != "system"]
+    alternate = ["user", "assistant"] * (len(turns) // 2)
+    if turns != alternate or not turns or "system" in [m["role"] for m in messages[1:]]:
+        return Malformed("wrong_turns", "user and assistant do not take turns")
+    return messages
+
+
+def as_threads(source: Source, which: str) -> Source:
+    """Return the threads of conversation trees as records with `messages`; other sources as is.
+
+    Args:
+        source: its rows are messages with `message_id` and `parent_id`, or already conversations.
+        which: `all` threads, or the `best`: from each root on the best-ranked answer.
+    """
+    if not set(source.first()) >= _TREE:
+        return source
+    return replace(source, read=lambda: _threads(source, which))
+
+
+def _threads(source: Source, which: str) -> Iterator[tuple[Place, Any]]:
+    rows: dict[str, tuple[Place, dict[str, Any]]] = {}
+    children: dict[str | None, list[str]] = defaultdict(list)
+    for place, record in source.read():
+        if isinstance(record, Malformed):
+            yield place, record
+        elif not isinstance(record.get("message_id"), str):
+            yield place, Malformed("missing_field", "has no message_id")
+        elif record["message_id"] in rows:
+            yield place, Malformed("duplicate_id", f"repeats {record['message_id']}")
+        else:
+            rows[record["message_id"]] = (place, record)
+            children[record.get("parent_id")].append(record["message_id"])
+    # A message whose parent is not here (another language, say) has lost its beginning.
+    for parent, orphans in children.items():
+        if parent is not None and parent not in rows:
+            for name in orphans:
+                yield rows[name][0], Malformed("orphan", f"its parent {parent} is not there")
+    ways = [[root] for root in reversed(children[None])]
+    while ways:
+        way = ways.pop()
+        # Ranks may be missing; sorting is stable, so the order of the file decides then.
+        replies = sorted(children.get(way[-1], ()), key=lambda m: _rank(rows[m][1]))
+        if not replies:
+            found = [rows[m][1] for m in way]
+            messages = [{"role": m.get("role"), "content": m.get("text")} for m in found]
+            yield rows[way[-1]][0], {"messages": messages}
+        ways += [[*way, reply] for reply in reversed(replies[:1] if which == "best" else replies)]
+
+
+def _rank(message: dict[str, Any]) -> float:
+    rank = message.get("rank")
+    return rank if isinstance(rank, (int, float)) else 1e9

@@ -1,0 +1,198 @@
+"""What to convert and how: the arguments of `src/convert_dataset.py`, and what fits what."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from overture.errors import ConfigError
+
+# task -> what may be done with a row of more than max_seq_len tokens, the default first
+OVERFLOWS = {
+    "text": ("split", "drop", "error"),
+    "instruct": ("truncate_prompt", "drop", "error"),
+    "chat": ("truncate_prompt", "drop", "error"),
+    "seq2seq": ("truncate_prompt", "drop", "error"),
+    "classify": ("truncate_prompt", "drop", "error"),
+    "jsonl": (),
+}
+PACKED = ("text", "instruct", "chat")
+_SLICE = re.compile(r"^(?P<name>.+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+
+
+class Origin(NamedTuple):
+    """Where the rows of a split come from: rows start to stop of a dataset's own split."""
+
+    dataset: str
+    split: str = "train"
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One conversion. `origins` says what becomes which split; see `check` for what fits what."""
+
+    origins: dict[str, Origin]
+    task: str  # text | instruct | chat | seq2seq | classify | jsonl
+    out_root: str  # a folder, or s3://, gs://, ...
+    # Reading.
+    data_subset: str | None = None
+    revision: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)  # ours -> theirs
+    columns: tuple[str, ...] = ()  # of a csv or tsv file that has no header
+    text_rows: str = "file"  # what is a row of a plain text file: file | line | block
+    threads: str = "all"  # of conversation trees: all | best
+    max_rows: int | None = None
+    max_rejected: float = 0.01  # share of malformed rows that is put up with
+    # Dividing.
+    test_fraction: float = 0.0
+    stratify: str | None = None
+    seed: int = 17
+    dedupe: bool = False
+    # Encoding.
+    tokenizer: str | None = None
+    prompt_template: str | None = None  # a built-in one or a file; default: the task's own
+    max_seq_len: int = 2048
+    overflow: str | None = None  # default: the task's first in OVERFLOWS
+    packing: str | None = None  # best_fit | concat | none
+    bos_text: str | None = None
+    eos_text: str | None = None
+    wrap: bool = True
+    labels: tuple[str, ...] = ()
+    regression: bool = False
+    # Writing.
+    compression: str | None = None
+    size_limit: int = 1 << 26
+    processes: int = 1
+    overwrite: bool = False
+    resume: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Return the arguments that decide what is written; where and how fast is no part."""
+        apart = ("out_root", "processes", "overwrite", "resume")
+        return {name: value for name, value in vars(self).items() if name not in apart}
+
+    def splits(self) -> list[str]:
+        """Return the names of the splits to be written."""
+        return ["train", "test"] if self.test_fraction else list(self.origins)
+
+    @property
+    def remote(self) -> bool:
+        """Return whether the shards go to an object store."""
+        return "://" in self.out_root
+
+    def place(self, split: str) -> str:
+        """Return where a split goes: a folder, a URL, or for jsonl a file."""
+        name = f"{split}.jsonl" if self.task == "jsonl" else split
+        return f"{self.out_root.rstrip('/')}/{name}"
+
+    def how_long_rows_end(self) -> str:
+        """Return the overflow policy."""
+        return self.overflow or OVERFLOWS[self.task][0]
+
+    def how_packed(self) -> str:
+        """Return the packing method."""
+        return self.packing or ("best_fit" if self.task in PACKED and self.tokenizer else "none")
+
+    def check(self) -> None:
+        """Raise ConfigError for arguments that do not fit each other; reads no file."""
+        if not 0 <= self.test_fraction < 1:
+            _refuse(f"--test_fraction {self.test_fraction}: must be at least 0 and below 1")
+        if self.test_fraction and list(self.origins) != ["train"]:
+            _refuse("--test_fraction names its splits train and test: give no other names")
+        if self.stratify and not self.test_fraction:
+            _refuse("--stratify says how --test_fraction divides: give that too")
+        if not 0 <= self.max_rejected <= 1:
+            _refuse(f"--max_rejected {self.max_rejected}: is a share, from 0 to 1")
+        for name, least in (("max_seq_len", 2), ("processes", 1), ("size_limit", 1)):
+            if getattr(self, name) < least:
+                _refuse(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if self.size_limit >= 1 << 32:
+            _refuse(f"--size_limit {self.size_limit}: must be below 4 GiB, the offsets' range")
+        if self.max_rows is not None and self.max_rows < 1:
+            _refuse(f"--max_rows {self.max_rows}: must be at least 1")
+        bad = next((s for s in self.splits() if not re.fullmatch(r"\w[\w.-]*", s)), None)
+        if bad is not None:
+            _refuse(f"--splits {bad}: a split's name is a folder's: letters, digits, _ . -")
+        self._check_task()
+        if self.task == "jsonl" and self.remote:
+            _refuse("--task jsonl writes local files: give a folder as --out_root")
+
+    def _check_task(self) -> None:
+        for name, given, tasks in (
+            ("--overflow", self.overflow, [t for t in OVERFLOWS if OVERFLOWS[t]]),
+            ("--bos_text", self.bos_text is not None, ["text"]),
+            ("--eos_text", self.eos_text is not None, ["text"]),
+            ("--no_wrap", not self.wrap, ["text"]),
+            ("--labels", self.labels, ["classify"]),
+            ("--regression", self.regression, ["classify"]),
+            ("--threads best", self.threads != "all", ["chat"]),
+            ("--tokenizer", self.tokenizer, [t for t in OVERFLOWS if t != "jsonl"]),
+            ("--packing", self.packing not in (None, "none"), PACKED),
+            ("--concat_tokens", self.packing == "concat", ["text"]),
+        ):
+            if given and self.task not in tasks:
+                _refuse(f"{name} is for --task {' or '.join(tasks)}, not {self.task}")
+        allowed = OVERFLOWS[self.task]
+        if self.overflow and self.overflow not in allowed:
+            _refuse(
+                f"--overflow {self.overflow}: --task {self.task} takes {', '.join(allowed)}; an "
+                "answer or its end is never cut"
+            )
+        if self.tokenizer is None and self.task not in ("text", "jsonl"):
+            _refuse("--tokenizer is missing: a folder in Hugging Face format or a hub name")
+        tokens_only = (self.packing, self.overflow, self.bos_text, self.eos_text)
+        if self.tokenizer is None and self.task == "text" and tokens_only != (None,) * 4:
+            _refuse("--packing, --concat_tokens, --overflow and marks need a --tokenizer")
+        if not self.wrap and self.packing != "concat":
+            _refuse("--no_wrap says how --concat_tokens goes on: give that too")
+        if self.labels and self.regression:
+            _refuse("--labels name classes, --regression has none: give one of them")
+        if self.prompt_template and self.task == "classify":
+            _refuse("--prompt_template is not for --task classify, which reads text and text_pair")
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def parse_origins(dataset: str | None, splits: list[str]) -> dict[str, Origin]:
+    """Return what `--dataset` and `--splits` say, split by split.
+
+    With a dataset, `NAME`, `NAME=SPLIT` and `NAME=SPLIT[a:b]` name its splits; without one,
+    `NAME=FILE[a:b]` names a source for each.
+
+    Raises:
+        ConfigError: an item is not written so, or a name is there twice.
+    """
+    if not splits:
+        return {"train": Origin(dataset)}
+    origins = {}
+    for item in splits:
+        name, equals, value = item.partition("=")
+        if not equals and dataset is None:
+            _refuse("--splits is written SPLIT=DATASET, as in --splits train=a.jsonl")
+        parts = _SLICE.match(value or name)
+        if not name or parts is None:
+            _refuse(f"--splits {item}: is written NAME=SPLIT or NAME=SPLIT[0:1000]")
+        if name in origins:
+            _refuse(f"--splits {item}: there are two of the name {name!r}")
+        what, start, stop = parts["name"], int(parts["start"] or 0), parts["stop"]
+        reach = (start, int(stop) if stop else None)
+        if reach[1] is not None and reach[1] <= start:
+            _refuse(f"--splits {item}: the slice is empty")
+        origins[name] = Origin(dataset, what, *reach) if dataset else Origin(what, "train", *reach)
+    return origins
+
+
+def parse_fields(pairs: list[str]) -> dict[str, str]:
+    """Return `--field OURS=THEIRS ...` as a dict.
+
+    Raises:
+        ConfigError: one is not written so.
+    """
+    if any("=" not in pair for pair in pairs):
+        _refuse("--field is written OURS=THEIRS, as in --field response=output")
+    return dict(pair.split("=", 1) for pair in pairs)

@@ -1,0 +1,128 @@
+"""Conversations to token documents: the assistant's turns are learned, all else is given.
+
+The chat template is asked for the conversation up to each turn of the assistant. What it adds for
+the turn itself, up to the last special token in it, is learned: the answer and its end. Parts are
+tokenised apart, so that borders are exact and equal to what generation will meet.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from overture.data.encode import Document, Encoded, Tokens, token_document
+from overture.data.schema import token_columns
+from overture.errors import ConfigError
+
+Messages = list[dict[str, str]]
+_PROBE = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))] * 2
+
+
+class ChatEncoder:
+    """Encodes records with `messages`.
+
+    Args:
+        tokens: the tokenizer, taking special tokens as such: the template writes them.
+        template: Jinja, or None for the tokenizer's own.
+        max_seq_len: the longest document.
+        overflow: `truncate_prompt` leaves out the oldest turns after the system message; `drop`.
+
+    Raises:
+        ConfigError: there is no template, or it ends no answer with a special token, or it writes
+            earlier turns otherwise once later ones follow.
+    """
+
+    def __init__(
+        self, tokens: Tokens, template: str | None, max_seq_len: int, overflow: str
+    ) -> None:
+        self.tokens, self.max_seq_len, self.overflow = tokens, max_seq_len, overflow
+        self.columns = token_columns(tokens.vocab_size)
+        self.template = template or tokens.tokenizer.chat_template
+        if not self.template:
+            raise ConfigError(
+                f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template; name one "
+                "with --prompt_template (see --list_templates)"
+            )
+        try:
+            probed = self._parts(_PROBE)
+        except Exception as error:  # Jinja raises its own kinds, and templates raise theirs
+            raise ConfigError(f"the chat template fails: {error}") from None
+        if probed is None:
+            raise ConfigError(
+                "the chat template ends no answer with a special token, so a model could not "
+                "learn to stop, or it writes earlier turns otherwise once later ones follow; name "
+                "another with --prompt_template"
+            )
+
+    def encode(self, records: Sequence[dict[str, Any]]) -> Encoded:
+        """Return the documents of some records, in order."""
+        out = Encoded([], [], Counter())
+        parts = [self._checked_parts(record["messages"]) for record in records]
+        texts = [text for part in parts if not isinstance(part, str) for text, _ in part]
+        ids = iter(self.tokens.ids(texts))
+        for number, part in enumerate(parts):
+            if not isinstance(part, str):
+                part = self._fit(
+                    records[number]["messages"],
+                    [(next(ids), learned) for _, learned in part],
+                    out.notes,
+                )
+            if isinstance(part, str):
+                out.drops.append((number, part))
+            else:
+                out.documents.append(part)
+        return out
+
+    def _checked_parts(self, messages: Messages) -> list[tuple[str, bool]] | str:
+        if any(self.tokens.special.search(m["content"]) for m in messages):
+            return "special_token_in_text"
+        if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+            return "empty_response"
+        return self._parts(messages) or "template_rewrites"
+
+    def _parts(self, messages: Messages) -> list[tuple[str, bool]] | None:
+        """Return (text, learned) parts, or None if the template does not go on as it began."""
+        parts: list[tuple[str, bool]] = []
+        done = ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            given = self._render(messages[:number], True)
+            whole = self._render(messages[: number + 1], False)
+            ends = [match.end() for match in self.tokens.special.finditer(whole, len(given))]
+            if not (given.startswith(done) and whole.startswith(given) and ends):
+                return None
+            parts += [(given[len(done) :], False), (whole[len(given) : ends[-1]], True)]
+            done = whole[: ends[-1]]
+        return parts
+
+    def _render(self, messages: Messages, answer_next: bool) -> str:
+        return self.tokens.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=answer_next,
+        )
+
+    def _fit(
+        self, messages: Messages, parts: list[tuple[np.ndarray, bool]], notes: Counter[str]
+    ) -> Document | str:
+        cut = False
+        while True:
+            bos = self.tokens.missing_bos(parts[0][0])
+            length = len(bos) + sum(len(ids) for ids, _ in parts)
+            if length <= self.max_seq_len:
+                notes["truncated"] += cut
+                return token_document([(bos, False), *parts])
+            system = messages[:1] if messages[0]["role"] == "system" else []
+            if self.overflow != "truncate_prompt" or len(messages) - len(system) <= 2:
+                return "too_long"
+            messages, cut = [*system, *messages[len(system) + 2 :]], True
+            found = self._parts(messages)
+            if found is None:
+                return "template_rewrites"
+            ids = self.tokens.ids([text for text, _ in found])
+            parts = [(one, learned) for one, (_, learned) in zip(ids, found, strict=True)]

@@ -1,0 +1,168 @@
+"""Is a split what was written: its index, and the names, sizes and contents of its shards.
+
+The ledger holds the sha256 of `index.json`, and the index an xxh64 for every shard file, which
+hashes at the speed of memory. Streaming is not imported: the answer comes before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from overture.data.schema import INDEX, LEDGER, sha256_file
+from overture.errors import DataError
+
+REMEDY = "restore it from where it came, or convert the dataset again"
+
+_SHARD_KEYS = {
+    "column_encodings", "column_names", "column_sizes", "compression", "format", "hashes",
+    "raw_data", "samples", "size_limit", "version", "zip_data",
+}  # fmt: skip
+# A list of what may pass, since a `pkl` column runs code and image columns run their parsers.
+_SAFE_ENCODING = re.compile(
+    r"str|bytes|int|u?int(8|16|32|64)|float(16|32|64)|ndarray(:[a-z0-9]+(:\d+(,\d+)*)?)?"
+)
+_SAFE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+class ShardFile(NamedTuple):
+    """A file of a shard as the index records it."""
+
+    name: str
+    bytes: int
+    xxh64: str
+
+
+class Shard(NamedTuple):
+    """The files of a shard; where it is compressed, `raw` appears once Streaming unpacks it."""
+
+    raw: ShardFile
+    packed: ShardFile | None
+
+
+def read_index(path: Path) -> list[Shard]:
+    """Return the shards of an `index.json`, whoever wrote it.
+
+    Raises:
+        DataError: it is missing or malformed, a column could run code, or a file name leads out of
+            the folder.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: is missing; {REMEDY}")
+    try:
+        index = json.loads(path.read_bytes())
+        if _take(index, "version", int) != 2:
+            raise ValueError(f"version {index['version']}, not 2")
+        shards = [_shard(node) for node in _take(index, "shards", list)]
+        names = [file.name for shard in shards for file in shard if file]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("no shards, or two that share a file name")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not a sound index of shards ({error}); {REMEDY}") from None
+    return shards
+
+
+def _shard(node: Any) -> Shard:
+    if not isinstance(node, dict) or node.keys() != _SHARD_KEYS:
+        raise ValueError("a shard lacks keys or has unknown ones")
+    if node["version"] != 2 or node["format"] != "mds":
+        raise ValueError(f"a shard of format {node['format']!r} version {node['version']!r}")
+    if _take(node, "samples", int) == 0:
+        raise ValueError("a shard without samples")
+    columns = [_take(node, f"column_{part}", list) for part in ("names", "encodings", "sizes")]
+    for name, encoding, size in zip(*columns, strict=True):
+        if not _SAFE_ENCODING.fullmatch(str(encoding)):
+            raise ValueError(f"column {name!r} of the unknown or unsafe type {encoding!r}")
+        _take({"column size": size or 0}, "column size", int)
+    if bool(node["compression"]) != bool(node["zip_data"]):
+        raise ValueError("compression and zip_data do not match")
+    return Shard(_file(node["raw_data"]), _file(node["zip_data"]) if node["zip_data"] else None)
+
+
+def _file(node: Any) -> ShardFile:
+    name = _take(node, "basename", str)
+    if not _SAFE_NAME.fullmatch(name) or name in (INDEX, LEDGER):
+        raise ValueError(f"file name {name!r}")
+    if node.keys() != {"basename", "bytes", "hashes"}:
+        raise ValueError(f"{name} lacks keys or has unknown ones")
+    return ShardFile(name, _take(node, "bytes", int), _take(node["hashes"], "xxh64", str))
+
+
+def _take(node: Any, key: str, kind: type) -> Any:
+    """Return `node[key]` if it is there and of its kind; counts are never negative."""
+    value = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        raise ValueError(f"{key}: {str(value)[:40]}")
+    return value
+
+
+def verified_index(path: Path, ledger: dict[str, Any]) -> list[Shard]:
+    """Return the shards of the index at `path`, which must be the one that `ledger` knows.
+
+    Raises:
+        DataError: it is missing, or another, or unsound.
+    """
+    recorded = {entry["name"]: entry["sha256"] for entry in ledger["files"]}
+    if path.is_file() and sha256_file(path) != recorded.get(INDEX):
+        raise DataError(f"{path}: is not the index that its {LEDGER} was written with; {REMEDY}")
+    return read_index(path)
+
+
+def verify_split(folder: Path, ledger: dict[str, Any], contents: bool = True) -> None:
+    """Compare the files of a local split with what was written.
+
+    Args:
+        folder: the split.
+        ledger: its ledger.
+        contents: whether to hash the shards, rather than to look at names and sizes only.
+
+    Raises:
+        DataError: naming the first file that differs.
+    """
+    shards = verified_index(folder / INDEX, ledger)
+    written = [shard.packed or shard.raw for shard in shards]
+    # Sizes first: a copy that broke off is the commonest fault, and is found at once.
+    sizes = [(file, _size_fault(folder / file.name, file)) for file in written]
+    for file, fault in itertools.chain(sizes, damaged(folder, written) if contents else ()):
+        if fault:
+            raise DataError(f"{folder / file.name}: {fault}; {REMEDY}")
+    unpacked = [s.raw for s in shards if s.packed and (folder / s.raw.name).exists()]
+    for file, fault in damaged(folder, unpacked) if contents else ():
+        raise DataError(f"{folder / file.name}: {fault}; delete it: it will be unpacked again")
+
+
+def damaged(folder: Path, files: Sequence[ShardFile]) -> Iterator[tuple[ShardFile, str]]:
+    """Yield each of the files that differs from its record, and how; in order."""
+    # xxhash lets go of the interpreter lock, so that threads hash side by side.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        faults = pool.map(lambda file: find_fault(folder / file.name, file), files)
+        yield from ((file, fault) for file, fault in zip(files, faults, strict=True) if fault)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def find_fault(path: Path, file: ShardFile) -> str:
+    """Return how the file at `path` differs from its record, or an empty text."""
+    if fault := _size_fault(path, file):
+        return fault
+    digest, block = xxhash.xxh64(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as opened:
+        while count := opened.readinto(block):
+            digest.update(block[:count])
+    return "" if digest.hexdigest() == file.xxh64 else "holds other bytes than were written"
+
+
+def _size_fault(path: Path, file: ShardFile) -> str:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    return "" if size == file.bytes else f"has {size:,} bytes, {file.bytes:,} were written"

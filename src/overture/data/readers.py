@@ -1,0 +1,281 @@
+"""Readers of local files: each yields (line, record), broken rows included.
+
+Why these and not `datasets`' or pyarrow's readers for text formats: those stop at the first broken
+row and cannot say on which line it stood. Parquet, whose rows cannot break singly, is pyarrow's.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from overture.errors import ConfigError
+
+MAX_ROW_BYTES = 32 << 20  # a larger row is a mistake in the file, not a text to learn
+COMPRESSED = (".gz", ".zst")
+
+
+class Malformed(NamedTuple):
+    """Stands where a record should be: why there is none, in one word and in a sentence."""
+
+    reason: str
+    detail: str
+
+
+Rows = Iterator[tuple[int, "dict[str, Any] | Malformed"]]
+
+
+class Format(NamedTuple):
+    """How to read files that do not say it themselves."""
+
+    columns: tuple[str, ...] = ()  # of csv and tsv without a header
+    text_rows: str = "file"  # file | line | block
+
+
+PLAIN = Format()
+
+
+def reader(path: Path) -> Callable[[Path, Format], Rows] | None:
+    """Return the reader for a file by its name, or None where there is none."""
+    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
+    return READERS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed if it is `.gz` or `.zst`."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | Malformed]]:
+    """Yield numbered lines without their ends; one that is too long is read past, not kept."""
+    with open_bytes(path) as file:
+        number = 0
+        while line := file.readline(MAX_ROW_BYTES):
+            number += 1
+            if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(1 << 20)
+                yield number, _too_large()
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            yield number, line.rstrip(b"\r\n")
+
+
+def _too_large() -> Malformed:
+    return Malformed("too_large", f"is over {MAX_ROW_BYTES >> 20} MiB")
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str | Malformed]]:
+    for number, line in _lines(path):
+        if isinstance(line, Malformed):
+            yield number, line
+            continue
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield number, Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
+
+
+def read_jsonl(path: Path, _: Format = PLAIN) -> Rows:
+    """Yield the record of each line that is not blank."""
+    for number, line in _lines(path):
+        if isinstance(line, Malformed):
+            yield number, line
+        elif line and not line.isspace():
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError as error:
+                record = Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
+            except (ValueError, RecursionError) as error:
+                record = Malformed("not_json", f"is not valid JSON: {error}")
+            yield number, _object(record)
+
+
+def _object(record: Any) -> dict[str, Any] | Malformed:
+    if isinstance(record, (dict, Malformed)):
+        return record
+    return Malformed("not_object", "holds no JSON object")
+
+
+def _read_json(path: Path, form: Format) -> Rows:
+    """Yield records of a list, of `{"data": [...]}`, of SQuAD's nesting, or of JSON lines."""
+    with open_bytes(path) as file:
+        try:
+            whole = json.loads(file.read())
+        except ValueError as error:
+            if "Extra data" in str(error):
+                whole = None
+            else:
+                raise ConfigError(f"{path}: is not valid JSON: {error}") from None
+    if whole is None:
+        yield from read_jsonl(path, form)
+        return
+    rows = whole.get("data", [whole]) if isinstance(whole, dict) else whole
+    if not isinstance(rows, list):
+        raise ConfigError(f'{path}: holds neither a list of records nor one under "data"')
+    if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
+        rows = _squad_questions(rows)
+    yield from ((number, _object(row)) for number, row in enumerate(rows, start=1))
+
+
+def _squad_questions(articles: list[Any]) -> Iterator[dict[str, Any] | Malformed]:
+    """Yield a record per question of a SQuAD-format file (Rajpurkar et al. 2016)."""
+    for article in articles:
+        try:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers = [answer["text"] for answer in question.get("answers") or []]
+                    yield {
+                        "id": question.get("id"),
+                        "title": article.get("title", ""),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answer": answers[0] if answers else "",
+                        "answers": answers,
+                    }
+        except (KeyError, TypeError, AttributeError) as error:
+            yield Malformed("not_squad", f"is not in SQuAD format ({error!r})")
+
+
+def _read_csv(path: Path, form: Format) -> Rows:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open_bytes(path) as file:
+        # Broken bytes become lone surrogates, which the check of the fields then names by row.
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(text)
+
+        def cells() -> Iterator[tuple[int, list[str] | Malformed]]:
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield rows.line_num, Malformed("not_csv", f"is not valid CSV: {error}")
+                    continue
+                yield rows.line_num, row
+
+        yield from _table(path, cells(), form)
+
+
+def _read_tsv(path: Path, form: Format) -> Rows:
+    """Yield rows of tab-separated cells; quotes are characters like any other."""
+    cells = (
+        (number, line if isinstance(line, Malformed) else line.split("\t"))
+        for number, line in _text_lines(path)
+    )
+    yield from _table(path, cells, form)
+
+
+def _table(path: Path, rows: Iterator[tuple[int, Any]], form: Format) -> Rows:
+    names = list(form.columns)
+    for number, cells in rows:
+        if isinstance(cells, Malformed):
+            yield number, cells
+        elif not names:
+            names = cells
+            twice = next((n for n in names if n and names.count(n) > 1), None)
+            if twice:
+                raise ConfigError(
+                    f"{path}: the column {twice!r} is there twice in line 1; if that line is no "
+                    "header, name the columns with --columns"
+                )
+        elif not cells or cells == [""]:
+            continue
+        elif len(cells) != len(names):
+            wrong = f"has {len(cells)} cells, not {len(names)} ({', '.join(names)[:80]})"
+            yield number, Malformed("wrong_columns", wrong)
+        else:
+            yield number, dict(zip(names, cells, strict=True))
+
+
+def _read_parquet(path: Path, _: Format) -> Rows:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches(1_000):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as Parquet ({error})") from None
+
+
+def _read_text(path: Path, form: Format) -> Rows:
+    """Yield documents under `text`: the whole file, its lines, or blocks between blank lines."""
+    if form.text_rows == "file":
+        with open_bytes(path) as file:
+            content = file.read(MAX_ROW_BYTES + 1)
+        if len(content) > MAX_ROW_BYTES:
+            reason = _too_large()
+            advice = "; is it one document? --text_rows line or block divides it"
+            yield 1, Malformed(reason.reason, reason.detail + advice)
+            return
+        try:
+            yield 1, {"text": content.decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            yield 1, Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
+        return
+    block: list[str] = []
+    first = 1
+    for number, line in _text_lines(path):
+        if isinstance(line, Malformed):
+            yield number, line
+        elif form.text_rows == "line":
+            if line.strip():
+                yield number, {"text": line}
+        elif line.strip():
+            first = first if block else number
+            block.append(line)
+        elif block:
+            yield first, {"text": "\n".join(block)}
+            block = []
+    if block:
+        yield first, {"text": "\n".join(block)}
+
+
+def read_parallel(paths: list[Path]) -> Rows:
+    """Yield `source` and `target` from two files whose lines belong together.
+
+    Raises:
+        ConfigError: the files do not have the same number of lines.
+    """
+    ends = object()
+    left, right = (_text_lines(path) for path in paths)
+    while True:
+        one, other = next(left, ends), next(right, ends)
+        if one is ends and other is ends:
+            return
+        if one is ends or other is ends:
+            raise ConfigError(
+                f"{paths[0]} and {paths[1]}: {paths[one is not ends]} ends earlier than the other: "
+                "their lines do not belong together"
+            )
+        number, source, target = one[0], one[1], other[1]
+        bad = next((x for x in (source, target) if isinstance(x, Malformed)), None)
+        yield number, bad or {"source": source, "target": target}
+
+
+READERS: dict[str, Callable[[Path, Format], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}

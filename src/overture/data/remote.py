@@ -1,0 +1,43 @@
+"""Finished splits to object stores (s3://, gs://, ...), through Streaming's own uploaders."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.storage.upload import CloudUploader
+
+from overture.data.schema import INDEX, LEDGER
+from overture.errors import ConfigError
+
+
+def holds_split(remote: str) -> bool:
+    """Return whether a ledger is at `remote`, which is what makes a split whole there."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            CloudDownloader.get(remote).download(
+                f"{remote}/{LEDGER}", f"{folder}/{LEDGER}", timeout=60
+            )
+        except Exception:  # each store's client has its own way to say no such object
+            return False
+    return True
+
+
+def upload_split(folder: Path, remote: str) -> None:
+    """Upload a finished split, its index and ledger last: only then is it there for a reader.
+
+    Raises:
+        ConfigError: the store cannot be written to; the split stays in `folder`.
+    """
+    names = [p.name for p in sorted(folder.iterdir()) if p.name not in (INDEX, LEDGER)]
+    try:
+        uploader = CloudUploader.get((str(folder), remote), keep_local=True, exist_ok=True)
+        for name in [*names, INDEX, LEDGER]:
+            uploader.upload_file(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{remote}: cannot be written to ({reason}); the finished split is in {folder}: give "
+            "--resume to upload it without converting again"
+        ) from None

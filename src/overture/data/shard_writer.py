@@ -1,0 +1,139 @@
+"""Shards of one split, written so that an interrupted writing goes on to the same bytes.
+
+Whenever a shard is full, a journal beside the split says which shards are finished and where the
+window of documents began that the writer stands in. Going on means reading from that window on and
+writing only what no finished shard holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streaming import MDSWriter
+
+from overture.data.schema import LEDGER, sha256_file, write_aside
+from overture.errors import DataError
+
+REJECTED = "rejected.jsonl"
+
+
+@dataclass
+class Progress:
+    """How far a split has come at the start of a window: all that later windows depend on."""
+
+    row: int = 0  # the first row of the source that has not been read
+    samples: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    split: int = 0
+    left_over: int = 0  # tokens that concatenation could not place
+    carry: list[list[int]] = field(default_factory=list)  # its ids that wait for the next window
+    rejected_bytes: int = 0
+
+
+class ShardWriter:
+    """Writes samples into `place`; `progress` is where to begin.
+
+    Args:
+        place: the folder of the split, not yet renamed to its final name.
+        columns: MDS column types.
+        compression: `zstd` or None.
+        size_limit: bytes per shard, uncompressed.
+    """
+
+    def __init__(
+        self, place: Path, columns: dict[str, str], compression: str | None, size_limit: int
+    ) -> None:
+        self.place = place
+        self._journal = place.with_name(f"{place.name}.journal")
+        self.progress, shards = self._finished()
+        if place.exists():
+            known = {shard[_kind(shard)]["basename"] for shard in shards} | {REJECTED}
+            for path in [p for p in place.iterdir() if p.name not in known]:
+                path.unlink()  # begun but not finished
+        place.mkdir(parents=True, exist_ok=True)
+        # Streaming's writer wants an empty folder, which it then never looks at again.
+        empty = place.with_name(f"{place.name}.empty")
+        shutil.rmtree(empty, ignore_errors=True)
+        # Not `with MDSWriter`: on an error it would write an index that looks complete.
+        self._writer = MDSWriter(
+            out=str(empty),
+            columns=columns,
+            compression=compression,
+            hashes=["sha256", "xxh64"],
+            size_limit=size_limit,
+        )
+        empty.rmdir()
+        self._writer.local = str(place)
+        self._writer.shards = shards
+        self._written = sum(shard["samples"] for shard in shards)
+        self._rejected = (place / REJECTED).open("ab")
+        self._rejected.truncate(self.progress.rejected_bytes)
+        self._rejected.seek(0, os.SEEK_END)
+
+    def _finished(self) -> tuple[Progress, list[dict[str, Any]]]:
+        if not self._journal.exists():
+            return Progress(), []
+        journal = json.loads(self._journal.read_text(encoding="utf-8"))
+        return Progress(**journal["progress"]), journal["shards"]
+
+    def reject(self, entry: dict[str, Any]) -> None:
+        """Note a row that is not kept, and why."""
+        self._rejected.write(json.dumps(entry).encode() + b"\n")
+
+    def write(self, sample: dict[str, Any], number: int, window: Progress) -> None:
+        """Write sample `number` of the split, unless a finished shard holds it already.
+
+        Args:
+            sample: values by column.
+            number: counted from the start of the split.
+            window: the progress at the start of the window that the sample comes from.
+        """
+        if number < self._written:
+            return
+        finished = len(self._writer.shards)
+        self._writer.write(sample)
+        if len(self._writer.shards) > finished:
+            self._rejected.flush()
+            journal = {"progress": asdict(window), "shards": self._writer.shards}
+            write_aside(self._journal, json.dumps(journal))
+
+    def rejected_bytes(self) -> int:
+        """Return the length of what has been noted by `reject`."""
+        return self._rejected.tell()
+
+    def finish(self, ledger: dict[str, Any]) -> dict[str, Any]:
+        """Write the index, then the ledger, which says that the split is whole; return it."""
+        self._rejected.close()
+        if not (self.place / REJECTED).stat().st_size:
+            (self.place / REJECTED).unlink()
+        self._writer.finish()
+        files = {p.name: (p.stat().st_size, sha256_file(p)) for p in sorted(self.place.iterdir())}
+        for shard in self._writer.shards:
+            meant = shard[_kind(shard)]
+            if files[meant["basename"]] != (meant["bytes"], meant["hashes"]["sha256"]):
+                raise DataError(
+                    f"{self.place / meant['basename']}: reads back otherwise than it was written; "
+                    "check the disk and convert again without --resume"
+                )
+        ledger["files"] = [
+            {"name": name, "bytes": size, "sha256": digest}
+            for name, (size, digest) in files.items()
+        ]
+        text = json.dumps(ledger, indent=1, ensure_ascii=False) + "\n"
+        write_aside(self.place / LEDGER, text)
+        return ledger
+
+
+def _kind(shard: dict[str, Any]) -> str:
+    """Return under which key of an index's shard its file on disk is described."""
+    return "zip_data" if shard.get("zip_data") else "raw_data"

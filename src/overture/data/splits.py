@@ -1,0 +1,92 @@
+"""Which row goes into which split. Splits are drawn before anything is dropped, so that no filter
+can move a row between them; then a row that is held out anywhere leaves train.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from overture.data.examine import Examination, Fields, repeats
+from overture.data.sources import Source
+from overture.errors import ConfigError
+
+
+@dataclass
+class Part:
+    """A source, what was found in it, and for each row the number of its split in `splits`."""
+
+    source: Source
+    fields: Fields
+    found: Examination
+    splits: list[str]
+    owners: np.ndarray  # [rows] uint8
+
+    @property
+    def duplicates(self) -> int:
+        """Return how many rows repeat an earlier one."""
+        return int(repeats(self.found.contents).sum())
+
+
+def draw(
+    source: Source, fields: Fields, found: Examination, split: str, test_fraction: float, seed: int
+) -> Part:
+    """Return a source with its rows divided.
+
+    The test share is rounded up, as scikit-learn and datasets have it. Stratified, each stratum
+    gives its share, and the largest remainders give what is then still missing.
+
+    Raises:
+        ConfigError: no row would be left to train on.
+    """
+    owners = np.zeros(found.rows, np.uint8)
+    if not test_fraction:
+        return Part(source, fields, found, [split], owners)
+    held_out = math.ceil(found.rows * test_fraction)
+    if held_out == found.rows:
+        raise ConfigError(
+            f"--test_fraction {test_fraction} of {found.rows} rows leaves none to train on"
+        )
+    rng = random.Random(seed)
+    if fields.stratify is None:
+        owners[rng.sample(range(found.rows), held_out)] = 1
+    else:
+        for rows, count in _strata(found.strata, held_out):
+            owners[[rows[i] for i in rng.sample(range(len(rows)), count)]] = 1
+    return Part(source, fields, found, ["train", "test"], owners)
+
+
+def _strata(keys: np.ndarray, held_out: int) -> list[tuple[np.ndarray, int]]:
+    """Return (rows, how many of them to hold out) per stratum, in the order they first appear."""
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    groups = [np.flatnonzero(which == number) for number in np.argsort(first)]
+    shares = [len(rows) * held_out / len(keys) for rows in groups]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(groups)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: held_out - sum(counts)]:
+        counts[i] += 1
+    return list(zip(groups, counts, strict=True))
+
+
+def mark_repeats(parts: Sequence[Part], dedupe: bool) -> None:
+    """Give rows of train whose prompt is held out, and with `dedupe` repeated rows, their fate."""
+    held_out = np.concatenate(
+        [p.found.prompts[p.owners != number_of(p, "train")] for p in parts]
+    )  # malformed rows have keys that no row shares
+    for part in parts:
+        kept = part.found.fates == 0
+        if dedupe:
+            part.found.fates[kept & repeats(part.found.contents)] = part.found.fate("duplicate")
+        shared = np.isin(part.found.prompts, held_out)
+        train = part.owners == number_of(part, "train")
+        fate = part.found.fate("also_held_out")
+        part.found.fates[kept & shared & train] = fate
+
+
+def number_of(part: Part, split: str) -> int:
+    """Return the number of a split in a part, -1 if it is not there."""
+    return part.splits.index(split) if split in part.splits else -1

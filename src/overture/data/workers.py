@@ -1,0 +1,74 @@
+"""Batches of records encoded in order, by this process or by several."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from overture.data.encode import Encoded
+from overture.errors import GuardError
+
+_encoder: Any = None  # in a worker process: what it encodes with
+
+
+class Workers:
+    """Encodes with `encoder`, in `processes` processes; use as a context manager.
+
+    One process lets the tokenizer's own threads use all cores. More of them share the cores with
+    one thread each (set TOKENIZERS_PARALLELISM=false), which scales better than the threads do.
+
+    Raises:
+        GuardError: a worker process died.
+    """
+
+    def __init__(self, encoder: Any, processes: int) -> None:
+        self.encoder, self.processes = encoder, processes
+        self._pool = None
+        # What the imports have made is here to stay: without this the collector goes through all
+        # of it again and again, and forked workers would copy it.
+        gc.freeze()
+        if processes > 1:
+            global _encoder
+            _encoder = encoder  # forked workers have it without pickling or importing anything
+            self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+            # All workers are forked now, before this process starts threads of its own.
+            list(self._pool.map(len, [[]] * processes))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def encode(self, batches: Iterable[tuple[Any, list[Any]]]) -> Iterator[tuple[Any, Encoded]]:
+        """Yield (whatever came with a batch, its encoded records), in order."""
+        if self._pool is None:
+            yield from ((tag, self.encoder.encode(records)) for tag, records in batches)
+            return
+        batches = iter(batches)
+        waiting: deque[tuple[Any, Future]] = deque()
+        try:
+            while True:
+                ahead = 2 * self.processes - len(waiting)  # bounds memory
+                for tag, records in itertools.islice(batches, ahead):
+                    waiting.append((tag, self._pool.submit(_encode, records)))
+                if not waiting:
+                    return
+                tag, future = waiting.popleft()
+                yield tag, future.result()
+        except BrokenProcessPool:
+            raise GuardError(
+                "a worker process of the conversion died (out of memory?): run the same command "
+                "with --resume and fewer --processes"
+            ) from None
+
+
+def _encode(records: list[Any]) -> Encoded:
+    return _encoder.encode(records)

@@ -1,0 +1,127 @@
+"""The hidden folder that a conversion works in, until its splits are whole and can be renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from overture.data.conversion import Conversion
+from overture.data.schema import LEDGER, read_ledger, write_aside
+from overture.data.sources import Source
+from overture.errors import ConfigError, GuardError
+
+PARTIAL = ".partial"
+
+
+class Workspace:
+    """`OUT/.partial/`, held by one conversion at a time; left behind only by one that was killed.
+
+    For an object store the folder is in the temporary directory, the same one for the same target.
+
+    Raises:
+        ConfigError: another conversion is at work there.
+        GuardError: (on leaving) the disk is full, or failed otherwise.
+    """
+
+    def __init__(self, job: Conversion) -> None:
+        self.job = job
+        self.home = Path(job.out_root)
+        if job.remote:  # made here, then uploaded; found again by --resume
+            name = hashlib.sha256(job.out_root.encode()).hexdigest()[:16]
+            self.home = Path(tempfile.gettempdir()) / f"overture-{name}"
+        self.home.mkdir(parents=True, exist_ok=True)
+        # The kernel lets go of the lock when its holder dies, however it dies.
+        self._lock = os.open(self.home, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise ConfigError(
+                f"{job.out_root}: another conversion is writing there; wait for it, or choose "
+                "another --out_root"
+            ) from None
+        self.folder = self.home / PARTIAL
+        if not job.resume:
+            shutil.rmtree(self.home if job.remote else self.folder, ignore_errors=True)
+            self.home.mkdir(exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
+        self._facts = self.folder / "facts.json"
+        self._goes_on = self._facts.exists()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        # A refusal has nothing to go on with; a full disk or ^C leaves the traces for --resume.
+        refused = kind is not None and issubclass(kind, ConfigError) and not self._goes_on
+        if kind is None or refused:
+            done = self.job.remote and kind is None  # and uploaded
+            shutil.rmtree(self.home if done else self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.home.rmdir()  # if nothing is in it
+        os.close(self._lock)
+        if kind is not None and issubclass(kind, OSError):
+            raise GuardError(
+                f"{self.home}: cannot go on ({error}); what is finished is kept: run the same "
+                "command again with --resume"
+            ) from None
+
+    def bind(self, facts: dict[str, Any]) -> None:
+        """Remember what the conversion depends on; when going on, it must be the same as then.
+
+        Raises:
+            ConfigError: naming the first fact that differs.
+        """
+        facts = json.loads(json.dumps(facts))
+        then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}
+        other = next((name for name in facts if then.get(name, facts[name]) != facts[name]), None)
+        if other:
+            raise ConfigError(
+                f"--resume: the interrupted conversion had {other} {then[other]!r}, not "
+                f"{facts[other]!r}; give the same, or leave --resume out to start over"
+            )
+        write_aside(self._facts, json.dumps({**then, **facts}))
+
+    def finished(self, split: str, source: Source) -> dict[str, Any] | None:
+        """Return, when going on, the ledger of a split that is whole, here or in its place already.
+
+        The kill may have come between two renames, or before an upload.
+
+        Raises:
+            ConfigError: another split is in its place.
+        """
+        ours = {"arguments": self.job.identity()}
+        ours["source"] = {"name": source.name, **source.fingerprint}
+        ours = json.loads(json.dumps(ours))
+        for folder in (self.folder / split, self.place(split)):
+            if self.job.resume and (folder / LEDGER).is_file():
+                ledger = read_ledger(folder)
+                if {name: ledger.get(name) for name in ours} == ours:
+                    return ledger
+        if self.job.resume and not self.job.overwrite and self.place(split).exists():
+            raise ConfigError(
+                f"{self.place(split)} is there already and is not of this conversion; give "
+                "--overwrite to replace it"
+            )
+        return None
+
+    def place(self, split: str) -> Path:
+        """Return where a split goes, on this machine."""
+        return self.home / Path(self.job.place(split)).name
+
+    def move_into_place(self, split: str) -> None:
+        """Rename a finished split to its place; an old one goes with this folder."""
+        place = self.place(split)
+        aside = self.folder / place.name
+        if not aside.exists():
+            return  # moved before the interruption
+        if place.exists():
+            os.rename(place, self.folder / f"old-{place.name}")
+        os.rename(aside, place)

@@ -1,0 +1,181 @@
+"""One split: encoded documents to packed samples to shards, window by window, with its ledger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overture.data.conversion import Conversion
+from overture.data.encode import Document
+from overture.data.packing import best_fit, concatenate
+from overture.data.shard_writer import Progress, ShardWriter
+from overture.data.workers import Workers
+from overture.errors import ConfigError
+
+WINDOW_DOCUMENTS = 16_384  # documents packed together; bounds memory
+WINDOW_REJECTED = 65_536
+
+
+def write_split(
+    job: Conversion, folder: Path, rows: Any, workers: Workers, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write one split into `folder` and return its ledger; goes on where a journal says.
+
+    Args:
+        job: what to do.
+        folder: where the split is made, under its name.
+        rows: `convert.Selected`, the rows of the split.
+        workers: encode them.
+        facts: of the ledger, the same for all splits.
+
+    Raises:
+        ConfigError: no row is left, or one is too long under `--overflow error`.
+    """
+    columns = workers.encoder.columns
+    writer = ShardWriter(folder / rows.split, columns, job.compression, job.size_limit)
+    progress = writer.progress
+    for window in _windows(job, rows, workers, progress.row):
+        start = deepcopy(progress)
+        for entry in window.rejected:
+            writer.reject(entry)
+        for row in _packed(job, window.documents, progress):
+            writer.write(_sample(row, columns, facts), progress.samples, start)
+            progress.samples += 1
+            progress.documents += len(row)
+            progress.tokens += sum(len(d.get(n, ())) for d in row for n in ("input_ids", "labels"))
+            progress.trained += sum(map(_learned, row))
+        progress.row = window.end
+        progress.kept += window.kept
+        progress.truncated += window.notes["truncated"]
+        progress.split += window.notes["split"]
+        for entry in window.rejected:
+            progress.dropped[entry["reason"]] = progress.dropped.get(entry["reason"], 0) + 1
+        progress.rejected_bytes = writer.rejected_bytes()
+    progress.left_over += len(progress.carry)
+    if not progress.samples:
+        why = ", ".join(f"{n:,} {reason}" for reason, n in progress.dropped.items())
+        raise ConfigError(
+            f"{rows.part.source.name}: no row is left for {rows.split!r}"
+            + (f" (dropped: {why})" if why else "")
+        )
+    return writer.finish(_ledger(job, rows, columns, facts, progress))
+
+
+@dataclass
+class _Window:
+    """Documents that are packed together, and what was not kept on the way to them."""
+
+    documents: list[Document] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    end: int = 0  # the row of the source after the last one
+
+
+def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Iterator[_Window]:
+    window = _Window()
+    for (end, places, rejected), encoded in workers.encode(rows.batches(from_row)):
+        window.rejected += rejected
+        for number, reason in encoded.drops:
+            place = places[number]
+            if reason == "too_long" and job.overflow == "error":
+                raise ConfigError(
+                    f"{rows.part.source.name}: {place} does not fit --max_seq_len "
+                    f"{job.max_seq_len}, and --overflow is error"
+                )
+            entry = {"file": place.file} if place.file else {}
+            window.rejected.append({**entry, "line": place.line, "reason": reason})
+        window.documents += encoded.documents
+        window.notes.update(encoded.notes)
+        window.kept += len(places) - len(encoded.drops)
+        window.end = end
+        if len(window.documents) >= WINDOW_DOCUMENTS or len(window.rejected) >= WINDOW_REJECTED:
+            yield window
+            window = _Window()
+    if window.end:
+        yield window
+
+
+def _packed(
+    job: Conversion, documents: list[Document], progress: Progress
+) -> Iterator[list[Document]]:
+    """Yield the documents of one sample at a time."""
+    method = job.how_packed()
+    if method == "none":
+        yield from ([document] for document in documents)
+    elif method == "concat":
+        ids = [document["input_ids"] for document in documents]
+        filled, rest, lost = concatenate(ids, progress.carry, job.max_seq_len, job.wrap)
+        progress.carry = rest.tolist()
+        progress.left_over += lost
+        mask = np.ones(job.max_seq_len, np.uint8)
+        mask[0] = 0  # nothing could predict it
+        yield from ([{"input_ids": row, "loss_mask": mask}] for row in filled)
+    else:
+        for row in best_fit([len(d["input_ids"]) for d in documents], job.max_seq_len):
+            yield [documents[index] for index in row]
+
+
+def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the MDS sample of some documents, in the types of the columns."""
+    sample = {}
+    for name, kind in columns.items():
+        if name == "document_ends":
+            sample[name] = np.cumsum([len(d["input_ids"]) for d in row], dtype=np.uint32)
+        elif kind.startswith("ndarray:"):
+            values = row[0][name] if len(row) == 1 else np.concatenate([d[name] for d in row])
+            if name in ("input_ids", "labels") and values.max() >= facts["tokenizer"]["vocab_size"]:
+                raise ConfigError(
+                    f"{facts['tokenizer']['name']}: the tokenizer gives id {values.max()}, outside "
+                    f"its own vocabulary of {facts['tokenizer']['vocab_size']:,}"
+                )
+            sample[name] = values.astype(kind.split(":")[1])
+        else:
+            sample[name] = row[0][name]
+    return sample
+
+
+def _learned(document: Document) -> int:
+    """Return how many tokens of a document are learned; a classifier's are none."""
+    if "loss_mask" in document:
+        return int(np.count_nonzero(document["loss_mask"]))
+    return len(document.get("labels", ()))
+
+
+def _ledger(
+    job: Conversion, rows: Any, columns: dict[str, str], facts: dict[str, Any], done: Progress
+) -> dict[str, Any]:
+    found = rows.part.found
+    packed = job.how_packed() != "none"
+    malformed = {why: n for why, n in done.dropped.items() if why in found.malformed}
+    return {
+        **facts,
+        "split": rows.split,
+        "source": {"name": rows.part.source.name, **rows.part.source.fingerprint},
+        "arguments": job.identity(),
+        "rows": {
+            "read": found.rows,
+            "in_split": rows.in_split,
+            "kept": done.kept,
+            "malformed": malformed,
+            "dropped": {why: n for why, n in done.dropped.items() if why not in malformed},
+            "truncated": done.truncated,
+            "split": done.split,
+            "duplicates": rows.part.duplicates,
+        },
+        "documents": done.documents,
+        "samples": done.samples,
+        "tokens": {"total": done.tokens, "trained": done.trained, "left_over": done.left_over},
+        "packing": {
+            "method": job.how_packed(),
+            "utilisation": done.tokens / (done.samples * job.max_seq_len) if packed else 1.0,
+        },
+        "max_seq_len": job.max_seq_len,
+        "columns": columns,
+    }

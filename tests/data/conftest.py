@@ -1,0 +1,73 @@
+"""Fixtures for faults in shards: splits of many small shards, and an end to whatever hangs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from streaming import MDSWriter
+from streaming.base.format import reader_from_json
+
+from overture.data.schema import read_ledger, sha256_file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def many_open_files():
+    """Allow more than the usual 1,024: datasets keep all of their segments until a process ends."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@pytest.fixture
+def write_split(smoke, tmp_path) -> Callable[..., Path]:
+    """Write a smoke split anew, in shards of some 8 KB, with a ledger; returns its folder."""
+
+    def write(place: str = "data/train", compression: str | None = None, rows: int = 60) -> Path:
+        ledger = read_ledger(smoke / "instruct" / "train")
+        index = json.loads((smoke / "instruct" / "train" / "index.json").read_text())
+        source = reader_from_json(str(smoke / "instruct"), "train", index["shards"][0])
+        folder = tmp_path / place
+        with MDSWriter(
+            columns=ledger["columns"], out=str(folder), compression=compression,
+            hashes=["sha256", "xxh64"], size_limit=8192,
+        ) as writer:  # fmt: skip
+            for number in range(rows):
+                writer.write(source[number])
+        ledger["samples"] = rows
+        ledger["files"] = [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(folder.iterdir())
+        ]
+        (folder / "dataset.json").write_text(json.dumps(ledger))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def damage() -> Callable[[Path], None]:
+    """Flip one bit in the middle of a file; size and time stay."""
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    return flip
+
+
+@pytest.fixture
+def within():
+    """Fail a test that hangs: `within(20)` allows it 20 seconds from then on."""
+
+    def expire(*_):
+        raise TimeoutError("this hangs")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    yield signal.alarm
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
