@@ -183,7 +183,7 @@ def test_long_tables_are_folded_and_long_curves_keep_their_spike(folder):
     page = Page(build_report(folder))
     curve = page.curve("train loss")
     assert len(curve) <= 2000 and sum(y < 5 for _, y in curve) == 1
-    assert "3 more" in page.text and len(page.all("table", "numbers")) == 2
+    assert "1 more" in page.text and len(page.all("table", "numbers")) == 2
 
 
 def test_a_killed_and_resumed_run(folder):
@@ -206,7 +206,7 @@ def test_only_result_json_is_required(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(empty))
     page = Page(build_report(tmp_path))
     assert page.all("polyline") == [] and page.all("table") == [] and page.all("pre") == []
-    assert "no target" in page.text and page.all("b", "bad")
+    assert "target–" in page.text and page.all("b", "bad")
     assert "None" not in page.text and "null" not in page.text
     assert summary_lines(empty) == [f"{'status':<20}failed", f"{'target':<20}none"]
 

@@ -1,22 +1,24 @@
 """The page and the closing summary of a run, made from the files of its run folder alone.
 
 `report.html` is one file: no network, no script. The charts are inline SVG, placed in per cent, so
-letters keep their size from phone to paper. A section is a function that returns HTML, "" if empty.
+letters keep their size from phone to paper. A part is a function that returns HTML, "" if empty.
 """
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from statistics import median
 
+from overture.data.page import key_figures, quiet, safe, section, table, write_page
 from overture.errors import ConfigError
 
 MAX_CURVE_POINTS = 2000  # a longer curve is drawn through the extremes of each stretch of it
-MAX_OPEN_ROWS = 10  # the rows of a table that follow are folded
-BADGES = {"target_reached": "good", "completed": "good", "failed": "bad"}  # any other: "warn"
+SPECS = {
+    "eval_perplexity": ",.2f", "steps": ",.0f", "tokens_seen": ",.0f", "label_tokens_seen": ",.0f",
+    "tokens_per_second": ",.0f", "label_tokens_per_second": ",.0f", "seed": ".0f",
+}  # fmt: skip
+BADGES = {"target_reached": "good", "completed": "good", "failed": "bad"}
 
 
 @dataclass
@@ -34,9 +36,9 @@ class Run:
 
 def build_report(run_folder: Path) -> Path:
     """Writes `<run_folder>/report.html` and returns its path; raises as load_run does."""
-    page, aside = run_folder / "report.html", run_folder / "report.html.part"
-    aside.write_text(_page(load_run(run_folder)), encoding="utf-8", errors="replace")
-    os.replace(aside, page)
+    run, page = load_run(run_folder), run_folder / "report.html"
+    parts = (part(run) for part in (_key_figures, _curves, _evals, _generations, _appendix))
+    write_page(page, str(run.result.get("run_name")), STYLE, "".join(parts))
     return page
 
 
@@ -49,15 +51,10 @@ def summary_lines(result: dict) -> list[str]:
         "status": str(result.get("status")).replace("_", " "),
         "target": _number(result.get("target")) or "none",
         "eval cross-entropy": " -> ".join(filter(None, map(_number, losses))),
-        "eval perplexity": _number(result.get("eval_perplexity"), ",.2f"),
-        "time to train": _finite(seconds) and f"{_duration(seconds)} ({seconds:,.1f} s)",
-        "steps": _number(result.get("steps"), ",.0f"),
-        "tokens": _number(result.get("tokens_seen"), ",.0f"),
-        "label tokens": _number(result.get("label_tokens_seen"), ",.0f"),
-        "tokens/s": _number(result.get("tokens_per_second"), ",.0f"),
-        "label tokens/s": _number(result.get("label_tokens_per_second"), ",.0f"),
         "exact match": " -> ".join(_number(m, ".1%") for m in matches if m is not None),
+        "time to train": _finite(seconds) and f"{_duration(seconds)} ({seconds:,.1f} s)",
     }
+    rows |= {_name(key): _number(result.get(key), spec) for key, spec in SPECS.items()}
     return [f"{name:<20}{text}" for name, text in rows.items() if text]
 
 
@@ -108,8 +105,12 @@ def _number(value, spec: str = ",.4f") -> str:
 
 def _data(value, spec: str = ",.4f") -> str:
     """Returns the number for reading as HTML that also holds the exact one of the file."""
-    text = escape(_number(value, spec))
-    return f'<data value="{escape(str(value))}">{text}</data>' if text else "–"
+    text = safe(_number(value, spec))
+    return f'<data value="{safe(value)}">{text}</data>' if text else "–"
+
+
+def _name(key: str) -> str:
+    return key.replace("_per_second", "/s").replace("_", " ")
 
 
 def _duration(seconds: float) -> str:
@@ -132,10 +133,7 @@ def _ticks(low: float, high: float, least: float = 0.0) -> list[tuple[float, str
     size = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = max(least, next(m * size for m in (1, 2, 5, 10) if m * size >= (high - low) / 5.001))
     span = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
-    unit, suffix = next(u for u in ((1e6, "M"), (1e3, "k"), (0, "")) if step >= u[0])
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    text = f"{{:,.{digits}f}}" if digits < 5 else "{:.3g}"
-    return [(i * step, text.format(i * step / (unit or 1)) + suffix * bool(i)) for i in span]
+    return [(i * step, f"{i * step:,.6g}") for i in span]
 
 
 def _chart(title: str, y_title: str, curves: list[tuple], target=None, from_zero=False) -> str:
@@ -182,149 +180,91 @@ def _chart(title: str, y_title: str, curves: list[tuple], target=None, from_zero
     )
 
 
-def _header(run: Run) -> str:
-    result, style = run.result, BADGES.get(run.result.get("status"), "warn")
-    names = {"steps": "steps", "tokens_seen": "tokens", "label_tokens_seen": "label tokens"}
-    facts = [f"{_data(result.get(key), ',.0f')} {name}" for key, name in names.items()]
-    status = escape(str(result.get("status")).replace("_", " "))
-    title = f'<h1>{escape(str(result.get("run_name")))}</h1><b class="badge {style}">{status}</b>'
-    facts.append(f"seed {_data(result.get('seed'), '.0f')}")
-    return f"<header>{title}<p>{' · '.join(facts)}</p></header>"
-
-
 def _key_figures(run: Run) -> str:
     result, metrics = run.result, run.result.get("metrics") or {}
-    target, before = result.get("target"), result.get("eval_cross_entropy_before")
-    note = "no target" if target is None else f"target {_data(target)}"
-    note += "" if before is None else f"<br>before training {_data(before)}"
-    seconds = result.get("time_to_train_seconds")
-    time = (_duration(seconds), f"{_data(seconds, ',.1f')} s") if _finite(seconds) else ("–", "")
+    style, status = BADGES.get(result.get("status"), ""), safe(result.get("status"))
+    time = result.get("time_to_train_seconds")
+    losses = dict.fromkeys(("eval_cross_entropy", "eval_cross_entropy_before", "target"), ",.4f")
     figures = [
-        ("Eval cross-entropy", _data(result.get("eval_cross_entropy")), note),
-        ("Eval perplexity", _data(result.get("eval_perplexity"), ",.2f"), ""),
-        ("Time to train", *time),
-        ("Tokens per second", _data(result.get("tokens_per_second"), ",.0f"), ""),
-        ("Label tokens per second", _data(result.get("label_tokens_per_second"), ",.0f"), ""),
+        ("status", f'<b class="{style}">{status.replace("_", " ")}</b>', ""),
+        ("seconds to train", _data(time, ",.1f"), _duration(time) if _finite(time) else ""),
+        *((_name(k), _data(result.get(k), spec), "") for k, spec in {**losses, **SPECS}.items()),
     ]
     if metrics.get("exact_match_after") is not None:
         pair = (_data(metrics.get(f"exact_match_{when}"), ".1%") for when in ("before", "after"))
         prompts = f"{_data(metrics.get('exact_match_prompts'), ',.0f')} held-out prompts"
-        figures.append(("Exact match", " → ".join(pair), prompts))
+        figures.append(("exact match", " → ".join(pair), prompts))
     others = {k: v for k, v in metrics.items() if _finite(v) and not k.startswith("exact_match")}
-    figures += [(escape(name), _data(value), "") for name, value in others.items()]
-    html = "".join(f"<div><dt>{n}</dt><dd>{v}</dd><dd>{note}</dd></div>" for n, v, note in figures)
-    return f'<dl class="figures">{html}</dl>'
+    return key_figures([*figures, *((safe(k), _data(v), "") for k, v in others.items())])
 
 
-def _loss(run: Run) -> str:
-    train = ("train loss", "faint", _points(run.train, "loss"))
+def _curves(run: Run) -> str:
+    loss = ("train loss", "faint", _points(run.train, "loss"))
     held = ("eval cross-entropy", "strong dots", _points(run.evals, "cross_entropy"))
-    return _chart("Loss", "cross-entropy (nats per token)", [train, held], run.result.get("target"))
-
-
-def _speed(run: Run) -> str:
     every = ("all tokens", "strong", _points(run.train, "tokens_per_second"))
     label = ("label tokens", "faint", _points(run.train, "label_tokens_per_second"))
     rate = ("learning rate", "strong", _points(run.train, "learning_rate"))
-    html = _chart("Throughput", "tokens per second", [every, label], from_zero=True)
-    html += _chart("Schedule", "learning rate", [rate], from_zero=True)
+    target = run.result.get("target")
+    html = _chart("Loss", "cross-entropy (nats per token)", [loss, held], target)
+    pair = _chart("Throughput", "tokens per second", [every, label], from_zero=True)
+    pair += _chart("Schedule", "learning rate", [rate], from_zero=True)
     shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
     columns = {n: [r[k] for r in run.train if _finite(r.get(k))] for k, n in shares.items()}
     medians = [f"{name} {median(column):.1%}" for name, column in columns.items() if column]
-    note = f'<p class="quiet">Median: {", ".join(medians)}.</p>' if medians else ""
-    return f'<div class="pair">{html}</div>{note}'
+    note = f"Median: {', '.join(medians)}." if medians else ""
+    return f'{html}<div class="pair">{pair}</div>{quiet(note)}'
 
 
 def _evals(run: Run) -> str:
     specs = {"step": ",.0f", "seconds": ",.1f", "cross_entropy": ",.4f", "perplexity": ",.2f"}
     rows = [[_data(r.get(k), spec) for k, spec in specs.items()] for r in reversed(run.evals)]
-    table = _table(["step", "seconds", "cross-entropy", "perplexity"], rows, "numbers")
-    return f"<h2>Evaluations, latest first</h2>{table}" if rows else ""
+    return section("Evaluations, latest first", table(rows, "numbers", list(specs)))
 
 
 def _generations(run: Run) -> str:
     def cell(record: dict, key: str) -> str:
         text = "–" if record.get(key) is None else str(record[key])
         mark = '<b class="exact">✓ exact</b>' if record.get(f"exact_{key}") is True else ""
-        return f"{mark}<span>{escape(text)}</span>"
+        return f"{mark}<span>{safe(text)}</span>"
 
     head = ["prompt", "expected", "before", "after"]
-    table = _table(head, [[cell(r, key) for key in head] for r in run.generations], "texts")
+    html = table([[cell(r, key) for key in head] for r in run.generations], "texts", head)
     counts = [sum(r.get(f"exact_{key}") is True for r in run.generations) for key in head[2:]]
     note = f"Of these {len(run.generations)}, exact before training {counts[0]}, after {counts[1]}."
-    html = f'<h2>Generations on held-out prompts</h2><p class="quiet">{note}</p>{table}'
-    return html if run.generations else ""
-
-
-def _table(head: list[str], rows: list[list[str]], style: str) -> str:
-    """Returns a table of cells that are HTML already; rows after MAX_OPEN_ROWS are folded."""
-    names = "<th>" + "</th><th>".join(head) + "</th>"
-    lines = ["<tr><td>" + "</td><td>".join(row) + "</td></tr>" for row in rows]
-    html = f'<table class="{style}"><thead><tr>{names}</tr></thead><tbody>%s</tbody></table>'
-    shown, folded = "".join(lines[:MAX_OPEN_ROWS]), "".join(lines[MAX_OPEN_ROWS:])
-    more = f"<details><summary>{len(rows) - MAX_OPEN_ROWS} more</summary>%s</details>" % html
-    return html % shown + (more % folded if folded else "")
+    return section("Generations on held-out prompts", html and quiet(note) + html)
 
 
 def _appendix(run: Run) -> str:
-    environment = dict(run.environment)
-    command = environment.pop("command", "")
-    html = f"<h2>Reproduce</h2><pre>{escape(str(command))}</pre>" if command else ""
-    listing = json.dumps(environment, indent=2, ensure_ascii=False) if environment else ""
-    for title, text in {"Resolved config": run.config, "Environment": listing}.items():
-        block = f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
-        html += block if text else ""
-    return html + "".join(f'<p class="quiet">{escape(note)}</p>' for note in run.notes)
-
-
-def _page(run: Run) -> str:
-    sections = (_header, _key_figures, _loss, _speed, _evals, _generations, _appendix)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Run {escape(str(run.result.get('run_name')))}</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(section(run) for section in sections)}</main></body></html>"
+    listing = run.environment and json.dumps(run.environment, indent=2, ensure_ascii=False)
+    texts = {"Command": run.environment.get("command"), "Config": run.config, "Machine": listing}
+    html = "".join(
+        f"<details><summary>{title}</summary><pre>{safe(text)}</pre></details>"
+        for title, text in texts.items()
+        if text
     )
+    return html + "".join(quiet(safe(note)) for note in run.notes)
 
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c2127; --quiet: #5d6773; --line: #e2e6ea;
-  --strong: #1d5fb8; --faint: #8b97a5; --target: #b4530a; --good: #1a7440; --bad: #b3261e }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e4e7ea;
-  --quiet: #9aa4af; --line: #2d333a; --strong: #7db1f5; --faint: #76828f; --target: #f0a25c;
-  --good: #6cc792; --bad: #f28b82 } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 920px; margin: auto; padding: 40px 20px; overflow-wrap: anywhere }
-h1 { display: inline; font-size: 26px; margin-right: 12px }
-h2, figcaption { font-size: 16px; font-weight: 600; margin: 40px 0 4px }
-.badge { display: inline-block; padding: 1px 10px; border: 1px solid; border-radius: 99px;
-  font-size: 13px; vertical-align: 4px; color: var(--target) } .badge.bad { color: var(--bad) }
-.quiet, .axis, dt, dd, th { color: var(--quiet); font-size: 13px; margin: 4px 0; font-weight: 400 }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(240px, 40%), 1fr));
-  gap: 20px; padding: 20px 0; border: solid var(--line); border-width: 1px 0; margin-top: 28px }
-dt + dd { font-size: 21px; font-weight: 600; line-height: 1; color: var(--ink) }
-figure { margin: 0 48px; break-inside: avoid } figcaption { display: flex; margin: 40px -48px 4px }
-ul { display: flex; margin: 0; padding: 0; font: 13px/24px system-ui, sans-serif; flex-wrap: wrap }
-li { display: block; margin-left: 18px } li::before { content: "— "; color: var(--faint) }
+:root { --faint: light-dark(#8b97a5, #76828f); --target: light-dark(#b4530a, #f0a25c);
+  --good: light-dark(#1a7440, #6cc792); --bad: light-dark(#b3261e, #f28b82) }
+.bad { color: var(--bad) } .good, .exact { color: var(--good) } .axis { color: var(--quiet);
+  font-size: 13px; margin: 4px 0 } figure { margin: 0 48px; break-inside: avoid }
+figcaption { display: flex; font-size: 16px; font-weight: 600; margin: 40px -48px 4px }
+li { margin-left: 18px } li::before { content: "— "; color: var(--faint) }
 figure > svg { display: block; width: 100%; height: 300px; margin: 12px 0 26px; overflow: visible }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)) }
 .pair figure > svg { height: 170px } svg svg { overflow: visible; width: 100%; height: 100% }
 .under, text.y { text-align: right; text-anchor: end } text.x { text-anchor: middle }
-text { font-size: 12px; fill: var(--quiet); stroke: var(--page); paint-order: stroke }
+text { font-size: 12px; fill: var(--quiet); stroke: var(--page); stroke-width: 4;
+  paint-order: stroke } text.target { fill: var(--target) } .grid { stroke: var(--line) }
 polyline { fill: none; stroke: var(--faint); vector-effect: non-scaling-stroke }
 .strong { stroke: var(--strong); stroke-width: 2 } circle { fill: var(--strong) }
-text { stroke-width: 4 } text.target { fill: var(--target) } .grid { stroke: var(--line) }
 line.target { stroke: var(--target); stroke-width: 1.5; stroke-dasharray: 6 4 }
-table { width: 100%; border-collapse: collapse; font-size: 14px; table-layout: fixed }
-th, td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0 } summary { margin: 8px 0 }
-.texts tr { border-bottom: 1px solid var(--line) } .texts th:first-child { width: 34% }
-.numbers { max-width: 560px; font-variant-numeric: tabular-nums } .exact { display: block }
+.texts { table-layout: fixed } .texts tr { border-bottom: 1px solid var(--line) }
+.texts th:first-child { width: 34% } .exact { display: block } .numbers { max-width: 560px }
 td span, pre { display: block; white-space: pre-wrap } td span { max-height: 15em; overflow: auto }
 pre { font: 13px/1.5 ui-monospace, monospace; padding: 12px; border: 1px solid var(--line) }
-summary, li.strong::before { color: var(--strong) } .badge.good, .exact { color: var(--good) }
-@media screen and (max-width: 600px) { .texts thead { display: none } figure > svg { height: 240px }
-  .texts td { display: block; padding: 4px 0 } .texts td + td::before { color: var(--quiet);
-  font-size: 12px; content: "expected" } .texts td:nth-child(3)::before { content: "before" }
-  .texts td:nth-child(4)::before { content: "after" } .texts tr { display: block; padding: 8px 0 } }
-@media print { ::details-content { content-visibility: visible } td span { max-height: none } }
+li.strong::before { color: var(--strong) } @media print { td span { max-height: none } }
+@media screen and (max-width: 600px) { figure > svg { height: 240px }
+  .texts { display: block; overflow-x: auto } .texts td { min-width: 240px } }
 """

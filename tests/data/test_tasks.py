@@ -195,7 +195,9 @@ def test_marks_before_and_after_a_text(run, tokenizer):
     _, (row,), _ = run(
         [{"text": "old river"}], "text", bos_text="<|endoftext|>", eos_text="<|padding|>"
     )
-    assert tokenizer.decode(row["input_ids"]) == "<|endoftext|>old river<|padding|>"
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|padding|>"])
+    assert row["input_ids"][[0, -1]].tolist() == ends
+    assert tokenizer.decode(row["input_ids"][1:-1]) == "old river"
     _, (row,), _ = run([{"text": "old river"}], "text", eos_text="")
     assert tokenizer.decode(row["input_ids"]) == "old river"
 
@@ -273,6 +275,15 @@ def test_marks_in_a_text_stay_text(run, tokenizer):
     ids = row["input_ids"].tolist()
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids).endswith("stop<|endoftext|>go<|endoftext|>")
+
+
+def test_marks_of_a_template_count_and_those_in_its_fields_do_not(run, tokenizer, tmp_path):
+    template = tmp_path / "t.yaml"
+    template.write_text('sections: ["{instruction}<|endoftext|>"]\nresponse: response\n')
+    records = [pair(1), pair(2, response="stop<|endoftext|>go")]
+    _, (row,), rejected = run(records, "instruct", prompt_template=str(template))
+    assert row["input_ids"].tolist().count(tokenizer.eos_token_id) == 2
+    assert [(r["line"], r["reason"]) for r in rejected] == [(2, "special_token_in_text")]
 
 
 @pytest.mark.data

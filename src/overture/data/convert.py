@@ -199,7 +199,11 @@ def _write_all(
         found = sum((part.found.labels for part in parts), Counter())
         labels = class_names(found, job.labels, job.regression)
     tokenizer = _load_tokenizer(job) if job.tokenizer else None
-    tokens = Tokens(tokenizer, specials=job.task == "chat") if tokenizer else None
+    tokens = None
+    if tokenizer:
+        marks = prompt.sections if isinstance(prompt, PromptTemplate) else ()
+        has_marks = any(t in "".join(marks) for t in tokenizer.all_special_tokens if t)
+        tokens = Tokens(tokenizer, specials=job.task == "chat" or has_marks)
     facts = {
         "kit_version": overture.__version__,
         "task": job.task,

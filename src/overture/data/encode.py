@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Tokens:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with an EOS token.
-        specials: whether special tokens in a text count as such; otherwise they are plain text.
+        specials: whether what spells a special token in a text is one, rather than plain text.
 
     Raises:
         ConfigError: the tokenizer is not a fast one or has no EOS token.
@@ -57,7 +57,7 @@ class Tokens:
         # Asking the tokenizer itself is the only way that holds for every family.
         first = tokenizer("a")["input_ids"][0]
         has_bos = first in (tokenizer.bos_token_id, tokenizer.cls_token_id)
-        self.bos = _array([first] if has_bos else [])
+        self.bos = np.array([first] if has_bos else [], np.uint32)
         self.special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
         self.vocab_size = len(tokenizer)
         self.backend = tokenizer.backend_tokenizer
@@ -81,13 +81,34 @@ class Tokens:
         """Return the BOS that a document is to begin with, nothing if a template wrote it."""
         return self.bos[len(self.bos) :] if ids[:1].tolist() == self.bos.tolist() else self.bos
 
-    def shortened(self, text: str, excess: int) -> str:
-        """Return a text without its last tokens, at least `excess` of them, but never mid-word."""
-        pieces = self.backend.encode(text, add_special_tokens=False).offsets
-        keep = len(pieces) - excess
-        # Pieces of one character share its end, hence the second bound: every call gets shorter.
-        end = min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0
-        return text[:end].rstrip()
+    def marker(self, text: str) -> np.ndarray:
+        """Return the ids of a text in which special tokens count as such, [tokens] uint32."""
+        plain, self.backend.encode_special_tokens = self.backend.encode_special_tokens, False
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        self.backend.encode_special_tokens = plain
+        return np.array(ids, np.uint32)
+
+    def cut_prompt(
+        self,
+        template: PromptTemplate,
+        record: dict[str, str],
+        room: int,
+        encode: Callable[[str], Any],
+    ) -> Any:
+        """Return the ids of a prompt that fits in `room`, its `cut` field shortened, or None.
+
+        The field ends at a token border, never within a character; it may vanish if it is optional.
+        """
+        name = template.cut
+        text = record.get(name, "") if name else ""
+        ids = encode(template.prompt(record))
+        while text.strip() and len(ids) > room:  # what is cut may tokenise otherwise at its end
+            pieces = self.backend.encode(text, add_special_tokens=False).offsets
+            keep = len(pieces) - (len(ids) - room)
+            # Pieces of one character share its end, hence the second bound: it always shortens.
+            text = text[: min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0].rstrip()
+            ids = encode(template.prompt({**record, name: text}))
+        return ids if len(ids) <= room and (text or not template.fields().get(name)) else None
 
 
 def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
@@ -100,10 +121,6 @@ def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
         if learned:
             mask[end - len(part) : end] = 1
     return {"input_ids": ids, "loss_mask": mask}
-
-
-def _array(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, np.uint32)
 
 
 class TextEncoder:
@@ -128,12 +145,9 @@ class TextEncoder:
     ) -> None:
         self.tokens, self.template, self.overflow = tokens, template, overflow
         self.max_seq_len = max_seq_len
-        self.bos = tokens.bos if bos_text is None else self._marker(bos_text)
-        self.eos = _array([tokens.eos]) if eos_text is None else self._marker(eos_text)
+        self.bos = tokens.bos if bos_text is None else tokens.marker(bos_text)
+        self.eos = np.uint32([tokens.eos]) if eos_text is None else tokens.marker(eos_text)
         self.columns = token_columns(tokens.vocab_size)
-
-    def _marker(self, text: str) -> np.ndarray:
-        return _array(self.tokens.tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
         """Return the documents of some records, in order."""
@@ -179,7 +193,9 @@ class InstructEncoder:
         self.tokens, self.template = tokens, template
         self.max_seq_len, self.overflow = max_seq_len, overflow
         self.columns = token_columns(tokens.vocab_size)
-        self._eos = _array([tokens.eos])
+        self._eos = np.uint32([tokens.eos])
+        # Where special tokens count, a text that spells one would be taken for it.
+        self._forbidden = None if tokens.backend.encode_special_tokens else tokens.special
 
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
         """Return the documents of some records, in order."""
@@ -201,8 +217,14 @@ class InstructEncoder:
     ) -> Document | str:
         bos = self.tokens.missing_bos(prompt)
         room = self.max_seq_len - len(response) - len(self._eos) - len(bos)
+        if self._forbidden and any(map(self._forbidden.search, record.values())):
+            return "special_token_in_text"
         if len(prompt) > room:
-            prompt = self._cut(record, prompt, room)
+            prompt = None
+            if self.overflow == "truncate_prompt":
+                prompt = self.tokens.cut_prompt(
+                    self.template, record, room, lambda text: self.tokens.ids([text])[0]
+                )
             if prompt is None:
                 return "too_long"
             notes["truncated"] += 1
@@ -210,18 +232,6 @@ class InstructEncoder:
             return "empty_prompt"
         parts = [(bos, False), (prompt, False), (response, True), (self._eos, True)]
         return token_document(parts)
-
-    def _cut(self, record: dict[str, str], ids: np.ndarray, room: int) -> np.ndarray | None:
-        """Return prompt ids that fit in `room`, the cut field shortened at a token border."""
-        if self.overflow != "truncate_prompt":
-            return None
-        name = self.template.cut
-        text = record.get(name, "") if name else ""
-        # Cut text may tokenise differently at its new end, hence the loop.
-        while text.strip() and len(ids) > room:
-            text = self.tokens.shortened(text, len(ids) - room)
-            ids = self.tokens.ids([self.template.prompt({**record, name: text})])[0]
-        return ids if len(ids) <= room else None
 
 
 class RawTextEncoder:

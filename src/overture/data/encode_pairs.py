@@ -40,7 +40,8 @@ class Seq2SeqEncoder:
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
         """Return the pairs of some records, in order."""
         out = Encoded([], [], Counter())
-        sources = self._sources([self.template.prompt(record) for record in records])
+        prompts = [self.template.prompt(record) for record in records]
+        sources = self.tokens.tokenizer(prompts)["input_ids"]
         texts = [record[self.template.response] for record in records]
         targets = self.tokens.tokenizer(text_target=texts)["input_ids"]
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
@@ -50,7 +51,11 @@ class Seq2SeqEncoder:
                 out.drops.append((number, "too_long"))
                 continue
             if len(source) > self.max_seq_len:
-                source = self._cut(records[number], source)
+                source = None
+                if self.overflow == "truncate_prompt":
+                    source = self.tokens.cut_prompt(
+                        self.template, records[number], self.max_seq_len, self._source
+                    )
                 if source is None:
                     out.drops.append((number, "too_long"))
                     continue
@@ -59,16 +64,8 @@ class Seq2SeqEncoder:
             out.documents.append({name: np.array(ids, np.uint32) for name, ids in pair.items()})
         return out
 
-    def _sources(self, texts: list[str]) -> list[list[int]]:
-        return self.tokens.tokenizer(texts)["input_ids"]
-
-    def _cut(self, record: dict[str, str], ids: list[int]) -> list[int] | None:
-        name = self.template.cut
-        text = record.get(name, "") if name and self.overflow == "truncate_prompt" else ""
-        while text.strip() and len(ids) > self.max_seq_len:
-            text = self.tokens.shortened(text, len(ids) - self.max_seq_len)
-            ids = self._sources([self.template.prompt({**record, name: text})])[0]
-        return ids if text.strip() and len(ids) <= self.max_seq_len else None
+    def _source(self, text: str) -> list[int]:
+        return self.tokens.tokenizer(text)["input_ids"]
 
 
 class ClassifyEncoder:

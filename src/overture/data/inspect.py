@@ -3,81 +3,169 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from overture.data.collate import TokenCollator
-from overture.data.schema import read_ledger
+from overture.data.page import visible
+from overture.data.schema import LEDGER
+from overture.data.shards import Split, trusting
 from overture.errors import ConfigError
 
-_BOLD, _DIM, _PLAIN = "\033[1;32m", "\033[2m", "\033[0m"
+HIDDEN = {"kit_version", "split", "template", "arguments", "columns", "files"}  # of a ledger
+MAX_RAW_TEXT = 4_000  # characters shown of a text that has no tokens
+MAX_PIECES = 8  # tokens that one character may be spread over
+LEARNED = ("learned", "end")
+_PLAIN = {"prompt": ("", ""), "second": ("{{", "}}")} | dict.fromkeys(LEARNED, ("[[", "]]"))
+_COLOURS = {"prompt": "2", "second": "2;4", "learned": "1;32", "end": "1;35"}
+_COLOURED = {role: (f"\033[{code}m", "\033[0m") for role, code in _COLOURS.items()}
 
 
-def ledger_lines(folder: Path) -> list[str]:
-    """Return the figures of a split's ledger as lines."""
-    ledger = read_ledger(folder)
-    rows, tokens, packing = ledger["rows"], ledger["tokens"], ledger["packing"]
-    dropped = ", ".join(f"{count:,} {why}" for why, count in rows["dropped"].items()) or "none"
-    trained = tokens["trained"] / tokens["total"]
-    name, pieces = ledger["tokenizer"]["name"], ledger["tokenizer"]["vocab_size"]
-    return [
-        f"source       {ledger['source']['name']} ({rows['read']:,} rows)",
-        f"task         {ledger['task']}, template {ledger['prompt_template']}",
-        f"tokenizer    {name} ({pieces:,} pieces)",
-        f"rows         {rows['in_split']:,} in this split, {rows['kept']:,} kept; "
-        f"dropped: {dropped}",
-        f"prompts cut  {rows['truncated']:,}",
-        f"documents    {ledger['documents']:,} in {ledger['samples']:,} samples",
-        f"tokens       {tokens['total']:,}, {tokens['trained']:,} learned ({trained:.1%})",
-        f"packing      {packing['method']}, {packing['utilisation']:.1%} of "
-        f"{ledger['max_seq_len']} tokens used",
-    ]
+class Token(NamedTuple):
+    """A token of a sample; a text that is not tokenised yet is one without an id."""
+
+    id: int | None
+    role: str  # prompt, second (segment), learned, or end: a special token that is learned
+    text: str  # empty where it only goes on with the character of the token before
 
 
-def sample_lines(
-    folder: Path, dataset: Any, tokenizer: Any, numbers: Sequence[int], colour: bool
-) -> Iterator[str]:
-    """Yield lines on chosen samples, one block per document.
+class Sample(NamedTuple):
+    """One sample as the model gets it."""
+
+    number: int  # of its row in the split
+    about: str
+    documents: list[list[Token]]
+    padding: Sequence[Token] = ()  # one that stands for all of it
+
+
+def ledger_figures(split: Split) -> dict[str, str]:
+    """Return the figures of a split's ledger for reading, by name.
+
+    Raises:
+        DataError: its tokens are not counted.
+    """
+    told = {k: _told(v) for k, v in split.ledger.items() if v is not None and k not in HIDDEN}
+    with trusting(split.folder / LEDGER):
+        total, trained = (split.ledger["tokens"][name] for name in ("total", "trained"))
+        return told | {"learned": f"{trained / max(total, 1):.1%} of the tokens"}
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict) and "name" not in value:
+        return ", ".join(f"{name} {_told(v)}" for name, v in value.items() if v).replace("_", " ")
+    if isinstance(value, list):
+        return ", ".join(map(_told, value))
+    if isinstance(value, int | float):
+        return f"{round(value, 4):,}"
+    return visible(str(value["name"] if isinstance(value, dict) else value))
+
+
+def samples(
+    split: Split, numbers: Sequence[int] | None, tokenizer: Any, remote: str | None = None
+) -> Iterator[Sample]:
+    """Yield samples of a split, made by the collator that training uses.
 
     Args:
-        folder: the split.
-        dataset: the split opened for reading, giving rows of `data/schema.py` by number.
-        tokenizer: the one that the split was converted with.
-        numbers: which samples.
-        colour: learned text in green, prompts dimmed; otherwise learned text stands in [[ ]].
+        split: the split, or the cache of one.
+        numbers: of the samples, in the order to show them; None: some from the start.
+        tokenizer: the one that the split was converted with, None for raw text.
+        remote: stream them from there through training's loader, unshuffled; then `numbers` are
+            places in the order that samples arrive in.
+
+    Raises:
+        ConfigError: there is no sample of that number.
+        DataError: a row is not what was written, or out of reach.
     """
-    max_seq_len = read_ledger(folder)["max_seq_len"]
-    # Through the real collator: what is shown is what the model is trained on.
-    collate = TokenCollator(max_seq_len, tokenizer.pad_token_id)
-    for number in numbers:
-        if not 0 <= number < dataset.num_samples:
-            raise ConfigError(
-                f"--sample {number}: {folder} holds samples 0 to {dataset.num_samples - 1}"
-            )
-        row = dataset[number]
-        labels = collate([row])["labels"][0].numpy()
-        starts = np.concatenate([[0], row["document_ends"][:-1]]).astype(int)
-        yield f"sample {number}: {len(starts)} documents, {len(row['input_ids'])} tokens"
-        for index, (start, end) in enumerate(
-            zip(starts, row["document_ends"].astype(int), strict=True)
-        ):
-            ids, own = row["input_ids"][start:end], labels[start:end]
-            masked = int((own == -100).sum())
-            yield f" document {index}: {end - start} tokens, {masked} masked (-100)"
-            yield f"  ids     {' '.join(map(str, ids.tolist()))}"
-            yield f"  labels  {' '.join(map(str, own.tolist()))}"
-            yield from ("  " + line for line in _text(tokenizer, ids, own != -100, colour))
+    if numbers is None:
+        numbers = range(min(5 if remote else 1, len(split)))
+    for wrong in (number for number in numbers if not 0 <= number < len(split)):
+        raise ConfigError(f"--sample {wrong}: {split.folder} holds samples 0 to {len(split) - 1}")
+    rows = (split.row(number) for number in numbers)
+    if remote:
+        nth = islice(enumerate(_arriving(split, remote)), max(numbers, default=-1) + 1)
+        rows = (row for number, row in nth if number in numbers)
+    for row in rows:
+        with trusting(split.folder, f"sample {row['sample_id']} "):
+            sample = _sample(split, row, tokenizer)
+        yield sample
 
 
-def _text(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, colour: bool) -> list[str]:
-    """Return the decoded text, runs of learned and of given tokens told apart."""
-    opening, closing = (_BOLD, _PLAIN) if colour else ("[[", "]]")
-    dim, plain = (_DIM, _PLAIN) if colour else ("", "")
-    borders = np.flatnonzero(np.diff(learned.astype(np.int8))) + 1
-    text = ""
-    for part, is_learned in zip(np.split(ids, borders), np.split(learned, borders), strict=True):
-        words = tokenizer.decode(part)
-        text += f"{opening}{words}{closing}" if is_learned[0] else f"{dim}{words}{plain}"
-    return text.splitlines()
+def _arriving(split: Split, remote: str) -> Iterator[dict[str, Any]]:
+    from overture.data.loaders import build_loader  # imports composer: seconds
+
+    loader = build_loader(
+        data_local=str(split.folder.parent), data_remote=remote, split=split.folder.name,
+        shuffle=False, shuffle_seed=0, max_seq_len=split.max_seq_len, pad_token_id=0,
+        batch_size=1, num_workers=0, drop_last=False,
+    )  # fmt: skip
+    yield from loader.dataloader.dataset  # its collator knows one kind of row
+
+
+def _sample(split: Split, row: dict[str, Any], tokenizer: Any) -> Sample:
+    """Return a row of any kind as the model gets it."""
+    if split.kind == "raw":
+        about = f"{len(row['text']):,} characters, of which at most {MAX_RAW_TEXT:,} are shown"
+        token = Token(None, "prompt", row["text"][:MAX_RAW_TEXT])
+        return Sample(row["sample_id"], about, [[token]])
+    ids, starts, padding = row["input_ids"].astype(np.int64), [0], []
+    labels, types = np.full(len(ids), -100), np.asarray(row.get("token_type_ids", 0))
+    if split.kind == "tokens":
+        batch = TokenCollator(split.max_seq_len, tokenizer.pad_token_id)([row])
+        labels, places = (batch[n][0, : len(ids)].numpy() for n in ("labels", "position_ids"))
+        starts = np.flatnonzero(places == 0).tolist()
+        if rest := split.max_seq_len - len(ids):
+            padding = [Token(tokenizer.pad_token_id, "padding", f"{rest:,} × padding")]
+    elif split.kind == "seq2seq":
+        ids, labels = np.append(ids, row["labels"]), np.append(labels, row["labels"])
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    is_role = {"second": types > 0, "end": np.isin(labels, special), "learned": labels != -100}
+    roles = np.select(list(is_role.values()), list(is_role), "prompt")
+    documents = [
+        list(map(Token, ids[part].tolist(), roles[part], pieces(tokenizer, ids[part].tolist())))
+        for part in np.split(np.arange(len(ids)), starts[1:])
+    ]
+    label = f", label {split.label(row)}" if "label" in row else ""
+    about = f"{len(starts)} documents, {len(ids)} tokens, {(labels != -100).sum()} learned{label}"
+    return Sample(row["sample_id"], about, documents, padding)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each id, so that they make up the whole text.
+
+    A byte-level tokenizer spreads rare characters over several tokens: the first of them has the
+    character, the others have nothing.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    before, found = decode(anchor), []
+    while len(found) < len(ids):
+        rest = ids[len(found) : len(found) + MAX_PIECES]
+        for count in range(1, len(rest) + 1):
+            # Behind another token, a piece keeps its leading space.
+            text = decode([*anchor, *rest[:count]]).removeprefix(before)
+            if text and "\ufffd" not in text:
+                found += [text, *[""] * (count - 1)]
+                break
+        else:
+            found.append(f"⟨{tokenizer.convert_ids_to_tokens(rest[0])}⟩")
+    return found
+
+
+def sample_lines(sample: Sample, colour: bool) -> Iterator[str]:
+    """Yield lines on a sample, a block per document, in colours or with [[learned]] {{second}}."""
+    yield f"sample {sample.number}: {visible(sample.about)}"
+    marks = _COLOURED if colour else _PLAIN
+    for index, tokens in enumerate(sample.documents):
+        ids = [token.id for token in tokens if token.id is not None]
+        labels = [token.id if token.role in LEARNED else -100 for token in tokens]
+        if ids:
+            yield f" document {index}: {len(ids)} tokens, {labels.count(-100)} masked (-100)"
+            yield f"  ids     {' '.join(map(str, ids))}"
+            yield f"  labels  {' '.join(map(str, labels))}"
+        text = ""
+        for (before, after), run in groupby(tokens, lambda token: marks[token.role]):
+            text += before + visible("".join(token.text for token in run)) + after
+        yield from ("  " + line for line in text.splitlines())
