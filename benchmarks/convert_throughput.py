@@ -170,7 +170,9 @@ def main() -> None:
         tokenizer = gpt2(data, Path(folder) / "gpt2")
         if args.rows:
             results["memory"] = {
-                str(rows): measure("ours", generate(Path(folder) / "rows.jsonl", rows), tokenizer, 1)
+                str(rows): measure(
+                    "ours", generate(Path(folder) / "rows.jsonl", rows), tokenizer, 1
+                )
                 for rows in args.rows
             }
             print(json.dumps(results["memory"], indent=1))
