@@ -3,10 +3,11 @@
     OVERTURE_DATA=... python benchmarks/convert_throughput.py --repeats 3
 
 All three see the same rows and GPT-2's tokenizer, each measurement in a fresh process ("cold"). One
-process may use the tokenizer's own threads, as a user has it; of two, each has one. Timed is the work, from the file on disk to
-shards on disk (the bare tokenizer: from texts in memory to ids in memory), not the imports, which
-are reported apart. Ours packs, checks and divides besides; the common way is `datasets.map` example
-by example, then MDSWriter. `--rows N` instead measures the peak memory of ours on N generated rows.
+process may use the tokenizer's own threads, as a user has it; of two, each has one. Timed is the
+work, from the file on disk to shards on disk (the bare tokenizer: from texts in memory to ids in
+memory), not the imports, which are reported apart. Ours packs, checks and divides besides; the
+common way is `datasets.map` example by example, then MDSWriter. `--rows N` instead measures the peak
+memory of ours on N generated rows.
 """
 
 import argparse
@@ -186,7 +187,7 @@ def main() -> None:
 
 def compare(source: str, tokenizer: str, repeats: int) -> list[dict[str, object]]:
     """Return medians and ratios for one and two processes, methods taking turns."""
-    count = sum(1 for _ in open(source, "rb"))
+    count = len(Path(source).read_bytes().splitlines())
     table = []
     for processes in (1, 2):
         runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
