@@ -6,8 +6,8 @@ All three see the same rows and GPT-2's tokenizer, each measurement in a fresh p
 process may use the tokenizer's own threads, as a user has it; of two, each has one. Timed is the
 work, from the file on disk to shards on disk (the bare tokenizer: from texts in memory to ids in
 memory), not the imports, which are reported apart. Ours packs, checks and divides besides; the
-common way is `datasets.map` example by example, then MDSWriter. `--rows N` instead measures the peak
-memory of ours on N generated rows.
+common way is `datasets.map` example by example, then MDSWriter. `--rows N` measures instead the
+peak memory of ours on N generated rows.
 """
 
 import argparse
