@@ -37,6 +37,8 @@ def rows(count: int) -> list[dict[str, str]]:
 
 @pytest.fixture
 def job(tmp_path, smoke, monkeypatch):
+    # A process forked from one whose tokenizer has threads must not wait for them.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     # Small windows, so that a conversion of a second has many of them.
     monkeypatch.setattr("overture.data.write.WINDOW_DOCUMENTS", 500)
     monkeypatch.setattr("overture.data.convert.BATCH_RECORDS", 250)
