@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.prompts import CHAT_TEMPLATES
+from overture.data.shards import Split
 from overture.errors import ConfigError
 
 
@@ -39,7 +39,8 @@ def run(tmp_path, smoke):
         }
         ledgers = convert(Conversion(**{**options, **changes}), lambda _: None)
         folder = tmp_path / "out" / "train"
-        rows = list(StreamingDataset(local=str(folder), batch_size=1))
+        split = Split(folder)
+        rows = [split.row(number) for number in range(len(split))]
         path = folder / "rejected.jsonl"
         rejected = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
         return ledgers["train"], rows, rejected
