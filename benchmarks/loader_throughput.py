@@ -153,7 +153,7 @@ def main() -> None:
                 )
     results = {
         "program": "loader_throughput",
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
         "environment": environment(),
         "verification": hashing_speed(args),
         "rows": rows,
