@@ -104,22 +104,13 @@ def test_only_doors_and_the_loader_read_the_environment():
             assert name in ("config.load", "errors"), name
 
 
-def code_lines(path: Path) -> int:
-    """Return the lines of a module that are neither blank, comment nor docstring."""
-    text = path.read_text()
-    lines = text.splitlines()
-    count = sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
-            quoted = lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
-            count -= sum(bool(line.strip()) for line in quoted)
-    return count
+# The house is planned for 7,000 lines. What is over is a debt, which may be paid but not grow.
+DEBT = 304
 
 
 def test_sizes():
     files = list(SRC.rglob("*.py"))
-    assert sum(map(code_lines, files)) < 7000
-    assert not [p for p in files if len(p.read_text().splitlines()) > 400]
+    lines = {p: len(p.read_text().splitlines()) for p in files}
+    assert sum(lines.values()) < 7000 + DEBT
+    assert not [p for p, count in lines.items() if count > 400]
     assert not list(SRC.rglob("utils.py"))

@@ -12,29 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from overture.data.encode import Encoded, Tokens
-from overture.data.prompts import PromptTemplate
+from overture.data.encode import Encoded, InstructEncoder, Tokens
 from overture.data.schema import ids_type
 from overture.errors import ConfigError
 
 MAX_CLASSES = 1_000
 
 
-class Seq2SeqEncoder:
+class Seq2SeqEncoder(InstructEncoder):
     """Encodes the template's prompt as `input_ids` and its response as `labels`, EOS learned.
 
-    Args:
-        tokens: the tokenizer.
-        template: with a response field.
-        max_seq_len: the longest source and the longest target.
-        overflow: `truncate_prompt` shortens the template's `cut` field; `drop`.
+    Takes what InstructEncoder takes; `max_seq_len` holds for source and target each.
     """
 
-    def __init__(
-        self, tokens: Tokens, template: PromptTemplate, max_seq_len: int, overflow: str
-    ) -> None:
-        self.tokens, self.template = tokens, template
-        self.max_seq_len, self.overflow = max_seq_len, overflow
+    def __init__(self, tokens: Tokens, *limits: Any) -> None:
+        super().__init__(tokens, *limits)
         self.columns = dict.fromkeys(("input_ids", "labels"), ids_type(tokens.vocab_size))
 
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:

@@ -89,8 +89,9 @@ def open_source(
     if name == EMBEDDED:
         from overture.data.embedded import generate_rows
 
-        rows = lambda: _placed("", enumerate(generate_rows(), start=1))  # noqa: E731
-        return Source(name, rows, {"generated": True})
+        return Source(
+            name, lambda: _placed("", enumerate(generate_rows(), start=1)), {"generated": True}
+        )
     pair = [Path(part) for part in name.split(",")]
     if len(pair) == 2 and not Path(name).exists() and pair[0].is_file():
         if not pair[1].is_file():
