@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from overture.data.prompts import TEMPLATES
+from overture.data.prompts import templates
 from overture.errors import exit_on_error
 
 
@@ -19,7 +19,7 @@ def main() -> int:
     )
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompt_template", choices=list(TEMPLATES), help="of the data to come")
+    parser.add_argument("--prompt_template", choices=list(templates()), help="of the data to come")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
 

@@ -38,7 +38,8 @@ def build_report(run_folder: Path) -> Path:
     """Writes `<run_folder>/report.html` and returns its path; raises as load_run does."""
     run, page = load_run(run_folder), run_folder / "report.html"
     parts = (part(run) for part in (_key_figures, _curves, _evals, _generations, _appendix))
-    write_page(page, str(run.result.get("run_name")), STYLE, "".join(parts))
+    style = Path(__file__).with_suffix(".css")
+    write_page(page, str(run.result.get("run_name")), style, "".join(parts))
     return page
 
 
@@ -243,28 +244,3 @@ def _appendix(run: Run) -> str:
         if text
     )
     return html + "".join(quiet(safe(note)) for note in run.notes)
-
-
-STYLE = """
-:root { --faint: light-dark(#8b97a5, #76828f); --target: light-dark(#b4530a, #f0a25c);
-  --good: light-dark(#1a7440, #6cc792); --bad: light-dark(#b3261e, #f28b82) }
-.bad { color: var(--bad) } .good, .exact { color: var(--good) } .axis { color: var(--quiet);
-  font-size: 13px; margin: 4px 0 } figure { margin: 0 48px; break-inside: avoid }
-figcaption { display: flex; font-size: 16px; font-weight: 600; margin: 40px -48px 4px }
-li { margin-left: 18px } li::before { content: "— "; color: var(--faint) }
-figure > svg { display: block; width: 100%; height: 300px; margin: 12px 0 26px; overflow: visible }
-.pair figure > svg { height: 170px } svg svg { overflow: visible; width: 100%; height: 100% }
-.under, text.y { text-align: right; text-anchor: end } text.x { text-anchor: middle }
-text { font-size: 12px; fill: var(--quiet); stroke: var(--page); stroke-width: 4;
-  paint-order: stroke } text.target { fill: var(--target) } .grid { stroke: var(--line) }
-polyline { fill: none; stroke: var(--faint); vector-effect: non-scaling-stroke }
-.strong { stroke: var(--strong); stroke-width: 2 } circle { fill: var(--strong) }
-line.target { stroke: var(--target); stroke-width: 1.5; stroke-dasharray: 6 4 }
-.texts { table-layout: fixed } .texts tr { border-bottom: 1px solid var(--line) }
-.texts th:first-child { width: 34% } .exact { display: block } .numbers { max-width: 560px }
-td span, pre { display: block; white-space: pre-wrap } td span { max-height: 15em; overflow: auto }
-pre { font: 13px/1.5 ui-monospace, monospace; padding: 12px; border: 1px solid var(--line) }
-li.strong::before { color: var(--strong) } @media print { td span { max-height: none } }
-@media screen and (max-width: 600px) { figure > svg { height: 240px }
-  .texts { display: block; overflow-x: auto } .texts td { min-width: 240px } }
-"""

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.data.prompts import CHAT_TEMPLATES
+from overture.data.prompts import chat_templates
 from overture.data.shards import Split
 from overture.errors import ConfigError
 
@@ -73,13 +73,13 @@ def test_only_the_turns_of_the_assistant_are_learned(run, tokenizer):
     assert learned(row, tokenizer) == ["a dog<|endoftext|>", "new house<|endoftext|>"]
     shown = record["messages"][:-1]  # what nobody answered teaches nothing
     text = tokenizer.apply_chat_template(
-        shown, chat_template=CHAT_TEMPLATES["plain"], tokenize=False
+        shown, chat_template=chat_templates()["plain"], tokenize=False
     )
     assert tokenizer.decode(row["input_ids"]) == text.removesuffix("\n")
     assert ledger["tokens"]["trained"] == int(row["loss_mask"].sum())
     # A prompt at generation is what training saw before the answer.
     asked = tokenizer.apply_chat_template(
-        shown[:2], chat_template=CHAT_TEMPLATES["plain"], add_generation_prompt=True
+        shown[:2], chat_template=chat_templates()["plain"], add_generation_prompt=True
     )
     assert row["input_ids"][: len(asked)].tolist() == asked
     assert not row["loss_mask"][: len(asked)].any()
@@ -88,7 +88,7 @@ def test_only_the_turns_of_the_assistant_are_learned(run, tokenizer):
 def test_the_tokenizers_own_template_and_shapes_of_other_names(run, tmp_path, smoke):
     own = AutoTokenizer.from_pretrained(smoke / "tokenizer")
     own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    own.chat_template = CHAT_TEMPLATES["chatml"]
+    own.chat_template = chat_templates()["chatml"]
     own.save_pretrained(tmp_path / "own")
     other = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     _, rows, _ = run(
@@ -296,7 +296,7 @@ def test_one_bos_where_the_tokenizer_uses_one(run, real_data, tmp_path):
     assert row["input_ids"][0] == tokenizer.bos_token_id
     _, (row,), _ = run([pair(1, instruction="<s> say")], "instruct", tokenizer=str(model))
     assert row["input_ids"].tolist().count(tokenizer.bos_token_id) == 1
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATES["plain"]
+    tokenizer.chat_template = "{{ bos_token }}" + chat_templates()["plain"]
     tokenizer.save_pretrained(tmp_path / "own")
     _, (row,), _ = run([talk("q", "a")], "chat", tokenizer=str(tmp_path / "own"))
     assert row["input_ids"].tolist().count(tokenizer.bos_token_id) == 1

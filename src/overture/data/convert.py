@@ -26,7 +26,7 @@ from overture.data.encode import InstructEncoder, RawTextEncoder, TextEncoder, T
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
 from overture.data.examine import Fields, describe_rejected, examine
-from overture.data.prompts import PromptTemplate, chat_template, describe, template
+from overture.data.prompts import PromptTemplate, chat_template, describe, template, templates
 from overture.data.readers import Format
 from overture.data.schema import LEDGER, read_ledger
 from overture.data.sources import Place, Source, open_source
@@ -228,9 +228,7 @@ def _write_all(
 
 
 def _name(prompt: Any) -> str | None:
-    from overture.data.prompts import TEMPLATES
-
-    return next((name for name, one in TEMPLATES.items() if one == prompt), None)
+    return next((name for name, one in templates().items() if one == prompt), None)
 
 
 def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -> Any:

@@ -56,7 +56,8 @@ def write_split_page(
     body = _figures(figures.summary()) + section("Ledger", table(facts, "facts"))
     body += section("Samples, as the model gets them", f"<ul>{keys}</ul>{quiet(HINT)}{drawn}")
     try:
-        write_page(file, f"{split.ledger['task']}: {split.folder}", STYLE, body)
+        title = f"{split.ledger['task']}: {split.folder}"
+        write_page(file, title, Path(__file__).with_suffix(".css"), body)
     except OSError as error:
         raise ConfigError(f"--html {file}: cannot be written ({error.strerror})") from None
 
@@ -90,21 +91,3 @@ def _figures(summary: dict[str, Any]) -> str:
         elif isinstance(value, int | float):
             found.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.1%}", ""))
     return f'{key_figures(found)}<div class="pair">{charts}</div>'
-
-
-STYLE = """
-:root { --given: light-dark(#f1f3f5, #282e35); --learned: light-dark(#c9ecd4, #1d5233);
-  --second: light-dark(#dfe7f5, #24344d); --end: light-dark(#6b3fa0, #b792e8) }
-h3 { font-size: 15px; margin: 28px 0 0 } ul { gap: 6px 24px; margin: 8px 0 }
-.facts td:first-child { color: var(--quiet); width: 130px } td div { background: var(--strong);
-  height: 14px; margin-top: 4px } .pair { gap: 0 48px } .pair td { padding: 0 10px 0 0 }
-.pair td:nth-child(2) { width: 50% }
-.document { border-left: 3px solid var(--strong); padding-left: 12px; margin: 12px 0 }
-.tokens { white-space: pre-wrap; font: 14px/1.9 ui-monospace, monospace }
-.prompt, .second, .learned, .end, .padding { border-radius: 3px; padding: 2px 0; font-weight: 400;
-  unicode-bidi: isolate; box-shadow: inset -1px 0 #8886; background: var(--given) }
-.second { background: var(--second) }
-.learned { background: var(--learned); border-bottom: 2px solid #2e9b57 }
-.end { background: var(--end); color: var(--page); font-weight: 600 }
-.padding { background: none; border: 1px dashed; color: var(--quiet); padding: 1px 6px }
-"""

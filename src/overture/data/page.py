@@ -56,34 +56,14 @@ def table(rows: Iterable[Sequence[str]], style: str, head: Sequence[str] = ()) -
     return shown + (more if folded else "")
 
 
-def write_page(file: Path, title: str, style: str, body: str) -> None:
-    """Write a page with its title on top; at any moment the old or the new one is there."""
+def write_page(file: Path, title: str, style: Path, body: str) -> None:
+    """Write a page with its title on top; at any moment the old or the new one is there; `style` is CSS."""
+    css = Path(__file__).with_suffix(".css").read_text("utf-8") + style.read_text("utf-8")
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{safe(title)}</title><style>{STYLE}{style}</style></head>"
+        f"<title>{safe(title)}</title><style>{css}</style></head>"
         f"<body><main><h1>{safe(title)}</h1>{body}</main></body></html>\n"
     )
     # Half of a surrogate pair cannot be written; a mark in its place can.
     write_aside(file, page.encode("utf-8", "replace").decode("utf-8"))
-
-
-STYLE = """
-:root { color-scheme: light dark; --page: light-dark(#fff, #15181c);
-  --ink: light-dark(#1c2127, #e4e7ea); --quiet: light-dark(#5d6773, #9aa4af);
-  --line: light-dark(#e2e6ea, #2d333a); --strong: light-dark(#1d5fb8, #7db1f5) }
-@media print { :root { color-scheme: light } ::details-content { content-visibility: visible } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 920px; margin: auto; padding: 40px 20px; overflow-wrap: anywhere }
-h1 { font-size: 26px } h2 { font-size: 16px; font-weight: 600; margin: 40px 0 4px }
-.quiet, dt, dd, th { color: var(--quiet); font-size: 13px; margin: 4px 0; font-weight: 400 }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(240px, 40%), 1fr));
-  gap: 20px; padding: 20px 0; border: solid var(--line); border-width: 1px 0; margin-top: 28px }
-dt + dd { font-size: 21px; font-weight: 600; line-height: 1; color: var(--ink) }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)) }
-ul { display: flex; flex-wrap: wrap; margin: 0; padding: 0; list-style: none;
-  font: 13px/24px system-ui, sans-serif }
-table { width: 100%; border-collapse: collapse; font-size: 14px }
-th, td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0 }
-summary { margin: 8px 0; color: var(--strong) }
-"""

@@ -43,54 +43,23 @@ def _names(section: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(section) if name]
 
 
-TEMPLATES = {
-    # databricks-dolly-15k: the context is optional and may be cut.
-    "dolly": PromptTemplate(
-        sections=(
-            "### Instruction:\n{instruction}\n\n",
-            "### Context:\n{context}\n\n",
-            "### Response:\n",
-        ),
-        response="response",
-        cut="context",
-    ),
-    # The fields and headings that Alpaca's data and its many successors have.
-    "alpaca": PromptTemplate(
-        sections=(
-            "### Instruction:\n{instruction}\n\n",
-            "### Input:\n{input}\n\n",
-            "### Response:\n",
-        ),
-        response="output",
-        cut="input",
-    ),
-    # Questions on a passage, in Japanese: JSQuAD, JaQuAD and other SQuAD-format files.
-    "jsquad": PromptTemplate(
-        sections=("題名: {title}\n", "本文: {context}\n", "質問: {question}\n", "回答: "),
-        response="answer",
-        cut="context",
-    ),
-    # One text field, as most pretraining corpora have.
-    "text": PromptTemplate(sections=("{text}",)),
-    # Translation and other pairs, for --task seq2seq.
-    "pair": PromptTemplate(sections=("{source}",), response="target", cut="source"),
-    # Instruction rows as running text, for pretraining: the same sentences without the markers
-    # that fine-tuning introduces. A context is given twice, which teaches a small model to look
-    # back and copy within far fewer steps than it needs otherwise.
-    "passage": PromptTemplate(
-        sections=("{context}\n", "{instruction}\n", "{response}\n", "{context}")
-    ),
-}
-# Conversations, for --task chat; Jinja, as tokenizers carry it.
-CHAT_TEMPLATES = {
-    # Needs a tokenizer that has these two markers.
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    # Any tokenizer: EOS ends each answer.
-    "plain": "{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}"
-    "{{ eos_token }}\n{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}",
-}
+@cache
+def templates() -> dict[str, PromptTemplate]:
+    """Return the built-in prompt templates by name."""
+    made = _built_in()["templates"].items()
+    return {k: PromptTemplate(**{**v, "sections": tuple(v["sections"])}) for k, v in made}
+
+
+def chat_templates() -> dict[str, str]:
+    """Return the built-in chat templates, Jinja, by name."""
+    return _built_in()["chat_templates"]
+
+
+@cache
+def _built_in() -> dict[str, dict[str, Any]]:
+    import yaml
+
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def template(name: str) -> PromptTemplate:
@@ -99,11 +68,11 @@ def template(name: str) -> PromptTemplate:
     Raises:
         ConfigError: there is none of that name, or the file is not such a template.
     """
-    if name in TEMPLATES:
-        return TEMPLATES[name]
+    if name in templates():
+        return templates()[name]
     if Path(name).is_file():
         return _from_file(Path(name))
-    hint = nearest(name, TEMPLATES) or f" (there are: {', '.join(TEMPLATES)}, or a YAML file)"
+    hint = nearest(name, templates()) or f" (there are: {', '.join(templates())}, or a YAML file)"
     raise ConfigError(f"--prompt_template {name}: unknown template{hint}")
 
 
@@ -113,11 +82,11 @@ def chat_template(name: str) -> str:
     Raises:
         ConfigError: there is none of that name.
     """
-    if name in CHAT_TEMPLATES:
-        return CHAT_TEMPLATES[name]
+    if name in chat_templates():
+        return chat_templates()[name]
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
-    known = f" (there are: {', '.join(CHAT_TEMPLATES)}, or a Jinja file)"
+    known = f" (there are: {', '.join(chat_templates())}, or a Jinja file)"
     raise ConfigError(f"--prompt_template {name}: unknown chat template{known}")
 
 
@@ -162,11 +131,11 @@ def describe(chosen: PromptTemplate) -> dict[str, Any]:
 def list_templates() -> list[str]:
     """Return lines that show every built-in template, with the fields it reads."""
     lines = []
-    for name, one in TEMPLATES.items():
+    for name, one in templates().items():
         needed = ", ".join(n if must else f"[{n}]" for n, must in one.fields().items())
         learned = f"{{{one.response}}}" if one.response else "(all of it is learned)"
         lines += [f"{name}: reads {needed}", *_indented("".join(one.sections) + learned)]
-    for name, text in CHAT_TEMPLATES.items():
+    for name, text in chat_templates().items():
         lines += [f"{name} (--task chat): reads messages", *_indented(text)]
     return lines
 

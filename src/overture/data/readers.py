@@ -90,14 +90,12 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str | Malformed]]:
 
 def read_jsonl(path: Path, _: Format = PLAIN) -> Rows:
     """Yield the record of each line that is not blank."""
-    for number, line in _lines(path):
+    for number, line in _text_lines(path):
         if isinstance(line, Malformed):
             yield number, line
         elif line and not line.isspace():
             try:
                 record = json.loads(line)
-            except UnicodeDecodeError as error:
-                record = Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
             except (ValueError, RecursionError) as error:
                 record = Malformed("not_json", f"is not valid JSON: {error}")
             yield number, _object(record)

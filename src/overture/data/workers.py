@@ -11,6 +11,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import numpy as np
+
 from overture.data.encode import Encoded
 from overture.errors import GuardError
 
@@ -62,7 +64,7 @@ class Workers:
                 if not waiting:
                     return
                 tag, future = waiting.popleft()
-                yield tag, future.result()
+                yield tag, _parted(*future.result())
         except BrokenProcessPool:
             raise GuardError(
                 "a worker process of the conversion died (out of memory?): run the same command "
@@ -70,5 +72,19 @@ class Workers:
             ) from None
 
 
-def _encode(records: list[Any]) -> Encoded:
-    return _encoder.encode(records)
+def _encode(records: list[Any]) -> tuple[Encoded, dict[str, tuple[np.ndarray, list[int]]]]:
+    """Return the encoded records with their arrays joined, since each one costs to be sent."""
+    encoded = _encoder.encode(records)
+    first = encoded.documents[0] if encoded.documents else {}
+    joined = {}
+    for name in [name for name, value in first.items() if isinstance(value, np.ndarray)]:
+        arrays = [document.pop(name) for document in encoded.documents]
+        joined[name] = (np.concatenate(arrays), np.cumsum([0, *map(len, arrays)]).tolist())
+    return encoded, joined
+
+
+def _parted(encoded: Encoded, joined: dict[str, tuple[np.ndarray, list[int]]]) -> Encoded:
+    for name, (whole, ends) in joined.items():
+        for document, start, end in zip(encoded.documents, ends, ends[1:], strict=False):
+            document[name] = whole[start:end]
+    return encoded

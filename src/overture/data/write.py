@@ -18,7 +18,8 @@ from overture.data.shard_writer import Progress, ShardWriter
 from overture.data.workers import Workers
 from overture.errors import ConfigError
 
-WINDOW_DOCUMENTS = 16_384  # documents packed together; bounds memory
+# Documents packed together. More would bind more memory, and packing wait for workers' ends.
+WINDOW_DOCUMENTS = 4_096
 WINDOW_REJECTED = 65_536
 
 
