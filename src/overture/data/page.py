@@ -57,7 +57,7 @@ def table(rows: Iterable[Sequence[str]], style: str, head: Sequence[str] = ()) -
 
 
 def write_page(file: Path, title: str, style: Path, body: str) -> None:
-    """Write a page with its title on top; at any moment the old or the new one is there; `style` is CSS."""
+    """Write a page with its title on top and the CSS of `style`, all at once."""
     css = Path(__file__).with_suffix(".css").read_text("utf-8") + style.read_text("utf-8")
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
