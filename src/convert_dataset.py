@@ -52,7 +52,7 @@ def main() -> int:
     add("--stratify", metavar="FIELD", help="hold out the same share of each of its values")
     add("--seed", type=int, default=17, help="of the division")
     add("--dedupe", action="store_true", help="drop rows that repeat an earlier one")
-    add("--max_seq_len", type=int, default=2048)
+    add("--max_seq_len", type=int, help="tokens; default: 2048")
     add(
         "--overflow",
         choices=["truncate_prompt", "drop", "split", "error"],
@@ -83,9 +83,10 @@ def main() -> int:
     if dataset is None and not splits:
         raise ConfigError("--dataset is missing: a file, a folder, a hub name or `embedded`")
     if concat is not None:
-        if options["packing"]:
-            raise ConfigError("--concat_tokens and --packing exclude each other")
+        if options["packing"] or options["max_seq_len"]:
+            raise ConfigError("--concat_tokens excludes --packing and --max_seq_len")
         options.update(packing="concat", max_seq_len=concat)
+    options["max_seq_len"] = options["max_seq_len"] or Conversion.max_seq_len
     options["wrap"] = not options.pop("no_wrap")
     options["fields"] = parse_fields(options.pop("field"))
     options |= {name: tuple(options[name]) for name in ("columns", "labels")}

@@ -1,6 +1,6 @@
 """Show what a converted split holds and what of it will be learned.
 
-python src/inspect_dataset.py data/dolly --split train --sample 0 7
+python src/inspect_dataset.py data/dolly --sample 0 7
 python src/inspect_dataset.py data/dolly --split train --html dolly.html
 python src/inspect_dataset.py --data_remote s3://bucket/dolly --data_local cache --split test
 """
@@ -31,9 +31,12 @@ def main() -> int:
     args = parser.parse_args()
     if [args.folder is None] * 2 != [args.data_remote is not None, args.data_local is not None]:
         raise ConfigError("give a FOLDER, or instead both --data_remote and --data_local")
+    if (args.verify or args.stats) and not args.html and (args.sample or args.tokenizer):
+        raise ConfigError("--sample and --tokenizer draw samples: leave out --verify and --stats")
     if not args.folder and (args.html or args.stats or args.verify):
         raise ConfigError("--html, --stats and --verify read a FOLDER: copy the split to one")
 
+    from overture.data.cache import open_cache
     from overture.data.inspect import ledger_figures, sample_lines, samples
     from overture.data.inspect_html import write_split_page
     from overture.data.shards import Figures, Split
@@ -41,8 +44,6 @@ def main() -> int:
 
     aside = partial(print, file=sys.stderr)
     if args.data_remote:
-        from overture.data.cache import open_cache
-
         open_cache(args.data_remote, str(args.data_local), args.split, say=aside)
     split = Split((args.folder or args.data_local) / args.split)
     if args.verify:

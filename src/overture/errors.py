@@ -8,7 +8,9 @@ Any other exception is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -53,6 +55,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def exit_on_error(function: Callable[[], int | None]) -> int:
     """Run a door's main function; print an OvertureError as one sentence and return its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII only is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         return function() or EXIT_DONE
     except OvertureError as error:
@@ -62,6 +67,9 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head` is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -56,6 +56,8 @@ def job(tmp_path, smoke):
             "tokenizer": str(smoke / "tokenizer"),
             "max_seq_len": 128,
         }
+        if changes.get("task") == "jsonl":
+            del options["max_seq_len"]
         changes = {name: str(v) if name == "out_root" else v for name, v in changes.items()}
         said: list[str] = []
         ledgers = convert(Conversion(**{**options, **changes}), said.append)
@@ -129,6 +131,15 @@ def test_no_held_out_prompt_stays_in_train(job):
     assert len(prompts("test")) == 20
     assert not set(prompts("train")) & set(prompts("test"))
     assert ledgers["train"]["rows"]["dropped"]["also_held_out"] == 80 - len(prompts("train")) > 0
+
+
+def test_jsonl_keeps_what_is_no_text(job):
+    records = [{**rows(1)[0], "id": 5, "n": 3, "tags": ["a"]}]
+    _, root, said = job(
+        [*records, {"instruction": 1}], task="jsonl", tokenizer=None, max_rejected=1
+    )
+    assert [json.loads(x) for x in (root / "train.jsonl").read_text().splitlines()] == records
+    assert "1 rows (dropped: 1 wrong_type)" in said
 
 
 def test_held_out_prompts_are_known_across_files(job, tmp_path):

@@ -104,7 +104,7 @@ def test_folders_and_patterns(tmp_path):
     assert len(source.fingerprint["files"]) == 2
     with pytest.raises(ConfigError, match="has no files for split 'test'; there are"):
         records(tmp_path, "test")
-    with pytest.raises(ConfigError, match="is one file, so its only split is train, not dev"):
+    with pytest.raises(ConfigError, match="is not divided: its only split is train, not dev"):
         records(tmp_path / "train.jsonl", "dev")
     with pytest.raises(ConfigError, match="no such file"):
         records(tmp_path / "*.csv")
@@ -250,3 +250,85 @@ def test_command_line_names_what_is_not_there(run_door):
     assert "jsquad: reads title, [context], question, answer" in done.stdout
     done = run_door("src/convert_dataset.py", "--dataset", "x.jsonl", "--out_root", "y")
     assert (done.returncode, done.stderr) == (2, "error: --task is missing (see --help)\n")
+
+
+def test_folders_as_the_hub_has_them(tmp_path):
+    for name, row in {
+        "train-00000-of-00002": 0,
+        "train-00001-of-00002": 1,
+        "test-00000": 2,
+    }.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps(ROWS[row]) + "\n")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "train-0.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
+    (tmp_path / "LICENSE.txt").write_text("free")
+    assert records(tmp_path) == ROWS[:2]
+    assert records(tmp_path, "test") == ROWS[2:]
+    for path in (tmp_path / "data").glob("train*"):
+        path.unlink()
+    with pytest.raises(
+        ConfigError, match=r"has no files for split 'train'; there are:.*test-00000"
+    ):
+        records(tmp_path)
+    (tmp_path / "data" / "test-00000.jsonl").rename(tmp_path / "data" / "rows.jsonl")
+    with pytest.raises(ConfigError, match=r"holds .* say which with a pattern"):
+        records(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["embedded", "*.jsonl", "a.txt,b.txt"])
+def test_what_is_not_divided_has_no_other_split(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.txt", "b.txt", "c.jsonl"):
+        (tmp_path / file).write_text("{}\n")
+    with pytest.raises(ConfigError, match="is not divided: its only split is train, not test"):
+        open_source(name, "test")
+    with pytest.raises(ConfigError, match="--data_subset and --revision are for hub names"):
+        open_source(name, subset="x")
+    with pytest.raises(ConfigError, match="--dataset is empty"):
+        open_source("")
+
+
+def test_a_quotation_that_never_ends_is_no_cell(tmp_path):
+    lines = ["a,b", *(f"{i},x" for i in range(30)), '31,"open', *(f"{i},x" for i in range(99))]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"opens in or after line 32 is never closed"):
+        records(tmp_path / "t.csv")
+
+
+def test_a_bad_question_costs_no_other(tmp_path):
+    good = [{"id": str(i), "question": "q", "answers": [{"text": "a"}]} for i in range(9)]
+    article = {"paragraphs": [{"context": "c", "qas": [good[0], {"id": "x"}, *good[1:]]}, 5]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [article, {}]}))
+    found = records(tmp_path / "squad.json")
+    assert [r["id"] for r in found if not isinstance(r, Malformed)] == [g["id"] for g in good]
+    assert [r.reason for r in found if isinstance(r, Malformed)] == ["not_squad"] * 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "json", "parquet"])
+def test_broken_files_get_a_sentence(tmp_path, kind):
+    path = tmp_path / f"t.{kind}"
+    whole = gzip.compress(b'{"a": "b"}\n' * 5000)
+    content = {
+        "jsonl.gz": whole[:20] + bytes(255 - x for x in whole[20:40]) + whole[40:],
+        "json": b"[" * 100_000,
+        "parquet": b"PAR1" + b"x" * 50,
+    }
+    path.write_bytes(content[kind])
+    with pytest.raises(ConfigError, match=rf"t\.{kind}: (cannot be read|is not valid)"):
+        records(path)
+    (tmp_path / "u.txt").write_text("a\n" * 5000)
+    path.rename(tmp_path / "t.txt.gz")
+    if kind == "jsonl.gz":
+        with pytest.raises(ConfigError, match="cannot be read"):
+            records(f"{tmp_path / 't.txt.gz'},{tmp_path / 'u.txt'}")
+
+
+def test_messages_that_no_way_leads_to_are_counted(tmp_path):
+    parents = {"a": None, "b": "a", "c": "gone", "d": "c", "x": "y", "y": "x", "z": ["a"]}
+    roles = {"a": "prompter"}
+    rows = [message(name, parents[name], roles.get(name, "assistant"), name) for name in parents]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [r for _, r in as_threads(open_source(str(tmp_path / "t.jsonl")), "all").read()]
+    assert [r.reason for r in found if isinstance(r, Malformed)] == ["orphan"] * 5
+    assert len(found) == 6

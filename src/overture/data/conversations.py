@@ -14,6 +14,7 @@ from typing import Any
 
 from overture.data.readers import Malformed
 from overture.data.sources import Place, Source
+from overture.errors import ConfigError
 
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user",
@@ -36,9 +37,9 @@ def conversations(record: dict[str, Any], name: str) -> list[dict[str, str]] | M
         if not isinstance(turn, dict):
             return Malformed("wrong_type", "holds a message that is no object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in _ROLES or not isinstance(content, str):
+        if str(role) not in _ROLES or not isinstance(content, str):
             return Malformed("wrong_type", f"holds a message without role or text ({role!r})")
-        messages.append({"role": _ROLES[role], "content": content})
+        messages.append({"role": _ROLES[str(role)], "content": content})
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     turns = [m["role"] for m in messages if m["role"] != "system"]
@@ -56,6 +57,8 @@ def as_threads(source: Source, which: str) -> Source:
         which: `all` threads, or the `best`: from each root on the best-ranked answer.
     """
     if not set(source.first()) >= _TREE:
+        if which != "all":
+            raise ConfigError(f"--threads {which}: {source.name} holds no conversation trees")
         return source
     return replace(source, read=lambda: _threads(source, which))
 
@@ -72,12 +75,17 @@ def _threads(source: Source, which: str) -> Iterator[tuple[Place, Any]]:
             yield place, Malformed("duplicate_id", f"repeats {record['message_id']}")
         else:
             rows[record["message_id"]] = (place, record)
-            children[record.get("parent_id")].append(record["message_id"])
-    # A message whose parent is not here (another language, say) has lost its beginning.
-    for parent, orphans in children.items():
-        if parent is not None and parent not in rows:
-            for name in orphans:
-                yield rows[name][0], Malformed("orphan", f"its parent {parent} is not there")
+            parent = record.get("parent_id")
+            children[None if parent is None else str(parent)].append(record["message_id"])
+    # A message whose parent is not here (another language, say) has lost its beginning, and so
+    # have those that follow it.
+    reached, ahead = set(), list(children[None])
+    while ahead:
+        reached.add(ahead[-1])
+        ahead += children.get(ahead.pop(), ())
+    for name, (place, record) in rows.items():
+        if name not in reached:
+            yield place, Malformed("orphan", f"its parent {record['parent_id']} is not there")
     ways = [[root] for root in reversed(children[None])]
     while ways:
         way = ways.pop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from overture.errors import ConfigError
@@ -18,6 +20,16 @@ OVERFLOWS = {
     "jsonl": (),
 }
 PACKED = ("text", "instruct", "chat")
+_SHARDS = tuple(task for task in OVERFLOWS if task != "jsonl")
+# Options that are for some tasks only; any other is for all.
+TASKS = {
+    **dict.fromkeys(("tokenizer", "max_seq_len", "overflow", "packing", "compression"), _SHARDS),
+    **dict.fromkeys(("size_limit", "processes", "resume"), _SHARDS),
+    **dict.fromkeys(("bos_text", "eos_text", "wrap"), ("text",)),
+    **dict.fromkeys(("labels", "regression"), ("classify",)),
+    "threads": ("chat",),
+}
+_OPTIONS = {"wrap": "--no_wrap", "packing": "--packing or --concat_tokens"}  # otherwise as named
 _SLICE = re.compile(r"^(?P<name>.+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
@@ -102,6 +114,8 @@ class Conversion:
             _refuse(f"--test_fraction {self.test_fraction}: must be at least 0 and below 1")
         if self.test_fraction and list(self.origins) != ["train"]:
             _refuse("--test_fraction names its splits train and test: give no other names")
+        if self.seed != 17 and not self.test_fraction:
+            _refuse("--seed is that of --test_fraction: give that too")
         if self.stratify and not self.test_fraction:
             _refuse("--stratify says how --test_fraction divides: give that too")
         if not 0 <= self.max_rejected <= 1:
@@ -111,6 +125,8 @@ class Conversion:
                 _refuse(f"--{name} {getattr(self, name)}: must be at least {least}")
         if self.size_limit >= 1 << 32:
             _refuse(f"--size_limit {self.size_limit}: must be below 4 GiB, the offsets' range")
+        if _repeated(self.columns):
+            _refuse(f"--columns: {_repeated(self.columns)} is there twice")
         if self.max_rows is not None and self.max_rows < 1:
             _refuse(f"--max_rows {self.max_rows}: must be at least 1")
         bad = next((s for s in self.splits() if not re.fullmatch(r"\w[\w.-]*", s)), None)
@@ -121,20 +137,18 @@ class Conversion:
             _refuse("--task jsonl writes local files: give a folder as --out_root")
 
     def _check_task(self) -> None:
-        for name, given, tasks in (
-            ("--overflow", self.overflow, [t for t in OVERFLOWS if OVERFLOWS[t]]),
-            ("--bos_text", self.bos_text is not None, ["text"]),
-            ("--eos_text", self.eos_text is not None, ["text"]),
-            ("--no_wrap", not self.wrap, ["text"]),
-            ("--labels", self.labels, ["classify"]),
-            ("--regression", self.regression, ["classify"]),
-            ("--threads best", self.threads != "all", ["chat"]),
-            ("--tokenizer", self.tokenizer, [t for t in OVERFLOWS if t != "jsonl"]),
-            ("--packing", self.packing not in (None, "none"), PACKED),
-            ("--concat_tokens", self.packing == "concat", ["text"]),
-        ):
-            if given and self.task not in tasks:
-                _refuse(f"{name} is for --task {' or '.join(tasks)}, not {self.task}")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        for name in given:
+            tasks = TASKS.get(name, tuple(OVERFLOWS))
+            if self.task not in tasks:
+                option = _OPTIONS.get(name, f"--{name}")
+                _refuse(f"{option} is for --task {' or '.join(tasks)}, not {self.task}")
+        if self.packing == "concat" and self.task != "text":
+            _refuse(f"--concat_tokens is for --task text, not {self.task}")
+        if self.packing == "best_fit" and self.task not in PACKED:
+            _refuse(f"--packing best_fit is for --task {' or '.join(PACKED)}, not {self.task}")
+        if self.packing == "concat" and self.overflow:
+            _refuse("--overflow has nothing to do with --concat_tokens, which cuts where it must")
         allowed = OVERFLOWS[self.task]
         if self.overflow and self.overflow not in allowed:
             _refuse(
@@ -143,9 +157,9 @@ class Conversion:
             )
         if self.tokenizer is None and self.task not in ("text", "jsonl"):
             _refuse("--tokenizer is missing: a folder in Hugging Face format or a hub name")
-        tokens_only = (self.packing, self.overflow, self.bos_text, self.eos_text)
-        if self.tokenizer is None and self.task == "text" and tokens_only != (None,) * 4:
-            _refuse("--packing, --concat_tokens, --overflow and marks need a --tokenizer")
+        for name in ("packing", "overflow", "max_seq_len", "bos_text", "eos_text"):
+            if self.tokenizer is None and name in given:
+                _refuse(f"{_OPTIONS.get(name, f'--{name}')} needs a --tokenizer")
         if not self.wrap and self.packing != "concat":
             _refuse("--no_wrap says how --concat_tokens goes on: give that too")
         if self.labels and self.regression:
@@ -177,6 +191,8 @@ def parse_origins(dataset: str | None, splits: list[str]) -> dict[str, Origin]:
         parts = _SLICE.match(value or name)
         if not name or parts is None:
             _refuse(f"--splits {item}: is written NAME=SPLIT or NAME=SPLIT[0:1000]")
+        if dataset is not None and "[" in parts["name"]:
+            _refuse(f"--splits {item}: a slice is written in rows, as in NAME=SPLIT[0:1000]")
         if name in origins:
             _refuse(f"--splits {item}: there are two of the name {name!r}")
         what, start, stop = parts["name"], int(parts["start"] or 0), parts["stop"]
@@ -195,4 +211,12 @@ def parse_fields(pairs: list[str]) -> dict[str, str]:
     """
     if any("=" not in pair for pair in pairs):
         _refuse("--field is written OURS=THEIRS, as in --field response=output")
-    return dict(pair.split("=", 1) for pair in pairs)
+    found = [pair.split("=", 1) for pair in pairs]
+    twice = _repeated(ours for ours, _ in found)
+    if twice:
+        _refuse(f"--field {twice}=...: is there twice")
+    return dict(found)
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -59,9 +59,11 @@ def convert(job: Conversion, say: Callable[[str], Any] = print) -> dict[str, dic
         for split, source in sources.items():
             found = examine(source, fields, job.max_rejected)
             say("\n".join([source.name, *(f"  {line}" for line in found.lines())]))
-            if job.stratify and job.stratify not in found.names:
-                known = nearest(job.stratify, found.names)
-                raise ConfigError(f"--stratify {job.stratify}: no row has that field{known}")
+            named = {f"--field {ours}={theirs}": theirs for ours, theirs in job.fields.items()}
+            for option, name in {**named, f"--stratify {job.stratify}": job.stratify}.items():
+                if name and name not in found.names:
+                    known = nearest(name, found.names)
+                    raise ConfigError(f"{option}: no row has that field{known}")
             parts.append(draw(source, fields, found, split, job.test_fraction, job.seed))
         mark_repeats(parts, job.dedupe)
         ledgers = _write_all(job, work, parts, prompt, say)
@@ -142,7 +144,8 @@ def _flat_answers(source: Source) -> Source:
         for place, record in source.read():
             if isinstance(record, dict) and isinstance(record.get("answers"), dict):
                 texts = record["answers"].get("text") or [""]
-                record = {**record, "answer": texts[0], "answers": texts}
+                answer = texts[0] if isinstance(texts, list) else texts
+                record = {**record, "answer": answer, "answers": texts}
             yield place, record
 
     return replace(source, read=read)
@@ -212,7 +215,7 @@ def _write_all(
         "template": describe(prompt) if isinstance(prompt, PromptTemplate) else prompt,
         "labels": labels,
     }
-    work.bind({"tokenizer hash": facts["tokenizer"] and facts["tokenizer"]["sha256"]})
+    work.bind({f"{name} (contents)": value for name, value in facts.items()})
     encoder = _encoder(job, tokens, prompt, labels)
     ledgers = {}
     with Workers(encoder, job.processes) as workers:
@@ -220,7 +223,7 @@ def _write_all(
 
         for part in parts:
             for split in part.splits:
-                done = work.finished(split, part.source)
+                done = work.finished(split, part.source, facts)
                 rows = Selected(part, split)
                 ledgers[split] = done or write_split(job, work.folder, rows, workers, facts)
                 say(describe_split(job.place(split), ledgers[split]))
@@ -237,7 +240,9 @@ def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -
         return RawTextEncoder(prompt)
     if job.task == "text":
         longest = None if job.packing == "concat" else job.max_seq_len
-        return TextEncoder(tokens, prompt, longest, limits[1], job.bos_text, job.eos_text)
+        return TextEncoder(
+            tokens, prompt, longest, limits[1], bos_text=job.bos_text, eos_text=job.eos_text
+        )
     if job.task == "classify":
         return ClassifyEncoder(tokens, labels, *limits)
     kind = {"instruct": InstructEncoder, "chat": ChatEncoder, "seq2seq": Seq2SeqEncoder}
@@ -252,7 +257,9 @@ class Selected:
         self.number = number_of(part, split)
         self.in_split = int((part.owners == self.number).sum())
 
-    def batches(self, from_row: int = 0) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    def batches(
+        self, from_row: int = 0, whole: bool = False
+    ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         """Yield ((the row after the batch, places, rejected entries), records)."""
         found, fields = self.part.found, self.part.fields
         mine = self.part.owners == self.number
@@ -270,7 +277,7 @@ class Selected:
                 rejected.append(dict(describe_rejected(found, row, place)))
                 continue
             places.append(place)
-            records.append(fields.read(record, known=True))
+            records.append(fields.read(record, known=True, whole=whole))
             if len(records) == BATCH_RECORDS:
                 yield (row + 1, places, rejected), records
                 places, records, rejected = [], [], []
@@ -284,11 +291,12 @@ def _write_jsonl(
     kept, dropped = 0, Counter()
     rows = Selected(part, split)
     with (work.folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-        for (_, _, rejected), records in rows.batches():
+        for (_, _, rejected), records in rows.batches(whole=True):
             kept += len(records)
             dropped.update(entry["reason"] for entry in rejected)
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    say(f"{job.place(split)}: {kept:,} rows")
+    why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    say(f"{job.place(split)}: {kept:,} rows" + (f" (dropped: {why})" if why else ""))
     return {"rows": {"in_split": rows.in_split, "kept": kept, "dropped": dict(dropped)}}
 
 

@@ -77,6 +77,15 @@ class Tokens:
         safe_ids = iter(self._words.ids([t for t, safe in zip(texts, cached, strict=True) if safe]))
         return [next(safe_ids) if safe else next(rest) for safe in cached]
 
+    def call(self, *texts: Any, **options: Any) -> Any:
+        """Return what the tokenizer makes of texts with its own ends, as transformers has it."""
+        return self.tokenizer(*texts, split_special_tokens=True, **options)
+
+    def forbids(self, record: dict[str, str]) -> bool:
+        """Return whether a record spells a special token where those count as such."""
+        counts = not self.backend.encode_special_tokens
+        return counts and any(map(self.special.search, record.values()))
+
     def missing_bos(self, ids: np.ndarray) -> np.ndarray:
         """Return the BOS that a document is to begin with, nothing if a template wrote it."""
         return self.bos[len(self.bos) :] if ids[:1].tolist() == self.bos.tolist() else self.bos
@@ -123,31 +132,37 @@ def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
     return {"input_ids": ids, "loss_mask": mask}
 
 
-class TextEncoder:
-    """Encodes plain text, all of it learned but the first token, which nothing could predict.
+class Encoder:
+    """What the encoders of the tasks share; each has `encode(records) -> Encoded`.
 
     Args:
         tokens: the tokenizer.
-        template: what the model sees of a record.
+        template: what the model sees of a record, and what it learns.
         max_seq_len: the longest document; None leaves documents whole, for concatenation.
-        overflow: `split` makes several documents of one that is too long; `drop`.
-        bos_text, eos_text: instead of the tokenizer's own; '' for none.
+        overflow: what becomes of longer ones, as in `conversion.OVERFLOWS`.
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        template: PromptTemplate,
-        max_seq_len: int | None,
-        overflow: str,
-        bos_text: str | None = None,
-        eos_text: str | None = None,
+        self, tokens: Tokens, template: Any, max_seq_len: int | None, overflow: str
     ) -> None:
-        self.tokens, self.template, self.overflow = tokens, template, overflow
-        self.max_seq_len = max_seq_len
+        self.tokens, self.template = tokens, template
+        self.max_seq_len, self.overflow = max_seq_len, overflow
+        self.columns = token_columns(tokens.vocab_size)
+
+
+class TextEncoder(Encoder):
+    """Encodes plain text, all of it learned but the first token, which nothing could predict.
+
+    `bos_text` and `eos_text` stand instead of the tokenizer's own; '' for none.
+    """
+
+    def __init__(
+        self, *common: Any, bos_text: str | None = None, eos_text: str | None = None
+    ) -> None:
+        super().__init__(*common)
+        tokens = self.tokens
         self.bos = tokens.bos if bos_text is None else tokens.marker(bos_text)
         self.eos = np.uint32([tokens.eos]) if eos_text is None else tokens.marker(eos_text)
-        self.columns = token_columns(tokens.vocab_size)
 
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
         """Return the documents of some records, in order."""
@@ -155,7 +170,11 @@ class TextEncoder:
         out = Encoded([], [], Counter())
         longest = self.max_seq_len or 2**62
         for number, ids in enumerate(texts):
-            whole = np.concatenate([self.bos, ids, self.eos])
+            if self.tokens.forbids(records[number]):
+                out.drops.append((number, "special_token_in_text"))
+                continue
+            has_bos = len(self.bos) and ids[: len(self.bos)].tolist() == self.bos.tolist()
+            whole = np.concatenate([self.bos[:0] if has_bos else self.bos, ids, self.eos])
             if not len(ids) or len(whole) < 2:
                 out.drops.append((number, "empty"))
                 continue
@@ -177,25 +196,8 @@ def _parts(length: int, longest: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], length], strict=True))
 
 
-class InstructEncoder:
-    """Encodes a prompt, which is masked, and the response with its EOS, which is learned.
-
-    Args:
-        tokens: the tokenizer.
-        template: with a response field.
-        max_seq_len: the longest document.
-        overflow: `truncate_prompt` shortens the template's `cut` field; `drop`.
-    """
-
-    def __init__(
-        self, tokens: Tokens, template: PromptTemplate, max_seq_len: int, overflow: str
-    ) -> None:
-        self.tokens, self.template = tokens, template
-        self.max_seq_len, self.overflow = max_seq_len, overflow
-        self.columns = token_columns(tokens.vocab_size)
-        self._eos = np.uint32([tokens.eos])
-        # Where special tokens count, a text that spells one would be taken for it.
-        self._forbidden = None if tokens.backend.encode_special_tokens else tokens.special
+class InstructEncoder(Encoder):
+    """Encodes a prompt, which is masked, and the response with its EOS, which is learned."""
 
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
         """Return the documents of some records, in order."""
@@ -216,9 +218,11 @@ class InstructEncoder:
         self, record: dict[str, str], prompt: np.ndarray, response: np.ndarray, notes: Counter[str]
     ) -> Document | str:
         bos = self.tokens.missing_bos(prompt)
-        room = self.max_seq_len - len(response) - len(self._eos) - len(bos)
-        if self._forbidden and any(map(self._forbidden.search, record.values())):
+        room = self.max_seq_len - len(response) - 1 - len(bos)
+        if self.tokens.forbids(record):
             return "special_token_in_text"
+        if not len(response):  # the tokenizer may drop what it takes for no text
+            return "empty_response"
         if len(prompt) > room:
             prompt = None
             if self.overflow == "truncate_prompt":
@@ -230,7 +234,12 @@ class InstructEncoder:
             notes["truncated"] += 1
         if not len(bos) and not len(prompt):
             return "empty_prompt"
-        parts = [(bos, False), (prompt, False), (response, True), (self._eos, True)]
+        parts = [
+            (bos, False),
+            (prompt, False),
+            (response, True),
+            (np.uint32([self.tokens.eos]), True),
+        ]
         return token_document(parts)
 
 

@@ -12,35 +12,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
-from overture.data.encode import Document, Encoded, Tokens, token_document
-from overture.data.schema import token_columns
+from overture.data.encode import Document, Encoded, Encoder, Tokens, token_document
 from overture.errors import ConfigError
 
 Messages = list[dict[str, str]]
 _PROBE = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))] * 2
 
 
-class ChatEncoder:
-    """Encodes records with `messages`.
+class ChatEncoder(Encoder):
+    """Encodes records with `messages`; `template` is Jinja, None for the tokenizer's own.
 
-    Args:
-        tokens: the tokenizer, taking special tokens as such: the template writes them.
-        template: Jinja, or None for the tokenizer's own.
-        max_seq_len: the longest document.
-        overflow: `truncate_prompt` leaves out the oldest turns after the system message; `drop`.
+    The tokenizer takes special tokens as such: the template writes them. `truncate_prompt` leaves
+    out the oldest turns after the system message.
 
     Raises:
         ConfigError: there is no template, or it ends no answer with a special token, or it writes
             earlier turns otherwise once later ones follow.
     """
 
-    def __init__(
-        self, tokens: Tokens, template: str | None, max_seq_len: int, overflow: str
-    ) -> None:
-        self.tokens, self.max_seq_len, self.overflow = tokens, max_seq_len, overflow
-        self.columns = token_columns(tokens.vocab_size)
-        self.template = template or tokens.tokenizer.chat_template
+    def __init__(self, tokens: Tokens, template: str | None, *limits: Any) -> None:
+        super().__init__(tokens, template or tokens.tokenizer.chat_template, *limits)
         if not self.template:
             raise ConfigError(
                 f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template; name one "
@@ -81,7 +74,10 @@ class ChatEncoder:
             return "special_token_in_text"
         if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
             return "empty_response"
-        return self._parts(messages) or "template_rewrites"
+        try:
+            return self._parts(messages) or "template_rewrites"
+        except TemplateError:  # which is how a template says that it does not take this one
+            return "template_refuses"
 
     def _parts(self, messages: Messages) -> list[tuple[str, bool]] | None:
         """Return (text, learned) parts, or None if the template does not go on as it began."""

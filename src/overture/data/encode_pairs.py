@@ -1,7 +1,7 @@
 """Records to rows for encoder-decoder models (seq2seq) and for classifiers.
 
 Ends are what the tokenizer's own family wants (CLS and SEP, language codes, EOS), so the tokenizer
-is called as transformers call it; what stands in a record is text, special tokens included.
+is called as transformers call it; what spells a special token in a record stays text.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ class Seq2SeqEncoder(InstructEncoder):
     Takes what InstructEncoder takes; `max_seq_len` holds for source and target each.
     """
 
-    def __init__(self, tokens: Tokens, *limits: Any) -> None:
-        super().__init__(tokens, *limits)
+    def __init__(self, tokens: Tokens, *common: Any) -> None:
+        super().__init__(tokens, *common)
         self.columns = dict.fromkeys(("input_ids", "labels"), ids_type(tokens.vocab_size))
+        self._special = set(tokens.tokenizer.all_special_ids)
 
     def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
         """Return the pairs of some records, in order."""
         out = Encoded([], [], Counter())
         prompts = [self.template.prompt(record) for record in records]
-        sources = self.tokens.tokenizer(prompts)["input_ids"]
+        sources = self.tokens.call(prompts)["input_ids"]
         texts = [record[self.template.response] for record in records]
-        targets = self.tokens.tokenizer(text_target=texts)["input_ids"]
+        targets = self.tokens.call(text_target=texts)["input_ids"]
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            if self.tokens.eos not in target:
+            if self.tokens.eos not in target[-2:]:  # a language code may follow it
                 target = [*target, self.tokens.eos]
+            if not set(target) - self._special:
+                out.drops.append((number, "empty_response"))
+                continue
             if len(target) > self.max_seq_len:
                 out.drops.append((number, "too_long"))
                 continue
@@ -57,7 +61,7 @@ class Seq2SeqEncoder(InstructEncoder):
         return out
 
     def _source(self, text: str) -> list[int]:
-        return self.tokens.tokenizer(text)["input_ids"]
+        return self.tokens.call(text)["input_ids"]
 
 
 class ClassifyEncoder:
@@ -89,8 +93,11 @@ class ClassifyEncoder:
                 if self.overflow != "truncate_prompt":
                     out.drops.append((number, "too_long"))
                     continue
-                out.notes["truncated"] += 1
                 row = self._rows([record], truncation=True, max_length=self.max_seq_len)[0]
+                if len(row.ids) > self.max_seq_len:  # no room even for what must be there
+                    out.drops.append((number, "too_long"))
+                    continue
+                out.notes["truncated"] += 1
             label = record["label"]
             out.documents.append(
                 {
@@ -108,7 +115,7 @@ class ClassifyEncoder:
         if any(pairs) and not all(pairs):  # a batch takes pairs or single texts, not both
             return [row for record in records for row in self._rows([record], **options)]
         texts = [record["text"] for record in records]
-        return self.tokens.tokenizer(texts, pairs if all(pairs) else None, **options).encodings
+        return self.tokens.call(texts, pairs if all(pairs) else None, **options).encodings
 
 
 def class_names(found: Counter[str], given: Sequence[str], regression: bool) -> list[str] | None:

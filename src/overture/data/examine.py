@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -47,10 +49,13 @@ class Fields:
     identifier: str = "id"
     stratify: str | None = None
 
-    def read(self, record: dict[str, Any], known: bool = False) -> dict[str, Any] | Malformed:
+    def read(
+        self, record: dict[str, Any], known: bool = False, whole: bool = False
+    ) -> dict[str, Any] | Malformed:
         """Return the record under our names, all other texts kept, or what is wrong with it.
 
-        A row that is `known` to be sound from an earlier reading is not searched again.
+        A row that is `known` to be sound from an earlier reading is not searched again; of a
+        `whole` one what is no text is kept as well.
         """
         ours: dict[str, Any] = {}
         for name, kind in self.kinds.items():
@@ -62,8 +67,8 @@ class Fields:
                     return value
             elif theirs not in record and kind != "optional":
                 return Malformed("missing_field", f"has no field {theirs!r}")
-            elif kind == "label" and isinstance(value, (int, float)):
-                value = str(int(value) if isinstance(value, bool) else value)
+            elif kind == "label" and isinstance(value, (int, float)) and math.isfinite(value):
+                value = str(int(value) if value == int(value) else value)  # 1, 1.0 and true are one
             elif value is not None and not isinstance(value, str):
                 kind_of = type(value).__name__
                 return Malformed("wrong_type", f"field {theirs!r} holds {kind_of}, not text")
@@ -74,7 +79,7 @@ class Fields:
             name = names.get(theirs, theirs)
             if name in ours:
                 found[name] = ours[name]
-            elif isinstance(value, str):
+            elif whole or isinstance(value, str):
                 found[theirs] = value
         found |= ours
         return found if known else _unsound(found) or found
@@ -82,7 +87,7 @@ class Fields:
 
 def _unsound(record: dict[str, Any]) -> Malformed | None:
     for name, value in record.items():
-        texts = [value] if isinstance(value, str) else [m["content"] for m in value]
+        texts = [name, value] if isinstance(value, str) else [m["content"] for m in value]
         for text in texts:
             if len(text) > MAX_ROW_BYTES:
                 return Malformed("too_large", f"field {name!r} is over {MAX_ROW_BYTES >> 20} MiB")
@@ -191,7 +196,8 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
             continue
         _count(found, fields, record)
         identifier = raw.get(fields.identifier)
-        found.identifiers.append(hash((row,)) if identifier is None else hash(str(identifier)))
+        has_none = identifier is None or identifier == ""
+        found.identifiers.append(hash((row,)) if has_none else hash(str(identifier)))
         found.strata.append(hash(str(raw.get(fields.stratify))))
     if not found.rows:
         raise ConfigError(f"{source.name}: holds no records")
@@ -216,19 +222,22 @@ def _count(found: Examination, fields: Fields, record: dict[str, Any]) -> None:
     )  # fmt: skip
     if "category" in record:
         found.categories[record["category"]] += 1
-    if "label" in fields.kinds:
+    if "label" in fields.kinds and not empty:
         found.labels[record["label"]] += 1
     if len(found.samples) < 3:
         found.samples.append({name: record[name] for name in shown})
     answer = fields.learned
-    values = {n: _hashable(record.get(n, "")) for n in fields.kinds}
-    found.prompts.append(hash(tuple(v for n, v in values.items() if n not in answer)))
-    found.contents.append(hash(tuple(values.values())))
+    values = {n: record[n] for n in fields.kinds}
+    found.prompts.append(hash(tuple(_opening(v) for n, v in values.items() if n not in answer)))
+    found.contents.append(hash(tuple(map(str, values.values()))))
     found.fates.append(found.fate(f"empty_{empty}") if empty else 0)
 
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, str) else json.dumps(value)
+def _opening(value: Any) -> str:
+    """Return a text, or what a conversation has before its first answer."""
+    if isinstance(value, str):
+        return value
+    return json.dumps([*itertools.takewhile(lambda m: m["role"] != "assistant", value)])
 
 
 def _reject_repeated_identifiers(

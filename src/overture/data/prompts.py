@@ -85,7 +85,10 @@ def chat_template(name: str) -> str:
     if name in chat_templates():
         return chat_templates()[name]
     if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"--prompt_template {name}: is no text in UTF-8") from None
     known = f" (there are: {', '.join(chat_templates())}, or a Jinja file)"
     raise ConfigError(f"--prompt_template {name}: unknown chat template{known}")
 

@@ -112,7 +112,7 @@ def _read_json(path: Path, form: Format) -> Rows:
     with open_bytes(path) as file:
         try:
             whole = json.loads(file.read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if "Extra data" in str(error):
                 whole = None
             else:
@@ -131,9 +131,9 @@ def _read_json(path: Path, form: Format) -> Rows:
 def _squad_questions(articles: list[Any]) -> Iterator[dict[str, Any] | Malformed]:
     """Yield a record per question of a SQuAD-format file (Rajpurkar et al. 2016)."""
     for article in articles:
-        try:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
+        for paragraph in _parts(article, "paragraphs"):
+            for question in _parts(paragraph, "qas"):
+                try:
                     answers = [answer["text"] for answer in question.get("answers") or []]
                     yield {
                         "id": question.get("id"),
@@ -143,8 +143,14 @@ def _squad_questions(articles: list[Any]) -> Iterator[dict[str, Any] | Malformed
                         "answer": answers[0] if answers else "",
                         "answers": answers,
                     }
-        except (KeyError, TypeError, AttributeError) as error:
-            yield Malformed("not_squad", f"is not in SQuAD format ({error!r})")
+                except (KeyError, TypeError, AttributeError) as error:
+                    yield Malformed("not_squad", f"is not in SQuAD format ({error!r})")
+
+
+def _parts(whole: Any, name: str) -> list[Any]:
+    """Return a list within an object; where there is none, one thing that is no part either."""
+    found = whole.get(name) if isinstance(whole, dict) else None
+    return found if isinstance(found, list) else [None]
 
 
 def _read_csv(path: Path, form: Format) -> Rows:
@@ -152,15 +158,21 @@ def _read_csv(path: Path, form: Format) -> Rows:
     with open_bytes(path) as file:
         # Broken bytes become lone surrogates, which the check of the fields then names by row.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text)
+        rows = csv.reader(text, strict=True)
 
         def cells() -> Iterator[tuple[int, list[str] | Malformed]]:
             while True:
+                begin = rows.line_num + 1
                 try:
                     row = next(rows)
                 except StopIteration:
                     return
                 except csv.Error as error:
+                    if "end of data" in str(error):
+                        raise ConfigError(
+                            f"{path}: a quotation mark that opens in or after line {begin} is "
+                            "never closed, so the rest of the file would be one cell"
+                        ) from None
                     yield rows.line_num, Malformed("not_csv", f"is not valid CSV: {error}")
                     continue
                 yield rows.line_num, row
@@ -209,7 +221,7 @@ def _read_parquet(path: Path, _: Format) -> Rows:
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: cannot be read as Parquet ({error})") from None
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,9 @@ class Progress:
 
     row: int = 0  # the first row of the source that has not been read
     samples: int = 0
-    documents: int = 0
-    tokens: int = 0
-    trained: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
-    split: int = 0
-    left_over: int = 0  # tokens that concatenation could not place
+    # documents, tokens, trained, kept, truncated, split, left_over (which found no place)
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     carry: list[list[int]] = field(default_factory=list)  # its ids that wait for the next window
     rejected_bytes: int = 0
 
@@ -84,7 +80,9 @@ class ShardWriter:
         if not self._journal.exists():
             return Progress(), []
         journal = json.loads(self._journal.read_text(encoding="utf-8"))
-        return Progress(**journal["progress"]), journal["shards"]
+        progress = Progress(**journal["progress"])
+        progress.counts, progress.dropped = Counter(progress.counts), Counter(progress.dropped)
+        return progress, journal["shards"]
 
     def reject(self, entry: dict[str, Any]) -> None:
         """Note a row that is not kept, and why."""
@@ -104,7 +102,7 @@ class ShardWriter:
         self._writer.write(sample)
         if len(self._writer.shards) > finished:
             self._rejected.flush()
-            journal = {"progress": asdict(window), "shards": self._writer.shards}
+            journal = {"progress": vars(window), "shards": self._writer.shards}
             write_aside(self._journal, json.dumps(journal))
 
     def rejected_bytes(self) -> int:

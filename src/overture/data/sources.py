@@ -6,6 +6,8 @@ import glob
 import itertools
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from overture.data.schema import sha256_file
 from overture.errors import ConfigError
 
 EMBEDDED = "embedded"
+_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 class Place(NamedTuple):
@@ -86,21 +89,25 @@ def open_source(
     Raises:
         ConfigError: there is no such file, split or dataset.
     """
+    if not name:
+        raise ConfigError("--dataset is empty: name a file, a folder, a hub dataset or `embedded`")
+    pair = [Path(part) for part in name.split(",")]
+    is_pair = len(pair) == 2 and not Path(name).exists() and pair[0].is_file()
+    if name == EMBEDDED or is_pair:
+        _refuse_choice(name, split, subset, revision)
     if name == EMBEDDED:
         from overture.data.embedded import generate_rows
 
         return Source(
             name, lambda: _placed("", enumerate(generate_rows(), start=1)), {"generated": True}
         )
-    pair = [Path(part) for part in name.split(",")]
-    if len(pair) == 2 and not Path(name).exists() and pair[0].is_file():
+    if is_pair:
         if not pair[1].is_file():
             raise ConfigError(f"{pair[1]}: no such file")
-        return Source(name, lambda: _placed("", read_parallel(pair)), _fingerprint(pair))
+        return Source(name, lambda: _readable(name, read_parallel(pair)), _fingerprint(pair))
     files = _local_files(name, split)
     if files:
-        if subset or revision:
-            raise ConfigError(f"{name}: is local: --data_subset and --revision are for hub names")
+        _refuse_choice(name, "train", subset, revision)
         return _file_source(name, files, form)
     path = Path(name)
     looks_local = reader(path) or name.startswith(("/", ".", "~")) or glob.has_magic(name)
@@ -109,27 +116,44 @@ def open_source(
     return _hub_source(name, split, subset, revision)
 
 
+def _refuse_choice(name: str, split: str, subset: str | None, revision: str | None) -> None:
+    """Refuse to choose a part of a source that has none."""
+    if split != "train":
+        raise ConfigError(f"{name}: is not divided: its only split is train, not {split}")
+    if subset or revision:
+        raise ConfigError(f"{name}: is local: --data_subset and --revision are for hub names")
+
+
 def _local_files(name: str, split: str) -> list[Path]:
     path = Path(name)
     if path.is_file():
-        if split != "train":
-            raise ConfigError(f"{name}: is one file, so its only split is train, not {split}")
+        _refuse_choice(name, split, None, None)
         return [path]
     if glob.has_magic(name):
+        _refuse_choice(name, split, None, None)
         return [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
     if not path.is_dir():
         return []
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and reader(p)]
+    known = [p for p in sorted(path.rglob("*")) if p.is_file() and reader(p)]
+    files = [p for p in known if not any(n.startswith(".") for n in p.relative_to(path).parts)]
     if not files:
         raise ConfigError(f"{name}: holds no file of a known kind ({', '.join(READERS)})")
-    named = [
-        p for p in files
-        if split in (p.name.split(".")[0], p.relative_to(path).parts[0])
-    ]  # fmt: skip
-    if not named and split != "train":
+    named = [p for p in files if _is_called(p.relative_to(path), split)]
+    others = [p for p in files if any(_is_called(p.relative_to(path), s) for s in _HELD_OUT)]
+    if not named and (split != "train" or others):
         there = ", ".join(str(p.relative_to(path)) for p in files[:8])
         raise ConfigError(f"{name}: has no files for split {split!r}; there are: {there}")
-    return named or files
+    files = named or files
+    kinds = {reader(p): p.name for p in files}
+    if len(kinds) > 1:
+        some = " and ".join(list(kinds.values())[:2])
+        raise ConfigError(f"{name}: holds {some}; say which with a pattern, as in '*.jsonl'")
+    return files
+
+
+def _is_called(path: Path, split: str) -> bool:
+    """Return whether a file or one of its folders is named after a split, as the hub has them."""
+    return any(re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", part) for part in path.parts)
 
 
 def _file_source(name: str, files: list[Path], form: Format) -> Source:
@@ -148,12 +172,18 @@ def _file_source(name: str, files: list[Path], form: Format) -> Source:
 
     def read() -> Iterator[tuple[Place, Any]]:
         for path in files:
-            try:
-                yield from _placed("" if len(files) == 1 else str(path), reader(path)(path, form))
-            except (OSError, EOFError) as error:  # a truncated or foreign .gz, a file gone
-                raise ConfigError(f"{path}: cannot be read ({error})") from None
+            rows = reader(path)(path, form)
+            yield from _readable(str(path), rows, "" if len(files) == 1 else str(path))
 
     return Source(name, read, _fingerprint(files))
+
+
+def _readable(name: str, rows: Rows, file: str = "") -> Iterator[tuple[Place, Any]]:
+    """Yield placed rows; a truncated or foreign .gz, or a file gone, is one sentence."""
+    try:
+        yield from _placed(file, rows)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{name}: cannot be read ({error})") from None
 
 
 def _fingerprint(files: list[Path]) -> dict[str, Any]:

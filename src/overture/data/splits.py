@@ -4,8 +4,10 @@ can move a row between them; then a row that is held out anywhere leaves train.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +54,14 @@ def draw(
             f"--test_fraction {test_fraction} of {found.rows} rows leaves none to train on"
         )
     rng = random.Random(seed)
-    if fields.stratify is None:
+    if "messages" in fields.kinds:  # conversations that begin alike stay together
+        openings = list(dict.fromkeys(found.prompts.tolist()))
+        rng.shuffle(openings)
+        sizes = Counter(found.prompts.tolist())
+        enough = itertools.accumulate(sizes[o] for o in openings)
+        chosen = [o for o, total in zip(openings, enough, strict=True) if total <= held_out]
+        owners[np.isin(found.prompts, chosen or openings[:1])] = 1
+    elif fields.stratify is None:
         owners[rng.sample(range(found.rows), held_out)] = 1
     else:
         for rows, count in _strata(found.strata, held_out):
@@ -73,18 +82,21 @@ def _strata(keys: np.ndarray, held_out: int) -> list[tuple[np.ndarray, int]]:
 
 
 def mark_repeats(parts: Sequence[Part], dedupe: bool) -> None:
-    """Give rows of train whose prompt is held out, and with `dedupe` repeated rows, their fate."""
+    """Give rows of train* whose prompt is held out, and with `dedupe` repeated rows, their fate."""
+    trained = [
+        np.isin(p.owners, [i for i, s in enumerate(p.splits) if s.startswith("train")])
+        for p in parts
+    ]
+    kept = [p.found.fates == 0 for p in parts]
     held_out = np.concatenate(
-        [p.found.prompts[p.owners != number_of(p, "train")] for p in parts]
-    )  # malformed rows have keys that no row shares
-    for part in parts:
-        kept = part.found.fates == 0
+        [p.found.prompts[k & ~t] for p, k, t in zip(parts, kept, trained, strict=True)]
+    )
+    for part, sound, train in zip(parts, kept, trained, strict=True):
+        found = part.found
+        found.fates[sound & train & np.isin(found.prompts, held_out)] = found.fate("also_held_out")
         if dedupe:
-            part.found.fates[kept & repeats(part.found.contents)] = part.found.fate("duplicate")
-        shared = np.isin(part.found.prompts, held_out)
-        train = part.owners == number_of(part, "train")
-        fate = part.found.fate("also_held_out")
-        part.found.fates[kept & shared & train] = fate
+            left = np.flatnonzero(found.fates == 0)
+            found.fates[left[repeats(found.contents[left])]] = found.fate("duplicate")
 
 
 def number_of(part: Part, split: str) -> int:

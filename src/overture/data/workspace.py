@@ -36,7 +36,10 @@ class Workspace:
         if job.remote:  # made here, then uploaded; found again by --resume
             name = hashlib.sha256(job.out_root.encode()).hexdigest()[:16]
             self.home = Path(tempfile.gettempdir()) / f"overture-{name}"
-        self.home.mkdir(parents=True, exist_ok=True)
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out_root {job.out_root}: no folder ({error.strerror})") from None
         # The kernel lets go of the lock when its holder dies, however it dies.
         self._lock = os.open(self.home, os.O_RDONLY)
         try:
@@ -84,20 +87,21 @@ class Workspace:
         other = next((name for name in facts if then.get(name, facts[name]) != facts[name]), None)
         if other:
             raise ConfigError(
-                f"--resume: the interrupted conversion had {other} {then[other]!r}, not "
-                f"{facts[other]!r}; give the same, or leave --resume out to start over"
+                f"--resume: the interrupted conversion had {other} {_short(then[other])}, not "
+                f"{_short(facts[other])}; give the same, or leave --resume out to start over"
             )
         write_aside(self._facts, json.dumps({**then, **facts}))
 
-    def finished(self, split: str, source: Source) -> dict[str, Any] | None:
+    def finished(self, split: str, source: Source, facts: dict[str, Any]) -> dict[str, Any] | None:
         """Return, when going on, the ledger of a split that is whole, here or in its place already.
 
-        The kill may have come between two renames, or before an upload.
+        The kill may have come between two renames, or before an upload. `facts` are those of the
+        ledger that a template, a tokenizer or the labels decide.
 
         Raises:
             ConfigError: another split is in its place.
         """
-        ours = {"arguments": self.job.identity()}
+        ours = {**facts, "arguments": self.job.identity()}
         ours["source"] = {"name": source.name, **source.fingerprint}
         ours = json.loads(json.dumps(ours))
         for folder in (self.folder / split, self.place(split)):
@@ -125,3 +129,8 @@ class Workspace:
         if place.exists():
             os.rename(place, self.folder / f"old-{place.name}")
         os.rename(aside, place)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:119] + "…"

@@ -41,6 +41,7 @@ def write_split(
     columns = workers.encoder.columns
     writer = ShardWriter(folder / rows.split, columns, job.compression, job.size_limit)
     progress = writer.progress
+    counts = progress.counts
     for window in _windows(job, rows, workers, progress.row):
         start = deepcopy(progress)
         for entry in window.rejected:
@@ -48,17 +49,14 @@ def write_split(
         for row in _packed(job, window.documents, progress):
             writer.write(_sample(row, columns, facts), progress.samples, start)
             progress.samples += 1
-            progress.documents += len(row)
-            progress.tokens += sum(len(d.get(n, ())) for d in row for n in ("input_ids", "labels"))
-            progress.trained += sum(map(_learned, row))
+            counts["documents"] += len(row)
+            counts["tokens"] += sum(len(d.get(n, ())) for d in row for n in ("input_ids", "labels"))
+            counts["trained"] += sum(map(_learned, row))
         progress.row = window.end
-        progress.kept += window.kept
-        progress.truncated += window.notes["truncated"]
-        progress.split += window.notes["split"]
-        for entry in window.rejected:
-            progress.dropped[entry["reason"]] = progress.dropped.get(entry["reason"], 0) + 1
+        counts.update(window.notes)
+        progress.dropped.update(entry["reason"] for entry in window.rejected)
         progress.rejected_bytes = writer.rejected_bytes()
-    progress.left_over += len(progress.carry)
+    counts["left_over"] += len(progress.carry)
     if not progress.samples:
         why = ", ".join(f"{n:,} {reason}" for reason, n in progress.dropped.items())
         raise ConfigError(
@@ -75,7 +73,6 @@ class _Window:
     documents: list[Document] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
-    kept: int = 0
     end: int = 0  # the row of the source after the last one
 
 
@@ -94,7 +91,7 @@ def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Ite
             window.rejected.append({**entry, "line": place.line, "reason": reason})
         window.documents += encoded.documents
         window.notes.update(encoded.notes)
-        window.kept += len(places) - len(encoded.drops)
+        window.notes["kept"] += len(places) - len(encoded.drops)
         window.end = end
         if len(window.documents) >= WINDOW_DOCUMENTS or len(window.rejected) >= WINDOW_REJECTED:
             yield window
@@ -114,7 +111,7 @@ def _packed(
         ids = [document["input_ids"] for document in documents]
         filled, rest, lost = concatenate(ids, progress.carry, job.max_seq_len, job.wrap)
         progress.carry = rest.tolist()
-        progress.left_over += lost
+        progress.counts["left_over"] += lost
         mask = np.ones(job.max_seq_len, np.uint8)
         mask[0] = 0  # nothing could predict it
         yield from ([{"input_ids": row, "loss_mask": mask}] for row in filled)
@@ -152,7 +149,7 @@ def _learned(document: Document) -> int:
 def _ledger(
     job: Conversion, rows: Any, columns: dict[str, str], facts: dict[str, Any], done: Progress
 ) -> dict[str, Any]:
-    found = rows.part.found
+    found, counts = rows.part.found, done.counts
     packed = job.how_packed() != "none"
     malformed = {why: n for why, n in done.dropped.items() if why in found.malformed}
     return {
@@ -163,19 +160,23 @@ def _ledger(
         "rows": {
             "read": found.rows,
             "in_split": rows.in_split,
-            "kept": done.kept,
+            "kept": counts["kept"],
             "malformed": malformed,
             "dropped": {why: n for why, n in done.dropped.items() if why not in malformed},
-            "truncated": done.truncated,
-            "split": done.split,
+            "truncated": counts["truncated"],
+            "split": counts["split"],
             "duplicates": rows.part.duplicates,
         },
-        "documents": done.documents,
+        "documents": counts["documents"],
         "samples": done.samples,
-        "tokens": {"total": done.tokens, "trained": done.trained, "left_over": done.left_over},
+        "tokens": {
+            "total": counts["tokens"],
+            "trained": counts["trained"],
+            "left_over": counts["left_over"],
+        },
         "packing": {
             "method": job.how_packed(),
-            "utilisation": done.tokens / (done.samples * job.max_seq_len) if packed else 1.0,
+            "utilisation": counts["tokens"] / (done.samples * job.max_seq_len) if packed else 1.0,
         },
         "max_seq_len": job.max_seq_len,
         "columns": columns,
