@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +33,23 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("OVERTURE_DATA is not set: no real datasets at hand")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def freed(monkeypatch):
+    """Free with each test what Streaming keeps until the process ends.
+
+    Every dataset opens six files for each one made before it, so that a hundred of them exhaust
+    any limit.
+    """
+    from streaming.base.shared import memory  # after the variable above is set
+
+    cleanups: list[Callable[[], None]] = []
+    monkeypatch.setattr(memory, "atexit", SimpleNamespace(register=cleanups.append))
+    yield
+    gc.collect()  # loaders that the test has dropped stop their workers
+    for cleanup in cleanups:
+        cleanup()
 
 
 @pytest.fixture

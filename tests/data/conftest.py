@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from streaming import MDSWriter
 from streaming.base.format import reader_from_json
-from streaming.base.shared import memory
 
 from overture.data.schema import read_ledger, sha256_file
-
-
-@pytest.fixture(autouse=True)
-def freed(monkeypatch):
-    """Free with each test what Streaming keeps until the process ends.
-
-    Every dataset opens six files for each one made before it, so that a hundred of them exhaust
-    any limit.
-    """
-    cleanups: list[Callable[[], None]] = []
-    monkeypatch.setattr(memory, "atexit", SimpleNamespace(register=cleanups.append))
-    yield
-    gc.collect()  # loaders that the test has dropped stop their workers
-    for cleanup in cleanups:
-        cleanup()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from overture.data.collate import TokenCollator
@@ -30,9 +31,9 @@ def tokenizer(smoke):
     return load_tokenizer(str(smoke / "tokenizer"))
 
 
-def build(family: str, tokenizer, **options):
+def build(family: str, tokenizer, attention="auto"):
     torch.manual_seed(1)
-    return load_causal_lm(family, False, "float32", "sdpa", FAMILIES[family], tokenizer, **options)
+    return load_causal_lm(family, False, "float32", attention, FAMILIES[family], tokenizer)
 
 
 def packed_batch(tokenizer, lengths=(9, 5, 14)) -> dict[str, torch.Tensor]:
@@ -49,9 +50,11 @@ def packed_batch(tokenizer, lengths=(9, 5, 14)) -> dict[str, torch.Tensor]:
     return TokenCollator(32, tokenizer.pad_token_id)([row])
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_loss_equals_each_document_alone(family, tokenizer):
-    network = build(family, tokenizer).eval()
+def test_packed_loss_equals_each_document_alone(family, attention, tokenizer):
+    network = build(family, tokenizer, attention).eval()
+    assert network.config._attn_implementation == {"auto": "overture"}.get(attention, attention)
     prove_isolation(network, len(tokenizer))
     model = CausalLM(network, tokenizer, eval_samples=None).eval()
     batch = packed_batch(tokenizer)
@@ -95,6 +98,39 @@ def test_gradients_of_lora_reach_every_adapter_and_nothing_else(tokenizer):
         assert (parameter.grad is not None) == (name in trained), name
     # B starts at zero, so only B has a gradient that differs from zero at first.
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_equals_that_of_peft(tokenizer, dtype):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    found = []
+    for kind in ("ours", "theirs"):
+        network = load_causal_lm("llama", False, dtype, "auto", FAMILIES["llama"], tokenizer)
+        add = add_lora if kind == "ours" else None
+        torch.manual_seed(2)
+        network = (
+            add(network, 4, 8.0, 0.0, "all-linear") if add else get_peft_model(network, config)
+        )
+        torch.manual_seed(3)
+        for name, parameter in network.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.1 if "lora_" in name else 0.3)
+        model = CausalLM(network, tokenizer, None)
+        batch = packed_batch(tokenizer)
+        loss = model.loss(model(batch), batch)
+        loss.backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found.append((loss.item(), trained))
+        with network.disable_adapter():
+            found[-1] += (model.loss(model(batch), batch).item(),)
+    (ours, our_grads, our_base), (theirs, their_grads, their_base) = found
+    exact = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
+    assert ours == pytest.approx(theirs, rel=exact)
+    assert our_base == their_base != ours
+    assert our_grads.keys() == their_grads.keys()
+    for name, grad in our_grads.items():
+        assert grad.dtype == torch.float32
+        close = (grad - their_grads[name]).norm() / their_grads[name].norm()
+        assert close < exact, name
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(tokenizer):

@@ -1,5 +1,7 @@
 """The loss against torch's own in float64, and the eval metric on any number of ranks."""
 
+import resource
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,25 +20,54 @@ def test_positions_are_one_left_of_the_label():
     ]
 
 
-@pytest.mark.parametrize("count", [0, 1, 255, 256, 300])
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 5.0)])
-def test_equals_torch_in_float64(count, scale, softcap):
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 300])
+@pytest.mark.parametrize(
+    ("scale", "softcap", "bias", "trained"),
+    [(1.0, None, False, False), (0.25, None, True, True), (1.0, 5.0, False, True)],
+)
+def test_equals_torch_in_float64(count, scale, softcap, bias, trained):
     torch.manual_seed(0)
-    head = torch.nn.Linear(12, 40, bias=False)
-    hidden = torch.randn(count, 12, requires_grad=True)
+    head = torch.nn.Linear(12, 40, bias=bias).double().requires_grad_(trained)
+    hidden = torch.randn(count, 12, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 40, (count,))
-    losses = cross_entropy_at(hidden, head, targets, scale, softcap)
+    total, losses = cross_entropy_at(hidden, head, targets, scale, softcap)
     assert losses.shape == (count,)
-    logits = (hidden.double() @ head.weight.double().T) * scale
+    assert not losses.requires_grad
+    logits = head(hidden) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     expected = F.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
-    if count:
-        ours, theirs = (
-            torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (losses, expected)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
+    wanted = [hidden, *(head.parameters() if trained else ())]
+    ours, theirs = (torch.autograd.grad(3 * x, wanted) for x in (total, expected.sum()))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+    if count == 300 and softcap:
+        assert torch.autograd.gradcheck(
+            lambda h: cross_entropy_at(h, head, targets[:5], scale, softcap)[0],
+            hidden[:5].detach().requires_grad_(),
         )
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_sums_in_float32():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 1000, bias=False)
+    hidden = torch.randn(256, 64)
+    targets = torch.randint(0, 1000, (256,))
+    exact, _ = cross_entropy_at(hidden, head, targets)
+    half, losses = cross_entropy_at(hidden.bfloat16(), head.bfloat16(), targets)
+    assert (half.dtype, losses.dtype) == (torch.float32, torch.float32)
+    assert half.item() == pytest.approx(exact.item(), rel=2e-3)
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length():
+    """The logits of these labels alone would fill 1.6 GB."""
+    head = torch.nn.Linear(16, 100_000, bias=False).requires_grad_(False)
+    hidden = torch.randn(4096, 16, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cross_entropy_at(hidden, head, torch.zeros(4096, dtype=torch.long))[0].backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
 def test_metric_is_token_weighted_and_counts_a_repeated_sample_once():

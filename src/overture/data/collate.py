@@ -16,8 +16,9 @@ class TokenCollator:
     Returns a dict of
         input_ids     [rows, tokens] int64
         labels        [rows, tokens] int64, the token's own id where it is learned, else -100
-        position_ids  [rows, tokens] int64, restarting at each document (and at the padding), which
-                      is what keeps documents apart; there is no attention mask
+        position_ids  [rows, tokens] int64, restarting at each document (and at the padding)
+        document_starts [rows, tokens] int32, where in its row the document of each token begins, -1
+                      for padding: what keeps documents apart; there is no attention mask
         sample_ids    [rows] int64, numbers of the rows in their dataset
         num_tokens    [rows] int64, tokens that are not padding
     """
@@ -32,6 +33,7 @@ class TokenCollator:
         input_ids = np.full(shape, self.pad_token_id, np.int64)
         labels = np.full(shape, -100, np.int64)
         position_ids = np.zeros(shape, np.int64)
+        document_starts = np.full(shape, -1, np.int32)
         for index, row in enumerate(rows):
             # int64 first: -100 would wrap round in the uint16 of the shards.
             ids, ends = (row[name].astype(np.int64) for name in ("input_ids", "document_ends"))
@@ -41,8 +43,9 @@ class TokenCollator:
             learned[starts] = False  # nothing of its own document comes before a first token
             input_ids[index, :length] = ids
             labels[index, :length] = np.where(learned, ids, -100)
+            document_starts[index, :length] = np.repeat(starts, ends - starts)
             # One document is causal as it is: positions run on over the padding behind it, which
-            # lets the kernel take its fast path without a mask.
+            # lets torch's own kernel take its fast path without a mask.
             if len(ends) > 1:
                 starts = np.append(starts, length)
                 ends = np.append(ends, self.max_seq_len)
@@ -54,6 +57,7 @@ class TokenCollator:
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(position_ids),
+            "document_starts": torch.from_numpy(document_starts),
             "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
             "num_tokens": torch.tensor([len(row["input_ids"]) for row in rows]),
         }

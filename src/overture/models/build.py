@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from overture.errors import ConfigError, nearest
 from overture.flops import training_flops
-from overture.models.attention import choose_attention
+from overture.models.attention import choose_attention, document_mask
 from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
 
 
@@ -42,7 +42,8 @@ def load_causal_lm(
 
     location = locate_model(name)
     config = _model_config(location, pretrained, overrides, tokenizer, trust_remote_code)
-    implementation = choose_attention(attention)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    implementation = choose_attention(attention, model_class)
     try:
         if pretrained:
             model = AutoModelForCausalLM.from_pretrained(
@@ -148,21 +149,23 @@ class CausalLM(HuggingFaceModel):
         self._frozen = not base.get_input_embeddings().weight.requires_grad
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `token_losses` [labels] float32 and `rows` [labels], the row of each label."""
+        """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
             hidden = self._parts["backbone"](
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                attention_mask=document_mask(self._parts["backbone"], batch["document_starts"]),
+                use_cache=False,
             )[0]
             rows, positions, targets = label_positions(batch["labels"])
-            losses = cross_entropy_at(
+            total, losses = cross_entropy_at(
                 hidden[rows, positions], self._parts["head"], targets, self._scale, self._softcap
             )
-        return {"token_losses": losses, "rows": rows}
+        return {"loss": total, "token_losses": losses, "rows": rows}
 
     def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:
         """Return the mean over the label tokens of a microbatch; 0 where it has none."""
-        losses = outputs["token_losses"]
-        return losses.sum() / max(len(losses), 1)
+        return outputs["loss"] / max(len(outputs["token_losses"]), 1)
 
     def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
         """Return the outputs of `forward`, made if need be."""
@@ -176,9 +179,8 @@ class CausalLM(HuggingFaceModel):
     def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
         """Return the training FLOPs of a batch, over real tokens only."""
         tokens = int(batch["num_tokens"].sum())
-        # The first token of a document is its position 0; so is that of the padding behind it.
-        real = torch.arange(batch["input_ids"].shape[1]) < batch["num_tokens"][:, None].cpu()
-        documents = int(((batch["position_ids"].cpu() == 0) & real).sum())
+        starts = batch["document_starts"].cpu()
+        documents = int((starts == torch.arange(starts.shape[1])).sum())
         weights, layers, width = self._shape
         return training_flops(
             weights, self._frozen, tokens, layers, width, tokens / max(documents, 1)

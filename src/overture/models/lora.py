@@ -1,8 +1,16 @@
-"""LoRA adapters through peft, in float32 over a base of any type (Hu et al. 2021, 2106.09685)."""
+"""LoRA adapters through peft, in float32 over a base of any type (Hu et al. 2021, 2106.09685).
+
+peft's own forward pass goes through float32 for every output of every layer; over a bfloat16 base
+that takes longer than the adapters' arithmetic. Here the adapters are rounded to the type of the
+base for the products, as autocast would do, added in place, and their gradients are float32 again.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from overture.errors import ConfigError
 
@@ -24,8 +32,71 @@ def add_lora(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({torch.nn.Linear: _layer_class()})
     try:
         # peft casts the adapters of a half-precision base to float32 (autocast_adapter_dtype).
         return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
+
+
+def _layer_class() -> type:
+    from peft.tuners.lora import Linear
+
+    class LoraLinear(Linear):
+        """peft's layer, with the plain case of one vanilla adapter in one function."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Return what peft's own forward pass returns, to rounding."""
+            names = self.active_adapters
+            base = self.base_layer
+            plain = (
+                len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
+            )
+            if (
+                not plain
+                or self.disable_adapters
+                or self.merged
+                or self.lora_bias[names[0]]
+                or args
+                or kwargs
+                or base.weight.requires_grad
+                or x.dtype != base.weight.dtype
+                or torch.is_autocast_enabled(x.device.type)
+                or (self.training and getattr(self.lora_dropout[names[0]], "p", 0))
+            ):
+                return super().forward(x, *args, **kwargs)
+            down, up = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+            return _AddedProduct.apply(x, base.weight, base.bias, down, up, self.scaling[names[0]])
+
+    return LoraLinear
+
+
+class _AddedProduct(torch.autograd.Function):
+    """x W' + b + scaling x A' B', with W and b frozen; A and B may be of a wider type than x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor,
+        scaling: float,
+    ) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        kinds = down.dtype, up.dtype
+        down, up = down.to(x.dtype), (up * scaling).to(x.dtype)
+        narrow = rows @ down.t()
+        out = torch.nn.functional.linear(rows, weight, bias).addmm_(narrow, up.t())
+        ctx.save_for_backward(rows, narrow, weight, down, up)
+        ctx.shape, ctx.scaling, ctx.kinds = x.shape, scaling, kinds
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        rows, narrow, weight, down, up = ctx.saved_tensors
+        given = given.reshape(-1, given.shape[-1])
+        of_narrow = given @ up
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.mm(given, weight).addmm_(of_narrow, down).view(ctx.shape)
+        of_down = (of_narrow.t() @ rows).to(ctx.kinds[0])
+        of_up = (given.t() @ narrow).to(ctx.kinds[1]).mul_(ctx.scaling)
+        return of_x, None, None, of_down, of_up, None

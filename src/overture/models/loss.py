@@ -1,13 +1,22 @@
-"""Cross-entropy over the tokens that count: logits exist only where there is a label."""
+"""Cross-entropy over the tokens that count: logits exist only at labels, and a few at a time.
+
+The gradient of the hidden states is made in the forward pass, while the logits of a chunk are at
+hand, so that no logits are ever kept: memory does not grow with vocabulary times length.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-LABEL_BUCKET = 256
+# Rows of logits at a time. On a CPU they stay within its last-level cache (128 x 50,257 in float32
+# is 26 MB); on a GPU, or where the head is trained as well, larger products pay.
+CHUNK = 128
+LARGE_CHUNK = 1024
 
 
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,24 +35,89 @@ def cross_entropy_at(
     targets: Tensor,
     scale: float = 1.0,
     softcap: float | None = None,
-) -> Tensor:
-    """Return the cross-entropy of each label, [labels] float32, in nats.
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the labels' cross-entropies, and each of them without gradient, in nats.
 
     Args:
         hidden: [labels, width], the last hidden states at the positions that predict a label.
-        head: the output embedding, [width] -> [vocabulary].
+        head: the output embedding, [width] -> [vocabulary], as an nn.Linear.
         targets: [labels] int64.
         scale: factor on the logits, for the model families that scale them (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap), as Gemma 2 has it.
+
+    Returns:
+        (scalar, [labels]), both of float32 or the wider type of `hidden`.
     """
-    # A shape met for the first time costs a kernel compilation on a CPU, and the number of labels
-    # differs from batch to batch: round it up, so that few shapes occur.
-    count = len(targets)
-    hidden = F.pad(hidden, (0, 0, 0, -count % LABEL_BUCKET))
-    logits = head(hidden)[:count].float() * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="none")
+    trained = head.weight.requires_grad
+    chunk = LARGE_CHUNK if trained or hidden.is_cuda else CHUNK
+    return _CrossEntropy.apply(hidden, head.weight, head.bias, targets, scale, softcap, chunk)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        scale: float, softcap: float | None, chunk: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        count = len(hidden)
+        # A shape met for the first time costs a kernel compilation on a CPU: all chunks are whole.
+        rows = F.pad(hidden.to(dtype), (0, 0, 0, -count % chunk))
+        targets = F.pad(targets, (0, -count % chunk))
+        weight, types = weight.to(dtype), (hidden.dtype, weight.dtype, bias is not None)
+        losses = hidden.new_empty(len(rows), dtype=exact)
+        wanted = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(rows) if wanted[0] else None
+        of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+        of_bias = torch.zeros_like(bias, dtype=exact) if wanted[2] else None
+        with torch.autocast(kind, enabled=False):
+            for begin in range(0, len(rows), chunk):
+                part, ids = rows[begin : begin + chunk], targets[begin : begin + chunk, None]
+                logits = torch.mm(part, weight.t()).to(exact)
+                if bias is not None:
+                    logits += bias
+                if scale != 1:
+                    logits *= scale
+                if softcap:
+                    logits = softcap * torch.tanh(logits / softcap)
+                    slope = 1 - (logits / softcap) ** 2
+                logs = torch.log_softmax(logits, -1)
+                losses[begin : begin + chunk] = -logs.gather(1, ids)[:, 0]
+                if not any(wanted):
+                    continue
+                step = logs.exp_()  # of the loss along the logits: what is predicted less the truth
+                step.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=exact))
+                if begin + chunk > count:
+                    step[count - begin :] = 0
+                if softcap:
+                    step *= slope
+                if scale != 1:
+                    step *= scale
+                if of_bias is not None:
+                    of_bias += step.sum(0)
+                step = step.to(dtype)
+                if of_hidden is not None:
+                    torch.mm(step, weight, out=of_hidden[begin : begin + chunk])
+                if of_weight is not None:
+                    of_weight += torch.mm(step.t(), part)
+        ctx.types = types
+        ctx.save_for_backward(
+            *(x if x is None else x[:count] if i == 0 else x
+              for i, x in enumerate((of_hidden, of_weight, of_bias)))
+        )  # fmt: skip
+        losses = losses[:count]
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        grads = [None if x is None else x * given for x in (of_hidden, of_weight, of_bias)]
+        for i, dtype in enumerate(ctx.types[:2]):
+            grads[i] = None if grads[i] is None else grads[i].to(dtype)
+        return (*grads, None, None, None, None)
 
 
 class TokenCrossEntropy(Metric):

@@ -19,7 +19,7 @@ from overture.data.loaders import build_loader
 from overture.data.schema import check_split
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError
 from overture.export import save_model
-from overture.models.attention import prove_isolation
+from overture.models.attention import describe_attention, prove_isolation
 from overture.models.build import CausalLM, load_causal_lm, position_limit
 from overture.models.lora import add_lora
 from overture.report import build_report, summary_lines
@@ -58,6 +58,7 @@ def train(config: Config, command: str) -> int:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
+    say(describe_attention(network, device))
 
     # Held-out data, and what the model makes of it before training.
     evaluation = None
