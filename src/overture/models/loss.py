@@ -72,36 +72,42 @@ class _CrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(rows) if wanted[0] else None
         of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=exact) if wanted[2] else None
+        # Made once: new memory of this size would cost more than the arithmetic in it.
+        narrow = rows.new_empty(chunk, len(weight))
+        logits, shares = (torch.empty_like(narrow, dtype=exact) for _ in range(2))
         with torch.autocast(kind, enabled=False):
             for begin in range(0, len(rows), chunk):
                 part, ids = rows[begin : begin + chunk], targets[begin : begin + chunk, None]
-                logits = torch.mm(part, weight.t()).to(exact)
+                logits.copy_(torch.mm(part, weight.t(), out=narrow))
                 if bias is not None:
                     logits += bias
                 if scale != 1:
                     logits *= scale
                 if softcap:
-                    logits = softcap * torch.tanh(logits / softcap)
-                    slope = 1 - (logits / softcap) ** 2
-                logs = torch.log_softmax(logits, -1)
-                losses[begin : begin + chunk] = -logs.gather(1, ids)[:, 0]
+                    logits.div_(softcap).tanh_().mul_(softcap)
+                torch._softmax(logits, -1, False, out=shares)
+                # log(sum(exp)) from the greatest logit and its share, which is never small.
+                most, place = logits.max(-1, keepdim=True)
+                losses[begin : begin + chunk] = (
+                    most - shares.gather(1, place).log() - logits.gather(1, ids)
+                )[:, 0]
                 if not any(wanted):
                     continue
-                step = logs.exp_()  # of the loss along the logits: what is predicted less the truth
-                step.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=exact))
+                step = shares  # of the loss along the logits: what is predicted less the truth
+                step.scatter_add_(1, ids, step.new_full(ids.shape, -1))
                 if begin + chunk > count:
                     step[count - begin :] = 0
                 if softcap:
-                    step *= slope
+                    step *= 1 - (logits / softcap) ** 2
                 if scale != 1:
                     step *= scale
                 if of_bias is not None:
                     of_bias += step.sum(0)
-                step = step.to(dtype)
+                narrow.copy_(step)
                 if of_hidden is not None:
-                    torch.mm(step, weight, out=of_hidden[begin : begin + chunk])
+                    torch.mm(narrow, weight, out=of_hidden[begin : begin + chunk])
                 if of_weight is not None:
-                    of_weight += torch.mm(step.t(), part)
+                    of_weight += torch.mm(narrow.t(), part)
         ctx.types = types
         ctx.save_for_backward(
             *(x if x is None else x[:count] if i == 0 else x
