@@ -148,6 +148,8 @@ def test_cpu_autocast_is_close_to_float32(tokenizer):
     a, b = (m.loss(m(batch), batch).item() for m in (exact, fast))
     assert a == pytest.approx(b, abs=0.02)
     assert a != b
+    fast.loss(fast(batch), batch).backward()
+    assert all(p.grad.dtype == torch.float32 for p in network.parameters())
 
 
 def test_batch_without_labels_has_a_zero_loss(tokenizer):

@@ -23,7 +23,8 @@ class ModelConfig:
     pretrained: bool = True
     # Type of the weights. LoRA keeps its adapters in float32 over a bfloat16 base.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Attention kernels: auto is sdpa, torch's fused kernels.
+    # auto: ours, within documents (blocks on a CPU, FlashAttention's varlen kernel on CUDA), where
+    # the family uses transformers' attention interface; else sdpa, torch's fused kernels.
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     # Overrides of the model's own config (hidden_size, num_hidden_layers, ...).
     config: dict[str, Any] = field(default_factory=dict)

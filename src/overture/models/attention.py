@@ -14,6 +14,7 @@ probabilities kept for the backward pass. On CUDA it is FlashAttention's own var
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +95,16 @@ def attention(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         # Not the argument: families set it to say that a mask is there.
         layout = _layout(attention_mask, getattr(module, "is_causal", True), sliding_window)
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):  # our kernels are no operators that it knows
+            dtype = torch.get_autocast_dtype(kind)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         half = query.dtype in (torch.bfloat16, torch.float16)
-        if query.is_cuda and half and not softcap and _varlen_kernel()[1]:
+        if kind == "cuda" and half and not softcap and _varlen_kernel()[1]:
             return _varlen(query, key, value, layout, scale, dropout), None
-        if query.device.type == "cpu" and not softcap:
-            return BlockAttention.apply(query, key, value, layout, scale, dropout), None
+        if kind == "cpu" and not softcap:
+            with torch.autocast(kind, enabled=False):
+                return BlockAttention.apply(query, key, value, layout, scale, dropout), None
         attention_mask, causal = layout.mask(), None
     if softcap:
         return _softcapped(query, key, value, attention_mask, scale, softcap, dropout), None
@@ -200,23 +206,21 @@ class Layout:
         return sees
 
     def blocks(self, dtype: torch.dtype) -> list[_Block]:
-        """Return the blocks of queries of all rows, each with the keys that it meets."""
+        """Return the blocks of queries, each with the keys that it meets, rows alike together."""
         if dtype not in self._blocks:
-            self._blocks[dtype] = [
-                block
-                for row, starts in enumerate(self.starts)
-                for block in self._blocks_of(row, starts, dtype)
-            ]
+            alike: dict[tuple[int, ...], list[int]] = {}
+            for row, first in enumerate(self.starts.tolist()):
+                for span in self._spans(first):
+                    alike.setdefault(span, []).append(row)
+            self._blocks[dtype] = [self._block(rows, *span, dtype) for span, rows in alike.items()]
         return self._blocks[dtype]
 
-    def _blocks_of(self, row: int, starts: Tensor, dtype: torch.dtype) -> list[_Block]:
-        length = len(starts)
-        places = torch.arange(length)
-        first = starts.tolist()
-        made = []
+    def _spans(self, first: list[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (begin, end) of the queries and (low, high) of the keys of a row's blocks."""
+        length = len(first)
         for begin in range(0, length, BLOCK):
             if first[begin] < 0:  # padding from here on
-                break
+                return
             end = min(begin + BLOCK, length)
             low, high = first[begin], end
             if self.window is not None:
@@ -224,20 +228,27 @@ class Layout:
             if not self.causal:  # to the end of the last token's document
                 high = length - first[::-1].index(first[end - 1])
                 high = min(-(-high // BLOCK) * BLOCK, length)
-            low = low // BLOCK * BLOCK  # few widths, so that kernels are built once
-            sees = self._sees(starts, places[begin:end], places[low:high])
-            bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -torch.inf)
-            made.append(_Block(row, begin, end, low, high, bias))
-        return made
+            # Few widths, so that kernels are built once.
+            yield begin, end, low // BLOCK * BLOCK, high
+
+    def _block(
+        self, rows: list[int], begin: int, end: int, low: int, high: int, dtype: torch.dtype
+    ) -> _Block:
+        places = torch.arange(self.starts.shape[1])
+        adjacent = rows[-1] - rows[0] == len(rows) - 1
+        chosen = slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows)
+        sees = self._sees(self.starts[chosen], places[begin:end], places[low:high])[:, None]
+        bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -torch.inf)
+        return _Block(chosen, begin, end, low, high, bias)
 
 
 class _Block(NamedTuple):
-    row: int
+    rows: slice | Tensor
     begin: int  # of the queries
     end: int
     low: int  # of the keys
     high: int
-    bias: Tensor  # [queries, keys], 0 or -inf
+    bias: Tensor  # [rows, 1, queries, keys], 0 or -inf
 
 
 def _layout(starts: Tensor, causal: bool, window: int | None) -> Layout:
@@ -261,19 +272,21 @@ class BlockAttention(torch.autograd.Function):
         groups = key.shape[1]
         out = query.new_zeros(rows, tokens, heads, size)
         kept = []
-        for row, begin, end, low, high, bias in layout.blocks(query.dtype):
+        for at, begin, end, low, high, bias in layout.blocks(query.dtype):
             # Query heads that share a key-value head are further rows of one matrix product.
-            scaled = (query[row, :, begin:end] * scale).reshape(groups, -1, size)
-            scores = torch.bmm(scaled, key[row, :, low:high].transpose(1, 2))
-            scores.view(heads, end - begin, high - low).add_(bias)
+            batch = len(bias) * groups
+            scaled = (query[at, :, begin:end] * scale).reshape(batch, -1, size)
+            keys = key[at, :, low:high].reshape(batch, -1, size)
+            scores = torch.bmm(scaled, keys.transpose(1, 2))
+            scores.view(len(bias), heads, end - begin, high - low).add_(bias)
             shares = torch.softmax(scores, -1)
             used = shares
             if dropout:
                 noise = torch.empty_like(shares).bernoulli_(1 - dropout).div_(1 - dropout)
                 used = shares * noise
                 kept.append(noise)
-            mixed = torch.bmm(used, value[row, :, low:high])
-            out[row, begin:end] = mixed.view(heads, end - begin, size).transpose(0, 1)
+            mixed = torch.bmm(used, value[at, :, low:high].reshape(batch, -1, size))
+            out[at, begin:end] = mixed.view(len(bias), heads, -1, size).transpose(1, 2)
             kept.append(shares)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
@@ -292,20 +305,25 @@ class BlockAttention(torch.autograd.Function):
         of_key = key.new_zeros(rows, tokens, groups, size, dtype=exact).transpose(1, 2)
         of_value = torch.zeros_like(of_key)
         saved = iter(kept)
-        for row, begin, end, low, high, _ in ctx.layout.blocks(query.dtype):
+        for at, begin, end, low, high, bias in ctx.layout.blocks(query.dtype):
+            batch = len(bias) * groups
             noise = next(saved) if ctx.dropout else None
             shares = next(saved)
-            given = gradient[row, begin:end].transpose(0, 1).reshape(groups, -1, size)
-            of_shares = torch.bmm(given, value[row, :, low:high].transpose(1, 2))
+            given = gradient[at, begin:end].transpose(1, 2).reshape(batch, -1, size)
+            values = value[at, :, low:high].reshape(batch, -1, size)
+            of_shares = torch.bmm(given, values.transpose(1, 2))
             if noise is not None:
                 of_shares *= noise
             of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-            to_query = torch.bmm(of_scores, key[row, :, low:high]).mul_(ctx.scale)
-            of_query[row, :, begin:end] = to_query.view(heads, end - begin, size)
-            scaled = (query[row, :, begin:end] * ctx.scale).reshape(groups, -1, size)
-            of_key[row, :, low:high] += torch.bmm(of_scores.transpose(1, 2), scaled)
+            keys = key[at, :, low:high].reshape(batch, -1, size)
+            to_query = torch.bmm(of_scores, keys).mul_(ctx.scale)
+            of_query[at, :, begin:end] = to_query.view(len(bias), heads, -1, size)
+            scaled = (query[at, :, begin:end] * ctx.scale).reshape(batch, -1, size)
+            to_key = torch.bmm(of_scores.transpose(1, 2), scaled)
+            of_key[at, :, low:high] += to_key.view(len(bias), groups, -1, size)
             used = shares if noise is None else shares * noise
-            of_value[row, :, low:high] += torch.bmm(used.transpose(1, 2), given)
+            to_value = torch.bmm(used.transpose(1, 2), given)
+            of_value[at, :, low:high] += to_value.view(len(bias), groups, -1, size)
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
