@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ SIDES = {
     "trl bfloat16": {"library": "trl", "dtype": "bfloat16"},
     "trl bfloat16, packed": {"library": "trl", "dtype": "bfloat16", "packing": True},
 }
+# Ours with one of its gains switched off, for benchmarks/ablation.py.
+WITHOUT = {
+    "ours without blocks of attention": {"attention": "sdpa"},
+    "ours without chunks of logits": {"switch": "loss"},
+    "ours without its LoRA layer": {"switch": "lora"},
+    "ours without a bfloat16 base": {"dtype": "float32"},
+    "ours without packing": {"data": "unpacked"},
+}
+ALL = SIDES | {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in WITHOUT.items()}
 BATCH_SIZES = (1, 2, 4, 8)
 WARM_UP_SECONDS, WINDOW_SECONDS = 20.0, 8.0
 
@@ -117,20 +127,41 @@ def run_ours(folder: Path, batch: int, side: dict[str, Any], imported: float) ->
             windows.step()
 
     run.build_callbacks = lambda config: [Report()]
+    switch_off(side.get("switch"))
     text = {
         "run_name": f"benchmark-{os.getpid()}", "task": "instruct", "max_seq_len": LENGTH,
-        "data_local": str(folder / "data"), "tokenizer_name": str(folder / "gpt2"),
-        "model": {"name": str(folder / "model"), "dtype": side["dtype"]},
+        "data_local": str(folder / side.get("data", "data")),
+        "tokenizer_name": str(folder / "gpt2"),
+        "model": {"name": str(folder / "model"), "dtype": side["dtype"],
+                  "attention": side.get("attention", "auto")},
         "trainable": "lora", "lora": {"r": 16, "alpha": 32},
         "train_loader": {"dataset": {"split": "train", "shuffle": True}, "drop_last": True},
         "scheduler": {"name": "constant_with_warmup"}, "max_duration": "1000ep",
         "save_interval": "1000ep", "global_train_batch_size": batch,
         "device_train_microbatch_size": batch, "progress_bar": False,
-        "run_folder": str(folder / "run"),
+        "run_folder": str(folder / f"run-{os.getpid()}"),
     }  # fmt: skip
     path = folder / f"ours-{os.getpid()}.yaml"
     path.write_text(json.dumps(text))
     run.train(load_config([str(path)], ("instruct",)), "benchmark")
+
+
+def switch_off(what: str | None) -> None:
+    """Put what most would write in place of one of our parts."""
+    import torch
+
+    from overture.models import build, lora
+
+    def all_logits(hidden: Any, head: Any, targets: Any, *_: Any) -> tuple[Any, Any]:
+        losses = torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+        return losses.sum(), losses.detach()
+
+    if what == "loss":
+        build.cross_entropy_at = all_logits
+    if what == "lora":
+        from peft.tuners.lora import Linear
+
+        lora._layer_class = lambda: Linear
 
 
 def run_peer(folder: Path, batch: int, side: dict[str, Any], imported: float) -> None:
@@ -232,9 +263,9 @@ def work(name: str, batch: int, folder: Path) -> None:
     import streaming  # noqa: F401
     import transformers  # noqa: F401
 
-    if SIDES[name]["library"] == "trl":
+    side = ALL[name]
+    if side["library"] == "trl":
         import trl  # noqa: F401
-    side = SIDES[name]
     (run_ours if side["library"] == "ours" else run_peer)(folder, batch, side, peak_mib())
 
 
@@ -293,6 +324,7 @@ def prepare(folder: Path) -> None:
     job = Conversion({"train": origin}, "instruct", str(folder / "data"), tokenizer=tokenizer,
                      max_seq_len=LENGTH)  # fmt: skip
     convert(job, say=lambda _: None)
+    convert(replace(job, out_root=str(folder / "unpacked"), packing="none"), say=lambda _: None)
     torch.manual_seed(0)
     loaded = load_tokenizer(tokenizer)
     network = load_causal_lm("llama", False, "float32", "sdpa", SHAPE, loaded, LENGTH)
@@ -362,18 +394,20 @@ def search(names: list[str], folder: Path) -> dict[str, int]:
     return best
 
 
-def main() -> None:
-    """Measure, print the table and write the results."""
+def main(program: str = "finetune_throughput", names: list[str] | None = None) -> None:
+    """Measure, print the table and write the results of `program`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--windows", type=int, default=5)
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="+", default=names or list(SIDES), choices=list(ALL))
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         work(args.work[0], int(args.work[1]), Path(args.work[2]))
         return
     stored = json.loads(OUT.read_text())["batch_sizes"] if OUT.exists() else {}
+    if "ours" in stored:  # a part less does not ask for another batch size
+        stored |= dict.fromkeys(WITHOUT, stored["ours"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
@@ -389,10 +423,14 @@ def main() -> None:
                 side.run()
         for side in sides:
             side.end()
-    report(sides, batches, losses, max(peaks))
+        lengths = [len(document["input_ids"]) for document in documents(folder / "data")]
+        mean = sum(length**2 for length in lengths) / sum(lengths)
+    report(program, sides, batches, losses, max(peaks), mean)
 
 
-def report(sides: list[Side], batches: dict[str, int], losses: Any, peak: float) -> None:
+def report(
+    program: str, sides: list[Side], batches: dict[str, int], losses: Any, peak: float, mean: float
+) -> None:
     """Print the table, and write it with all windows."""
     from overture.flops import training_flops
 
@@ -402,8 +440,7 @@ def report(sides: list[Side], batches: dict[str, int], losses: Any, peak: float)
     table = {}
     for side in sides:
         tokens, labels = side.rate("tokens"), side.rate("labels")
-        # Per real token: 4 FLOPs a frozen weight, the head at labels only, attention at the mean.
-        flops = training_flops(layers, True, tokens, 8, 512, 185) + 4 * embedding * labels
+        flops = training_flops(layers, embedding, True, tokens, labels, 8, 512, tokens * mean)
         table[side.name] = {
             "batch": side.batch, "tokens_per_second": tokens, "labels_per_second": labels,
             "peak_mib": side.windows[-1]["peak_mib"], "share_of_matrix_products": flops / peak,
@@ -413,7 +450,7 @@ def report(sides: list[Side], batches: dict[str, int], losses: Any, peak: float)
               f"{side.windows[-1]['peak_mib']:>8,.0f} MiB{flops / peak:>8.1%}")  # fmt: skip
     names = ("torch", "transformers", "peft", "trl", "mosaicml", "mosaicml-streaming")
     result = {
-        "program": "finetune_throughput", "losses": losses, "batch_sizes": batches,
+        "program": program, "losses": losses, "batch_sizes": batches,
         "bfloat16_gigaflops": peak / 1e9, "sides": table,
         "environment": {
             "processor": next(
@@ -430,7 +467,7 @@ def report(sides: list[Side], batches: dict[str, int], losses: Any, peak: float)
             n: ours / row["tokens_per_second"] for n, row in table.items() if n != "ours"
         }
         print("ours to each: " + ", ".join(f"{n} {r:.1f}" for n, r in result["ratios"].items()))
-    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    OUT.with_name(f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ when every weight is trained (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)
 needs no gradient of its own, so its backward pass is half: 4N with LoRA, whose own weights are
 left out as they are below one percent. Attention adds 2 products of [tokens, tokens, width] per
 layer: 4 x length x width FLOPs per token forward, half of that under a causal mask, three times it
-with the backward pass (PaLM, arXiv 2204.02311, appendix B).
+with the backward pass (PaLM, arXiv 2204.02311, appendix B). The output head counts at label tokens
+only, since there are no other logits.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ BF16_PEAK = {
 
 
 def training_flops(
-    weights: int, frozen: bool, tokens: int, layers: int, width: int, length: float
-) -> float:
+    weights: int, head: int, frozen: bool, tokens: int, labels: int, layers: int, width: int,
+    squares: float,
+) -> float:  # fmt: skip
     """Return the FLOPs of one training step's forward and backward pass.
 
     Args:
-        weights: parameters that take part in matrix products (no input embedding).
+        weights: parameters that take part in matrix products at every token (no embedding).
+        head: those of the output embedding, which is multiplied at label tokens only.
         frozen: true where almost all of them are frozen, as with LoRA.
         tokens: real tokens in the step.
+        labels: label tokens in the step.
         layers: number of attention layers.
         width: attention width, heads times head size.
-        length: mean length of a document, in tokens.
+        squares: sum over the documents of their lengths squared.
     """
-    products = (4 if frozen else 6) * weights * tokens
-    attention = 3 * (4 * length * width / 2) * layers * tokens
-    return products + attention
+    products = (4 if frozen else 6) * (weights * tokens + head * labels)
+    return products + 3 * (4 * squares * width / 2) * layers
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -21,15 +21,17 @@ class Throughput(Callback):
     is not.
     """
 
-    def __init__(self, window: int = 10) -> None:
+    def __init__(self, window: int = 10, measure_peak: bool = False) -> None:
+        self.measure_peak = measure_peak
         self.tokens = 0
         self.label_tokens = 0
         self._seconds = 0.0
-        # Per step: tokens, label tokens, padded size, FLOPs (all ranks), seconds, seconds waited.
+        # Per step: tokens, label tokens, padded size, FLOPs (all ranks), seconds, of these waited
+        # for data, and in the model and its optimizer.
         self._recent: deque[tuple[float, ...]] = deque(maxlen=window)
         self._counted = (0, 0, 0, 0.0)
         self._asked = 0.0
-        self._waited = 0.0
+        self._waited = self._began = self._inside = 0.0
         self._peak: float | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -37,6 +39,8 @@ class Throughput(Callback):
         if state.device.name == "gpu":
             peak = peak_flops(torch.cuda.get_device_name())
             self._peak = peak * dist.get_world_size() if peak else None
+        elif self.measure_peak:
+            self._peak = _measured_peak() * dist.get_world_size()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """Start waiting."""
@@ -55,6 +59,14 @@ class Throughput(Callback):
             flops.flops_per_batch(batch),
         )
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Begin with the model."""
+        self._began = time.monotonic()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Be done with forward, backward and optimizer."""
+        self._inside = time.monotonic() - self._began
+
     def batch_end(self, state: State, logger: Logger) -> None:
         """Add the step and log the rates."""
         counted = torch.tensor(self._counted, dtype=torch.float64)
@@ -66,13 +78,14 @@ class Throughput(Callback):
         self.tokens += int(counted[0])
         self.label_tokens += int(counted[1])
         self._seconds += seconds
-        self._recent.append((*counted, seconds, self._waited))
+        self._recent.append((*counted, seconds, self._waited, self._inside))
         figures = self.figures()
         logger.log_metrics({f"overture/{k}": v for k, v in figures.items() if isinstance(v, float)})
 
     def figures(self) -> dict[str, Any]:
         """Return totals, and rates over the window."""
-        tokens, labels, room, flops, seconds, waited = map(sum, zip(*self._recent, strict=True))
+        columns = zip(*self._recent, strict=True)
+        tokens, labels, room, flops, seconds, waited, inside = map(sum, columns)
         seconds = max(seconds, 1e-9)
         return {
             "tokens": self.tokens,
@@ -81,6 +94,8 @@ class Throughput(Callback):
             "label_tokens_per_second": labels / seconds,
             "padding_share": 1 - tokens / room,
             "data_wait_share": min(waited / seconds, 1.0),
+            # On CUDA the optimizer's step is only queued inside, so this holds for CPUs.
+            "outside_share": max(1 - inside / seconds, 0.0),
             "mfu": flops / seconds / self._peak if self._peak else None,
         }
 
@@ -98,3 +113,14 @@ class Throughput(Callback):
         """Go on from a checkpoint."""
         self.tokens, self.label_tokens = state["tokens"], state["labels"]
         self._seconds = state["seconds"]
+
+
+def _measured_peak() -> float:
+    """Return the FLOP/s that this process reaches in large bfloat16 products, on the CPU."""
+    one, other = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)

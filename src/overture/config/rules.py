@@ -62,7 +62,7 @@ def contradictions(
 
 def _ranges(config: Config) -> list[tuple[str, str]]:
     lora = config.lora or LoraConfig()
-    generation = config.generation
+    generation, window = config.generation, config.callbacks.throughput.window
     rows = [
         ("max_seq_len", config.max_seq_len >= 2, "must be at least 2 tokens"),
         ("seed", 0 <= config.seed < 2**32, "must be between 0 and 2**32 - 1"),
@@ -77,6 +77,7 @@ def _ranges(config: Config) -> list[tuple[str, str]]:
             "must be two numbers in [0, 1)",
         ),
         ("lora.r", lora.r >= 1, "must be at least 1"),
+        ("callbacks.throughput.window", window >= 1, "must be at least 1"),
         ("lora.dropout", 0 <= lora.dropout < 1, "must be in [0, 1)"),
         ("train_loader.num_workers", config.train_loader.num_workers >= 0, "must not be negative"),
         (

@@ -30,6 +30,9 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     # Run Python code that comes with a hub model. Only for code that you have read.
     trust_remote_code: bool = False
+    # Keep no activations within layers but make them again in the backward pass: a third more
+    # arithmetic for a fraction of the memory.
+    activation_checkpointing: bool = False
 
 
 @dataclass
@@ -98,6 +101,13 @@ class SpeedMonitorConfig:
 
 
 @dataclass
+class ThroughputConfig:
+    window: int = 10  # steps that the rates are taken over
+    # Time a matrix product at the start, so that MFU is known on a CPU too.
+    measure_peak: bool = False
+
+
+@dataclass
 class MonitorConfig:
     """A Composer callback without options of interest: `lr_monitor: {}` switches it on."""
 
@@ -105,6 +115,7 @@ class MonitorConfig:
 @dataclass
 class CallbacksConfig:
     loss_target: LossTargetConfig | None = None
+    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)  # always on
     speed_monitor: SpeedMonitorConfig | None = None
     lr_monitor: MonitorConfig | None = None
     memory_monitor: MonitorConfig | None = None

@@ -178,21 +178,23 @@ class CausalLM(HuggingFaceModel):
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
         """Return the training FLOPs of a batch, over real tokens only."""
-        tokens = int(batch["num_tokens"].sum())
-        starts = batch["document_starts"].cpu()
-        documents = int((starts == torch.arange(starts.shape[1])).sum())
-        weights, layers, width = self._shape
-        return training_flops(
-            weights, self._frozen, tokens, layers, width, tokens / max(documents, 1)
-        )
+        tokens, labels = int(batch["num_tokens"].sum()), int((batch["labels"] != -100).sum())
+        # A token's place in its document, plus one half, sums up to half the length squared.
+        places = torch.arange(batch["labels"].shape[1]) - batch["document_starts"].cpu()
+        squares = 2 * float((places + 0.5)[batch["document_starts"].cpu() >= 0].sum())
+        weights, head, layers, width = self._shape
+        return training_flops(weights, head, self._frozen, tokens, labels, layers, width, squares)
 
 
-def _shape(model: Any, config: Any) -> tuple[int, int, int]:
-    """Return (weights in matrix products, layers, attention width)."""
-    embeddings = model.get_input_embeddings().weight
+def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
+    """Return (weights in matrix products, those of the head, layers, attention width)."""
+    embeddings, head = (
+        x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
     weights = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
-    if model.get_output_embeddings().weight is not embeddings:
-        weights -= embeddings.numel()  # looked up, not multiplied
+    weights -= embeddings.numel()  # looked up, not multiplied
+    if head is not embeddings:
+        weights -= head.numel()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return weights, config.num_hidden_layers, heads * head_size
+    return weights, head.numel(), config.num_hidden_layers, heads * head_size

@@ -25,6 +25,7 @@ from overture.models.lora import add_lora
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training.answers import HeldOutAnswers
+from overture.training.cores import use_cores
 from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.quiet import quiet_libraries, quiet_trainer
@@ -59,6 +60,8 @@ def train(config: Config, command: str) -> int:
     total = sum(p.numel() for p in network.parameters())
     say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
     say(describe_attention(network, device))
+    if device == "cpu":
+        say(use_cores())
 
     # Held-out data, and what the model makes of it before training.
     evaluation = None
@@ -77,7 +80,7 @@ def train(config: Config, command: str) -> int:
 
     # Time to train starts here, before the first touch of the training data.
     clock = RunClock()
-    throughput = Throughput()
+    throughput = Throughput(**vars(config.callbacks.throughput))
     log = RunLog(run_folder, clock, throughput)
     target = None
     if config.callbacks.loss_target is not None:
@@ -181,6 +184,8 @@ def _build_network(config: Config, tokenizer: Any, packed: bool) -> Any:
     )
     if packed:
         prove_isolation(network, len(tokenizer))
+    if config.model.activation_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
     if config.trainable == "lora":
         network = add_lora(network, **vars(config.lora))
     return network
