@@ -14,7 +14,7 @@ DATA ?= databricks/databricks-dolly-15k
 NAME ?= dolly
 CONFIG ?= yamls/finetune/dolly.yaml
 
-.PHONY: venv quickstart dolly test test-all lint clean
+.PHONY: venv quickstart dolly test test-all benchmark lint clean
 
 venv: $(VENV)/.installed data/smoke/.written
 
@@ -70,6 +70,13 @@ test: venv
 
 test-all: venv
 	python -m pytest -q
+
+# OVERTURE_DATA names the real datasets; --search looks for the peers' best batch sizes again.
+benchmark: venv
+	uv pip install --quiet --python $(BIN)/python -r requirements-benchmark.txt
+	python benchmarks/finetune_throughput.py $(BENCHMARK_FLAGS)
+	python benchmarks/pretrain_throughput.py $(BENCHMARK_FLAGS)
+	python benchmarks/ablation.py
 
 lint: venv
 	ruff check .

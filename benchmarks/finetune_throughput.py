@@ -53,7 +53,19 @@ WITHOUT = {
     "ours without a bfloat16 base": {"dtype": "float32"},
     "ours without packing": {"data": "unpacked"},
 }
-ALL = SIDES | {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in WITHOUT.items()}
+# From scratch, all weights trained, on text in rows of 1,024: for pretrain_throughput.py.
+PRETRAIN = {
+    "ours, pretraining": {"library": "ours", "precision": "amp_bf16"},
+    "ours, pretraining in float32": {"library": "ours"},
+    "hf, pretraining": {"library": "hf"},
+    "hf, pretraining with bfloat16 autocast": {"library": "hf", "autocast": True},
+}
+PRETRAIN = {n: {"dtype": "float32", "data": "text", "all": True, **o} for n, o in PRETRAIN.items()}
+ALL = (
+    SIDES
+    | PRETRAIN
+    | {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in WITHOUT.items()}
+)
 BATCH_SIZES = (1, 2, 4, 8)
 WARM_UP_SECONDS, WINDOW_SECONDS = 20.0, 8.0
 
@@ -129,12 +141,14 @@ def run_ours(folder: Path, batch: int, side: dict[str, Any], imported: float) ->
     run.build_callbacks = lambda config: [Report()]
     switch_off(side.get("switch"))
     text = {
-        "run_name": f"benchmark-{os.getpid()}", "task": "instruct", "max_seq_len": LENGTH,
+        "run_name": f"benchmark-{os.getpid()}", "max_seq_len": LENGTH,
+        "task": "causal_lm" if side.get("all") else "instruct",
         "data_local": str(folder / side.get("data", "data")),
         "tokenizer_name": str(folder / "gpt2"),
         "model": {"name": str(folder / "model"), "dtype": side["dtype"],
                   "attention": side.get("attention", "auto")},
-        "trainable": "lora", "lora": {"r": 16, "alpha": 32},
+        "trainable": "all" if side.get("all") else "lora",
+        "precision": side.get("precision", "fp32"),
         "train_loader": {"dataset": {"split": "train", "shuffle": True}, "drop_last": True},
         "scheduler": {"name": "constant_with_warmup"}, "max_duration": "1000ep",
         "save_interval": "1000ep", "global_train_batch_size": batch,
@@ -143,7 +157,7 @@ def run_ours(folder: Path, batch: int, side: dict[str, Any], imported: float) ->
     }  # fmt: skip
     path = folder / f"ours-{os.getpid()}.yaml"
     path.write_text(json.dumps(text))
-    run.train(load_config([str(path)], ("instruct",)), "benchmark")
+    run.train(load_config([str(path)], (text["task"],)), "benchmark")
 
 
 def switch_off(what: str | None) -> None:
@@ -196,7 +210,7 @@ def run_peer(folder: Path, batch: int, side: dict[str, Any], imported: float) ->
         def on_step_end(self, *_: Any, **__: Any) -> None:
             windows.step()
 
-    rows = documents(folder / "data")
+    rows = documents(folder / side.get("data", "data"))
     common = {
         "output_dir": str(folder / "peer"), "per_device_train_batch_size": batch, "use_cpu": True,
         "max_steps": 10**6, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
@@ -204,11 +218,11 @@ def run_peer(folder: Path, batch: int, side: dict[str, Any], imported: float) ->
         "learning_rate": 1e-4,
     }  # fmt: skip
     if side["library"] == "hf":
-        model = get_peft_model(model, lora)
+        model = model if side.get("all") else get_peft_model(model, lora)
         pad = {"padding": "max_length", "max_length": LENGTH} if side.get("fixed") else {}
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(**common),
+            args=TrainingArguments(**common, bf16=side.get("autocast", False)),
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer, **pad),
             callbacks=[Report()],
@@ -325,6 +339,9 @@ def prepare(folder: Path) -> None:
                      max_seq_len=LENGTH)  # fmt: skip
     convert(job, say=lambda _: None)
     convert(replace(job, out_root=str(folder / "unpacked"), packing="none"), say=lambda _: None)
+    text = replace(job, out_root=str(folder / "text"), task="text", packing="concat",
+                   prompt_template="passage")  # fmt: skip
+    convert(text, say=lambda _: None)
     torch.manual_seed(0)
     loaded = load_tokenizer(tokenizer)
     network = load_causal_lm("llama", False, "float32", "sdpa", SHAPE, loaded, LENGTH)
@@ -405,7 +422,10 @@ def main(program: str = "finetune_throughput", names: list[str] | None = None) -
     if args.work:
         work(args.work[0], int(args.work[1]), Path(args.work[2]))
         return
-    stored = json.loads(OUT.read_text())["batch_sizes"] if OUT.exists() else {}
+    stored: dict[str, int] = {}
+    for path in (OUT.with_name(f"{program}.json"), OUT):
+        if path.exists():
+            stored = {**json.loads(path.read_text())["batch_sizes"], **stored}
     if "ours" in stored:  # a part less does not ask for another batch size
         stored |= dict.fromkeys(WITHOUT, stored["ours"])
     with tempfile.TemporaryDirectory() as name:
@@ -440,7 +460,9 @@ def report(
     table = {}
     for side in sides:
         tokens, labels = side.rate("tokens"), side.rate("labels")
-        flops = training_flops(layers, embedding, True, tokens, labels, 8, 512, tokens * mean)
+        every = ALL[side.name].get("all", False)
+        squares = tokens * (LENGTH if every else mean)
+        flops = training_flops(layers, embedding, not every, tokens, labels, 8, 512, squares)
         table[side.name] = {
             "batch": side.batch, "tokens_per_second": tokens, "labels_per_second": labels,
             "peak_mib": side.windows[-1]["peak_mib"], "share_of_matrix_products": flops / peak,
@@ -461,10 +483,11 @@ def report(
             "versions": {n: version(n) for n in names},
         },
     }  # fmt: skip
-    if "ours" in table:
-        ours = table["ours"]["tokens_per_second"]
+    first = sides[0].name
+    if first.startswith("ours"):
+        ours = table[first]["tokens_per_second"]
         result["ratios"] = {
-            n: ours / row["tokens_per_second"] for n, row in table.items() if n != "ours"
+            n: ours / row["tokens_per_second"] for n, row in table.items() if n != first
         }
         print("ours to each: " + ", ".join(f"{n} {r:.1f}" for n, r in result["ratios"].items()))
     OUT.with_name(f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
