@@ -67,7 +67,7 @@ ALL = (
     | {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in WITHOUT.items()}
 )
 BATCH_SIZES = (1, 2, 4, 8)
-WARM_UP_SECONDS, WINDOW_SECONDS = 20.0, 8.0
+WARM_UP_SECONDS, WINDOW_SECONDS = 15.0, 8.0
 
 
 class Windows:
@@ -396,14 +396,13 @@ def matrix_product_rate() -> float:
 
 
 def search(names: list[str], folder: Path) -> dict[str, int]:
-    """Return the best batch size of each side, by two windows each."""
+    """Return the best batch size of each side, by one window each."""
     best = {}
     for name in names:
         rates = {}
         for batch in BATCH_SIZES:
             side = Side(name, batch, folder)
-            for _ in range(2):
-                side.run()
+            side.run()
             side.end()
             rates[batch] = side.rate()
         best[name] = max(rates, key=rates.get)
