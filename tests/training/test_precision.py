@@ -32,7 +32,8 @@ def losses(smoke, tmp_path_factory):
             str(YAML), f"run_name={name}", f"run_folder={folder / name}", "progress_bar=false",
             f"data_local={smoke / 'instruct'}", f"tokenizer_name={smoke / 'tokenizer'}",
             f"max_duration={STEPS}ba", f"eval_interval={STEPS}ba", f"save_interval={STEPS}ba",
-            f"model.name={folder / 'base'}", "model.pretrained=true", "optimizer.lr=2e-3", *settings,
+            f"model.name={folder / 'base'}", "model.pretrained=true", "optimizer.lr=2e-3",
+            *settings,
         ]  # fmt: skip
         train(load_config(arguments, ("instruct",)), "test")
         result = json.loads((folder / name / "result.json").read_text())
