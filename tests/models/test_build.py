@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from overture.data.collate import TokenCollator
 from overture.errors import ConfigError
-from overture.models.attention import prove_isolation
+from overture.models.attention import document_mask, prove_isolation
 from overture.models.build import CausalLM, load_causal_lm, locate_model
 from overture.models.lora import add_lora
 from overture.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def packed_batch(tokenizer, lengths=(9, 5, 14)) -> dict[str, torch.Tensor]:
 def test_packed_loss_equals_each_document_alone(family, attention, tokenizer):
     network = build(family, tokenizer, attention).eval()
     assert network.config._attn_implementation == {"auto": "overture"}.get(attention, attention)
-    prove_isolation(network, len(tokenizer))
+    prove_isolation(network, len(tokenizer), 512, packed=True)
     model = CausalLM(network, tokenizer, eval_samples=None).eval()
     batch = packed_batch(tokenizer)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_bfloat16_rounding_is_not_taken_for_a_leak(tokenizer):
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6,
              "num_attention_heads": 8, "initializer_range": 0.04}  # fmt: skip
     network = load_causal_lm("llama", False, "bfloat16", "sdpa", shape, tokenizer)
-    prove_isolation(network, len(tokenizer))
+    prove_isolation(network, len(tokenizer), 512, packed=True)
 
 
 def test_families_that_ignore_packing_are_refused(tokenizer):
@@ -83,7 +83,59 @@ def test_families_that_ignore_packing_are_refused(tokenizer):
         attention_types=[[["global", "local"], 1]], window_size=16,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"GPTNeoForCausalLM.*--packing none"):
-        prove_isolation(GPTNeoForCausalLM(config), len(tokenizer))
+        prove_isolation(GPTNeoForCausalLM(config), len(tokenizer), 512, packed=True)
+    prove_isolation(GPTNeoForCausalLM(config), len(tokenizer), 512, packed=False)
+
+
+def test_a_model_that_sees_what_comes_is_refused(tokenizer):
+    network = build("llama", tokenizer)
+    for layer in network.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(
+        ConfigError, match=r"tokens of a LlamaForCausalLM see what comes after them"
+    ):
+        prove_isolation(network, len(tokenizer), 512, packed=False)
+
+
+def test_logits_that_are_not_those_of_the_head_are_refused(tokenizer):
+    network = build("llama", tokenizer)
+    network.lm_head.register_forward_hook(lambda module, args, out: 1.1 * out)
+    CausalLM(network, tokenizer, None)  # a part of the head, wherever it is called
+
+    def shift(module, args, out):
+        out.logits = out.logits + 1
+        return out
+
+    network.register_forward_hook(shift)
+    with pytest.raises(ConfigError, match="are not simply those of its output head"):
+        CausalLM(network, tokenizer, None)
+
+
+@pytest.mark.parametrize("scheme", [{"scale_attn_weights": False},
+                                    {"scale_attn_by_inverse_layer_idx": True}])  # fmt: skip
+def test_gpt2_scales_its_scores_as_its_config_says(tokenizer, scheme):
+    ids = torch.arange(40)[None]
+    logits = []
+    for attention in ("auto", "eager"):
+        torch.manual_seed(1)
+        shape = FAMILIES["gpt2"] | scheme
+        network = load_causal_lm("gpt2", False, "float32", attention, shape, tokenizer).eval()
+        mask = document_mask(network, torch.zeros(1, 40, dtype=torch.int32))
+        logits.append(network(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_gemma2_generates_from_a_padded_batch_as_from_one_alone(tokenizer):
+    network = build("gemma2", tokenizer).eval()
+    long, short = torch.arange(20, 40)[None], torch.arange(50, 57)[None]
+    padded = torch.cat([torch.zeros(1, 13, dtype=torch.long), short], 1)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :13] = 0
+    both = network.generate(
+        torch.cat([long, padded]), attention_mask=mask, max_new_tokens=5, do_sample=False
+    )
+    alone = network.generate(short, max_new_tokens=5, do_sample=False)
+    assert both[1, 13:].tolist() == alone[0].tolist()
 
 
 def test_gradients_of_lora_reach_every_adapter_and_nothing_else(tokenizer):
@@ -208,6 +260,15 @@ def test_tokenizer_that_does_not_fit(tokenizer, tmp_path):
 def test_wrong_lora_target(tokenizer):
     with pytest.raises(ConfigError, match=r"lora\.target_modules: .*nope"):
         add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["nope"])
+
+
+def test_what_cannot_be_trained_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"the output head takes no adapter"):
+        add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="the router's loss is not used"):
+        load_causal_lm(
+            "mixtral", False, "float32", "auto", {"output_router_logits": True}, tokenizer
+        )
 
 
 def test_a_folder_without_a_model(tmp_path):

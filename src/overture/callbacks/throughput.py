@@ -40,7 +40,8 @@ class Throughput(Callback):
             peak = peak_flops(torch.cuda.get_device_name())
             self._peak = peak * dist.get_world_size() if peak else None
         elif self.measure_peak:
-            self._peak = _measured_peak() * dist.get_world_size()
+            model = state.model.module if hasattr(state.model, "module") else state.model
+            self._peak = _measured_peak(model.compute_dtype) * dist.get_world_size()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """Start waiting."""
@@ -63,12 +64,9 @@ class Throughput(Callback):
         """Begin with the model."""
         self._began = time.monotonic()
 
-    def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Be done with forward, backward and optimizer."""
-        self._inside = time.monotonic() - self._began
-
     def batch_end(self, state: State, logger: Logger) -> None:
         """Add the step and log the rates."""
+        self._inside = time.monotonic() - self._began  # forward, backward and optimizer
         counted = torch.tensor(self._counted, dtype=torch.float64)
         if dist.get_world_size() > 1:
             counted = state.device.tensor_to_device(counted)
@@ -115,9 +113,9 @@ class Throughput(Callback):
         self._seconds = state["seconds"]
 
 
-def _measured_peak() -> float:
-    """Return the FLOP/s that this process reaches in large bfloat16 products, on the CPU."""
-    one, other = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+def _measured_peak(dtype: torch.dtype) -> float:
+    """Return the FLOP/s that this process reaches in large matrix products, on the CPU."""
+    one, other = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):
         start = time.perf_counter()

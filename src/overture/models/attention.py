@@ -15,6 +15,7 @@ probabilities kept for the backward pass. On CUDA it is FlashAttention's own var
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,14 +34,15 @@ def choose_attention(wanted: str, model_class: Any) -> str:
     """
     if wanted != "auto":
         return wanted
-    if getattr(model_class, "_supports_attention_backend", False):
+    has_sdpa = getattr(model_class, "_supports_sdpa", False)  # no sinks and the like
+    if has_sdpa and getattr(model_class, "_supports_attention_backend", False):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         return NAME
-    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    return "sdpa" if has_sdpa else "eager"
 
 
 def describe_attention(model: Any, device: str) -> str:
@@ -50,7 +52,7 @@ def describe_attention(model: Any, device: str) -> str:
         return f"attention: {name}"
     if device == "cpu":
         return f"attention: within documents, in blocks of {BLOCK} queries"
-    return f"attention: within documents, {_varlen_kernel()[0]}"
+    return f"attention: within documents, {_varlen_kernel()[0]} where it can, else SDPA with a mask"
 
 
 def document_mask(model: Any, starts: Tensor) -> Tensor | None:
@@ -90,7 +92,11 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = scaling
+    if scaling is None:  # GPT-2 leaves its own rules to its eager attention
+        scale = query.shape[-1] ** -0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+        if getattr(module, "scale_attn_by_inverse_layer_idx", False):
+            scale /= module.layer_idx + 1
     causal = kwargs.pop("is_causal", None)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         # Not the argument: families set it to say that a mask is there.
@@ -99,13 +105,13 @@ def attention(
         if torch.is_autocast_enabled(kind):  # our kernels are no operators that it knows
             dtype = torch.get_autocast_dtype(kind)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        if kind == "cuda" and half and not softcap and _varlen_kernel()[1]:
+        usual = not softcap and value.shape[-1] == query.shape[-1]
+        if usual and kind == "cuda" and _fits_varlen(query):
             return _varlen(query, key, value, layout, scale, dropout), None
-        if kind == "cpu" and not softcap:
+        if usual and kind == "cpu":
             with torch.autocast(kind, enabled=False):
                 return BlockAttention.apply(query, key, value, layout, scale, dropout), None
-        attention_mask, causal = layout.mask(), None
+        attention_mask, causal = layout.mask, None
     if softcap:
         return _softcapped(query, key, value, attention_mask, scale, softcap, dropout), None
     return sdpa_attention_forward(
@@ -125,13 +131,16 @@ def _softcapped(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         mask = mask.tril() if len(mask) > 1 else mask
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+        # Not -inf: a padded query may see nothing, and its NaN would reach others later.
+        least = torch.finfo(scores.dtype).min / 2
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, least)
     exact = torch.promote_types(scores.dtype, torch.float32)
     shares = torch.softmax(scores + mask[..., : scores.shape[-1]], -1, exact)
     shares = torch.nn.functional.dropout(shares.to(value.dtype), dropout)
     return (shares @ value).transpose(1, 2).contiguous()
 
 
+@cache
 def _varlen_kernel() -> tuple[str, Any]:
     """Return the name and the function of the best FlashAttention varlen kernel there is."""
     try:
@@ -139,8 +148,14 @@ def _varlen_kernel() -> tuple[str, Any]:
 
         return "flash-attn's varlen kernel", flash_attn_varlen_func
     except ImportError:
-        kernel = getattr(torch.ops.aten, "_flash_attention_forward", None)
-        return "torch's own FlashAttention varlen kernel", kernel
+        return "torch's own FlashAttention kernel", torch.ops.aten._flash_attention_forward
+
+
+def _fits_varlen(query: Tensor) -> bool:
+    """Return whether FlashAttention's kernels take such heads, of this type, on this device."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    size = query.shape[-1]
+    return half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _varlen(
@@ -149,7 +164,7 @@ def _varlen(
     """Return [rows, tokens, heads, size] from FlashAttention's varlen kernel."""
     rows, heads, tokens, size = query.shape
     flat = [x.transpose(1, 2).reshape(rows * tokens, -1, size) for x in (query, key, value)]
-    ends, causal = layout.boundaries(), layout.causal
+    ends, causal = layout.boundaries, layout.causal
     left = -1 if layout.window is None else layout.window - 1
     right = 0 if causal else left
     name, kernel = _varlen_kernel()
@@ -179,11 +194,13 @@ class Layout:
         self.starts, self.causal, self.window = starts, causal, window
         self._blocks: dict[torch.dtype, list[_Block]] = {}
 
+    @cached_property
     def mask(self) -> Tensor:
         """Return [rows, 1, tokens, tokens] bool, True where a query (third) sees a key (last)."""
         places = torch.arange(self.starts.shape[1], device=self.starts.device)
         return self._sees(self.starts, places, places)[:, None]
 
+    @cached_property
     def boundaries(self) -> Tensor:
         """Return where documents begin in all rows end to end, and their end, [documents + 1]."""
         rows, tokens = self.starts.shape
@@ -328,38 +345,51 @@ class BlockAttention(torch.autograd.Function):
 
 
 @torch.no_grad()
-def prove_isolation(model: Any, vocab_size: int) -> None:
-    """Check on the model itself that no token sees another document, or what comes after it.
+def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
+    """Check on the model itself that no token sees what comes after it, or another document.
 
-    Kernels are handed the documents in ways that a family may ignore; then documents would leak
-    into each other silently.
+    Kernels are handed the documents in ways that a family may ignore; then tokens would see what
+    they are to predict, or documents would leak into each other, silently.
+
+    Args:
+        model: of transformers, where it will be trained.
+        vocab_size: ids to draw from.
+        longest: tokens that the model takes.
+        packed: whether documents will stand beside each other.
 
     Raises:
-        ConfigError: the documents of this model see each other when packed.
+        ConfigError: tokens of this model see what they must not see.
     """
     was_training = model.training
     model.eval()
+    length = min(2 * BLOCK + 40, longest)  # more than a block, so that borders of blocks count
+    first = length // 3 if packed else 0
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (1, 24), generator=generator).to(model.device)
-    positions = torch.cat([torch.arange(8), torch.arange(16)])[None].to(model.device)
-    starts = (torch.arange(24, device=model.device) - positions).to(torch.int32)
+    ids = torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
+    places = torch.arange(length, device=model.device)
+    starts = torch.where(places < first, 0, first)
 
-    def logits(part: slice) -> Tensor:
-        mask = document_mask(model, starts[:, part] - part.start)
+    def logits(begin: int) -> Tensor:
+        mask = document_mask(model, (starts[None, begin:] - begin).to(torch.int32))
         return model(
-            input_ids=ids[:, part], position_ids=positions[:, part], attention_mask=mask,
-            use_cache=False,
+            input_ids=ids[:, begin:], position_ids=(places - starts)[None, begin:],
+            attention_mask=mask, use_cache=False,
         ).logits  # fmt: skip
 
     try:
-        packed, alone = logits(slice(0, 24))[:, 8:], logits(slice(8, 24))
+        together, alone = logits(0)[:, first:], logits(first)
         ids[:, -1] = (ids[:, -1] + 1) % vocab_size
-        earlier = logits(slice(8, 24))
+        earlier = logits(first)
     finally:
         model.train(was_training)
-    difference = max((x[:, :-1] - alone[:, :-1]).abs().max().item() for x in (packed, earlier))
     # A leak shifts logits by several times their own spread, rounding by a few steps of the type.
     bound = max(0.02, 16 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
+    if not (earlier - alone)[:, :-1].abs().max().item() <= bound:
+        raise ConfigError(
+            f"model.name: tokens of a {type(model).__name__} see what comes after them; try "
+            "model.attention=eager"
+        )
+    difference = (together - alone).abs().max().item()
     if not difference <= bound:
         raise ConfigError(
             f"model.name: packed documents see each other in a {type(model).__name__} (logits "

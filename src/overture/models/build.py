@@ -111,7 +111,12 @@ def _model_config(
         hint = "" if pretrained else nearest(location, CONFIG_MAPPING)
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.name: {location}: {reason}{hint}") from None
+    for key in ("attention_chunk_size", "num_kv_shared_layers"):
+        if getattr(config, key, None):
+            raise ConfigError(f"model.name: {location}: has {key}, which cannot be trained here")
     for key, value in overrides.items():
+        if key == "output_router_logits" and value:
+            raise ConfigError("model.config.output_router_logits: the router's loss is not used")
         if not hasattr(config, key):
             raise ConfigError(
                 f"model.config.{key}: {type(config).__name__} has no such key"
@@ -139,7 +144,8 @@ class CausalLM(HuggingFaceModel):
         super().__init__(model, tokenizer=tokenizer, metrics=[], eval_metrics=metrics)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Through attributes, not sub-modules: the same weights must not be registered twice.
-        self._parts = {"backbone": base.base_model, "head": base.get_output_embeddings()}
+        backbone = base.base_model if base.base_model is not base else base.get_decoder()
+        self._parts = {"backbone": backbone, "head": base.get_output_embeddings()}
         config = base.config.get_text_config()
         divided = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         self._scale = 1 / divided if divided else getattr(config, "logit_scale", None) or 1.0
@@ -147,6 +153,37 @@ class CausalLM(HuggingFaceModel):
         self._shape = _shape(base, config)
         self._cpu_autocast = cpu_autocast  # Composer's amp_bf16 does nothing without CUDA
         self._frozen = not base.get_input_embeddings().weight.requires_grad
+        self._prove_logits(base)
+
+    @torch.no_grad()
+    def _prove_logits(self, base: Any) -> None:
+        """Check that what is made of the backbone's states here are the family's own logits.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        was_training, ids = base.training, torch.arange(8, device=base.device)[None]
+        base.eval()
+        theirs = base(input_ids=ids, use_cache=False).logits
+        hidden = self._parts["backbone"](input_ids=ids, use_cache=False)[0]
+        base.train(was_training)
+        same = False
+        if hidden.shape[-1] == self._parts["head"].weight.shape[-1]:
+            ours = self._parts["head"](hidden) * self._scale
+            ours = self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
+            rounding = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
+            same = (ours - theirs).abs().max().item() <= rounding
+        if not same:
+            raise ConfigError(
+                f"model.name: the logits of a {type(base).__name__} are not simply those of its "
+                "output head, so its loss would be another one here; this family is not supported"
+            )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type in which most of the arithmetic is done."""
+        weight = self._parts["head"].weight.dtype
+        return torch.bfloat16 if self._cpu_autocast else weight
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
@@ -195,6 +232,12 @@ def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
     weights -= embeddings.numel()  # looked up, not multiplied
     if head is not embeddings:
         weights -= head.numel()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if experts:  # only some of them see a token
+        idle = 1 - config.num_experts_per_tok / experts
+        weights -= int(
+            idle * sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        )
+    heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     return weights, head.numel(), config.num_hidden_layers, heads * head_size

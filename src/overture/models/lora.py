@@ -32,12 +32,21 @@ def add_lora(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({torch.nn.Linear: _layer_class()})
     try:
         # peft casts the adapters of a half-precision base to float32 (autocast_adapter_dtype).
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise ConfigError(
+            "lora.target_modules: the output head takes no adapter here; leave it out"
+        )
+    ours = _layer_class()
+    for layer in adapted.modules():
+        # Exactly these: quantised layers and the like are subclasses with a forward of their own.
+        if type(layer) is ours.__base__ and type(layer.base_layer) is torch.nn.Linear:
+            layer.__class__ = ours
+    return adapted
 
 
 def _layer_class() -> type:
@@ -87,7 +96,7 @@ class _AddedProduct(torch.autograd.Function):
         out = torch.nn.functional.linear(rows, weight, bias).addmm_(narrow, up.t())
         ctx.save_for_backward(rows, narrow, weight, down, up)
         ctx.shape, ctx.scaling, ctx.kinds = x.shape, scaling, kinds
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:

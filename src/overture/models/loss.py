@@ -48,9 +48,11 @@ def cross_entropy_at(
     Returns:
         (scalar, [labels]), both of float32 or the wider type of `hidden`.
     """
-    trained = head.weight.requires_grad
-    chunk = LARGE_CHUNK if trained or hidden.is_cuda else CHUNK
-    return _CrossEntropy.apply(hidden, head.weight, head.bias, targets, scale, softcap, chunk)
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # inside, a weight that requires a gradient would be given one
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    chunk = LARGE_CHUNK if weight.requires_grad or hidden.is_cuda else CHUNK
+    return _CrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, chunk)
 
 
 class _CrossEntropy(torch.autograd.Function):

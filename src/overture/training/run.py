@@ -55,7 +55,7 @@ def train(config: Config, command: str) -> int:
     tokenizer = load_tokenizer(
         config.tokenizer_name or config.model.name, config.model.trust_remote_code
     )
-    network = _build_network(config, tokenizer, packed=_is_packed(config, tokenizer))
+    network = _build_network(config, tokenizer, device, packed=_is_packed(config, tokenizer))
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
@@ -170,7 +170,7 @@ def _choose_device(config: Config) -> str:
     return device
 
 
-def _build_network(config: Config, tokenizer: Any, packed: bool) -> Any:
+def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) -> Any:
     """Return the base model, with adapters if it is to have them."""
     network = load_causal_lm(
         config.model.name,
@@ -182,8 +182,11 @@ def _build_network(config: Config, tokenizer: Any, packed: bool) -> Any:
         config.max_seq_len,
         config.model.trust_remote_code,
     )
-    if packed:
-        prove_isolation(network, len(tokenizer))
+    network.to("cuda" if device == "gpu" else "cpu")
+    dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
+    with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
+        longest = min(position_limit(network), config.max_seq_len)
+        prove_isolation(network, len(tokenizer), longest, packed)
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     if config.trainable == "lora":
