@@ -382,19 +382,6 @@ def check_losses(folder: Path) -> dict[str, float]:
     return losses
 
 
-def matrix_product_rate() -> float:
-    """Return this machine's FLOP/s in large bfloat16 matrix products."""
-    import torch
-
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
-
-
 def search(names: list[str], folder: Path) -> dict[str, int]:
     """Return the best batch size of each side, by one window each."""
     best = {}
@@ -427,6 +414,10 @@ def main(program: str = "finetune_throughput", names: list[str] | None = None) -
             stored = {**json.loads(path.read_text())["batch_sizes"], **stored}
     if "ours" in stored:  # a part less does not ask for another batch size
         stored |= dict.fromkeys(WITHOUT, stored["ours"])
+    import torch
+
+    from overture.callbacks.throughput import measured_peak
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
@@ -437,7 +428,7 @@ def main(program: str = "finetune_throughput", names: list[str] | None = None) -
         sides = [Side(side, batches[side], folder) for side in args.sides]
         peaks = []
         for _ in range(args.windows):
-            peaks.append(matrix_product_rate())
+            peaks.append(measured_peak(torch.bfloat16))
             for side in sides:
                 side.run()
         for side in sides:

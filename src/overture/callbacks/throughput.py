@@ -41,7 +41,7 @@ class Throughput(Callback):
             self._peak = peak * dist.get_world_size() if peak else None
         elif self.measure_peak:
             model = state.model.module if hasattr(state.model, "module") else state.model
-            self._peak = _measured_peak(model.compute_dtype) * dist.get_world_size()
+            self._peak = measured_peak(model.compute_dtype) * dist.get_world_size()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """Start waiting."""
@@ -113,7 +113,7 @@ class Throughput(Callback):
         self._seconds = state["seconds"]
 
 
-def _measured_peak(dtype: torch.dtype) -> float:
+def measured_peak(dtype: torch.dtype) -> float:
     """Return the FLOP/s that this process reaches in large matrix products, on the CPU."""
     one, other = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     seconds = []
