@@ -94,3 +94,14 @@ def sign(folder: Path, **changes: Any) -> None:
         if path.name != "dataset.json"
     ]
     (folder / "dataset.json").write_text(json.dumps(ledger))
+
+
+def talk(*texts, system=None):
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    head = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*head, *messages]}
+
+
+def pair(i, **changes):
+    return {"instruction": f"say {i}", "response": f"cat {i}", **changes}

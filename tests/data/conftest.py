@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from streaming import MDSWriter
 from streaming.base.format import reader_from_json
+from transformers import AutoTokenizer
 
+from overture.data.conversion import Conversion, Origin
+from overture.data.convert import convert
 from overture.data.schema import read_ledger, sha256_file
+from overture.data.shards import Split
 
 
 @pytest.fixture
@@ -63,3 +67,37 @@ def within():
     yield signal.alarm
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def tokenizer(smoke):
+    return AutoTokenizer.from_pretrained(smoke / "tokenizer")
+
+
+@pytest.fixture
+def run(tmp_path, smoke):
+    """Convert records and return (ledger, rows of the split, rejected rows)."""
+
+    def run(records, task, **changes):
+        source = tmp_path / "in.jsonl"
+        lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+        source.write_text("".join(line + "\n" for line in lines))
+        options = {
+            "origins": {"train": Origin(str(source))},
+            "task": task,
+            "out_root": str(tmp_path / "out"),
+            "tokenizer": str(smoke / "tokenizer"),
+            "max_seq_len": 128,
+            "overwrite": True,
+        }
+        if changes.get("tokenizer", "") is None:
+            del options["max_seq_len"]
+        ledgers = convert(Conversion(**{**options, **changes}), lambda _: None)
+        folder = tmp_path / "out" / "train"
+        split = Split(folder)
+        rows = [split.row(number) for number in range(len(split))]
+        path = folder / "rejected.jsonl"
+        rejected = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        return ledgers["train"], rows, rejected
+
+    return run
