@@ -1,6 +1,7 @@
 """Conversion through the real door's function, read back through the real reader."""
 
 import json
+import os
 import random
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.prompts import template
+from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.errors import ConfigError
 from overture.tokenizer import load_tokenizer
@@ -140,6 +142,15 @@ def test_jsonl_keeps_what_is_no_text(job):
     )
     assert [json.loads(x) for x in (root / "train.jsonl").read_text().splitlines()] == records
     assert "1 rows (dropped: 1 wrong_type)" in said
+    (entry,) = map(json.loads, (root / "rejected-train.jsonl").read_text().splitlines())
+    assert (entry["line"], entry["reason"]) == (2, "wrong_type")
+
+
+def test_a_file_name_that_is_no_utf8(job, tmp_path):
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    write(tmp_path / name, rows(20))
+    ledgers, root, _ = job(str(tmp_path / name))
+    assert read_ledger(root / "train")["source"]["name"] == ledgers["train"]["source"]["name"]
 
 
 def test_held_out_prompts_are_known_across_files(job, tmp_path):

@@ -201,7 +201,9 @@ def _write_all(
     if job.task == "classify":
         found = sum((part.found.labels for part in parts), Counter())
         labels = class_names(found, job.labels, job.regression)
-    tokenizer = _load_tokenizer(job) if job.tokenizer else None
+    from overture.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(job.tokenizer) if job.tokenizer else None
     tokens = None
     if tokenizer:
         marks = prompt.sections if isinstance(prompt, PromptTemplate) else ()
@@ -290,20 +292,22 @@ def _write_jsonl(
 ) -> dict[str, Any]:
     kept, dropped = 0, Counter()
     rows = Selected(part, split)
-    with (work.folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+    aside = work.folder / f"rejected-{split}.jsonl"  # no name that reads as the split's own
+    with (
+        (work.folder / f"{split}.jsonl").open("w", encoding="utf-8") as file,
+        aside.open("w") as rejects,
+    ):
         for (_, _, rejected), records in rows.batches(whole=True):
             kept += len(records)
             dropped.update(entry["reason"] for entry in rejected)
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            rejects.writelines(json.dumps(entry) + "\n" for entry in rejected)
+    (work.home / aside.name).unlink(missing_ok=True)
+    if dropped:
+        os.replace(aside, work.home / aside.name)
     why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     say(f"{job.place(split)}: {kept:,} rows" + (f" (dropped: {why})" if why else ""))
     return {"rows": {"in_split": rows.in_split, "kept": kept, "dropped": dict(dropped)}}
-
-
-def _load_tokenizer(job: Conversion) -> Any:
-    from overture.tokenizer import load_tokenizer
-
-    return load_tokenizer(job.tokenizer)
 
 
 def _describe_tokenizer(tokens: Tokens, name: str) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def sha256_file(path: Path) -> str:
 def write_aside(path: Path, text: str) -> None:
     """Write a text file so that at any moment either the old or the new content is there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
+    # A file name may be no UTF-8; its escape is JSON's own, so it reads back as the same name.
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
 
 

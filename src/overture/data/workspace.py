@@ -87,8 +87,8 @@ class Workspace:
         other = next((name for name in facts if then.get(name, facts[name]) != facts[name]), None)
         if other:
             raise ConfigError(
-                f"--resume: the interrupted conversion had {other} {_short(then[other])}, not "
-                f"{_short(facts[other])}; give the same, or leave --resume out to start over"
+                f"--resume: the interrupted conversion had {other} {then[other]!r:.120}, not "
+                f"{facts[other]!r:.120}; give the same, or leave --resume out to start over"
             )
         write_aside(self._facts, json.dumps({**then, **facts}))
 
@@ -129,8 +129,3 @@ class Workspace:
         if place.exists():
             os.rename(place, self.folder / f"old-{place.name}")
         os.rename(aside, place)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:119] + "…"
