@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := true
+# Without compiled modules an import of Composer takes 13 seconds, with them 6.
+export PYTHONDONTWRITEBYTECODE :=
 # Streaming and the hub's client are quiet on their own; TensorFlow, found by accident, is not.
 export TF_CPP_MIN_LOG_LEVEL := 3
 

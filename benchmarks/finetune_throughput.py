@@ -133,9 +133,7 @@ def run_ours(folder: Path, batch: int, side: dict[str, Any], imported: float) ->
 
     class Report(Callback):
         def batch_end(self, state: Any, logger: Any) -> None:
-            windows.count(
-                int(state.batch["num_tokens"].sum()), int((state.batch["labels"] != -100).sum())
-            )
+            windows.count(sum(state.batch["num_tokens"]), sum(state.batch["num_labels"]))
             windows.step()
 
     run.build_callbacks = lambda config: [Report()]

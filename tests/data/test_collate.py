@@ -25,7 +25,7 @@ def test_packed_row():
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch["sample_ids"].tolist() == [7]
-    assert batch["num_tokens"].tolist() == [5]
+    assert (batch["num_tokens"], batch["num_labels"], batch["num_spans"]) == ([5], [3], [3])
     assert count_tokens(batch) == {"total": 5, "loss_generating": 3}
 
 

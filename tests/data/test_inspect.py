@@ -242,7 +242,7 @@ def test_page_draws_the_labels_of_the_collator(tmp_path, smoke, tokenizer, part)
     for number, spans in zip([0, 7], page.samples, strict=False):
         collate = TokenCollator(split.ledger["max_seq_len"], tokenizer.pad_token_id)
         batch = collate([split.row(number)])
-        labels, count = batch["labels"][0].tolist(), int(batch["num_tokens"][0])
+        labels, count = batch["labels"][0].tolist(), batch["num_tokens"][0]
         padding = [span for span in spans if span[0] == "padding"]
         spans = [span for span in spans if span[0] != "padding"]
         assert len(spans) == count

@@ -90,7 +90,7 @@ def test_loader_reads_from_the_store(bucket, job, tmp_path):
     spec = build_loader(
         str(tmp_path / "cache"), job.out_root, "train", False, 1, 128, 0, 4, 0, False
     )  # fmt: skip
-    tokens = sum(int(batch["num_tokens"].sum()) for batch in spec.dataloader)
+    tokens = sum(sum(batch["num_tokens"]) for batch in spec.dataloader)
     assert tokens == ledger["tokens"]["total"]
     assert Path(tmp_path / "cache" / "train").is_dir()
     assert json.loads((tmp_path / "cache" / "train" / "index.json").read_text())["shards"]

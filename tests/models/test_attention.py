@@ -125,6 +125,8 @@ def test_dropout_drops_shares_and_keeps_their_sum():
 def test_boundaries_are_those_of_flash_attention():
     starts = starts_of([[3, 4], [8], [2, 1]], 8)
     assert Layout(starts, True, None).boundaries.tolist() == [0, 3, 7, 8, 16, 18, 19, 24]
+    # Told how many there are, it asks no device, and comes to the same.
+    assert Layout(starts, True, None, 7).boundaries.tolist() == [0, 3, 7, 8, 16, 18, 19, 24]
 
 
 def test_masks_of_transformers_go_to_its_own_kernel():

@@ -1,5 +1,7 @@
 """Models by name; our loss equals the family's own; packed documents are apart."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,8 +9,9 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from overture.data.collate import TokenCollator
 from overture.errors import ConfigError
-from overture.models.attention import document_mask, prove_isolation
+from overture.models.attention import document_mask
 from overture.models.build import CausalLM, load_causal_lm, locate_model
+from overture.models.isolation import prove_isolation
 from overture.models.lora import add_lora
 from overture.tokenizer import load_tokenizer
 
@@ -208,6 +211,7 @@ def test_batch_without_labels_has_a_zero_loss(tokenizer):
     model = CausalLM(build("llama", tokenizer), tokenizer, None)
     batch = packed_batch(tokenizer)
     batch["labels"].fill_(-100)
+    batch["num_labels"] = [0] * len(batch["num_labels"])
     loss = model.loss(model(batch), batch)
     loss.backward()
     assert loss.item() == 0.0
@@ -274,3 +278,28 @@ def test_what_cannot_be_trained_is_refused(tokenizer):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
         locate_model(str(tmp_path))
+
+
+@pytest.mark.slow  # a minute of compilation
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_not_compiled_and_generation_is_left_alone(tokenizer):
+    network = add_lora(build("llama", tokenizer), 4, 8.0, 0.0, "all-linear")
+    model, batch = CausalLM(network, tokenizer, None), packed_batch(tokenizer)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    plain = model.loss(model(batch), batch)
+    expected = torch.autograd.grad(plain, trained)
+    model.compile_backbone()
+    loss = model.loss(model(batch), batch)
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    graphs = dict(torch._dynamo.utils.counters["stats"])
+    network.generate(batch["input_ids"][:1, :5], max_new_tokens=3, do_sample=False)
+    assert dict(torch._dynamo.utils.counters["stats"]) == graphs
+
+
+def test_compile_without_a_compiler_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"compile: .*install g\+\+"):
+        CausalLM(build("llama", tokenizer), tokenizer, None).compile_backbone()

@@ -11,13 +11,29 @@ from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_posi
 
 def test_positions_are_one_left_of_the_label():
     labels = torch.tensor([[-100, 5, -100, 7], [-100, -100, -100, -100], [3, -100, 4, -100]])
-    rows, positions, targets = label_positions(labels)
+    places, targets = label_positions(labels, 3)
     # The 3 in column 0 has nothing before it that could predict it.
-    assert list(zip(rows.tolist(), positions.tolist(), targets.tolist(), strict=True)) == [
-        (0, 0, 5),
-        (0, 2, 7),
-        (2, 1, 4),
-    ]
+    assert list(zip(places.tolist(), targets.tolist(), strict=True))[:3] == [(0, 5), (2, 7), (9, 4)]
+
+
+def test_few_shapes_occur_and_what_fills_them_up_counts_for_nothing():
+    torch.manual_seed(0)
+    labels = torch.full((2, 200), -100)
+    labels[:, 1:66] = torch.randint(0, 40, (2, 65))
+    places, targets = label_positions(labels, 130)
+    assert places.shape == targets.shape == (256,)
+    head = torch.nn.Linear(12, 40).double()
+    states = torch.randn(400, 12, dtype=torch.float64, requires_grad=True)
+    total, losses = cross_entropy_at(states[places], head, targets, count=130)
+    logits = head(states).view(2, 200, -1)[:, :-1]
+    expected = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="sum")
+    assert losses.shape == (130,)
+    torch.testing.assert_close(total, expected)
+    for parameter in (states, head.weight, head.bias):
+        ours, theirs = (
+            torch.autograd.grad(x, parameter, retain_graph=True)[0] for x in (total, expected)
+        )
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 300])

@@ -51,11 +51,10 @@ class Throughput(Callback):
         """Count the batch while it is still in the host's memory."""
         self._waited = time.monotonic() - self._asked
         batch = state.batch
-        labels = int((batch["labels"][:, 1:] != -100).sum())
         flops = state.model.module if hasattr(state.model, "module") else state.model
         self._counted = (
-            int(batch["num_tokens"].sum()),
-            labels,
+            sum(batch["num_tokens"]),
+            sum(batch["num_labels"]),
             batch["input_ids"].numel(),
             flops.flops_per_batch(batch),
         )

@@ -185,6 +185,9 @@ class Config:
     device_eval_batch_size: int = 1
     # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16.
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    # torch.compile for the layers of the model while it is trained and evaluated; needs a C++
+    # compiler. The first steps take minutes; benchmarks/RESULTS.md says where it pays.
+    compile: bool = False
     run_folder: str = "runs/{run_name}"
     # Default: <run_folder>/checkpoints. May be s3://, gs://, ...
     save_folder: str | None = None

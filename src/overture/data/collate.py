@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 class TokenCollator:
@@ -20,20 +19,24 @@ class TokenCollator:
         document_starts [rows, tokens] int32, where in its row the document of each token begins, -1
                       for padding: what keeps documents apart; there is no attention mask
         sample_ids    [rows] int64, numbers of the rows in their dataset
-        num_tokens    [rows] int64, tokens that are not padding
+    and, as lists of ints, which stay with the host so that nothing has to wait for a GPU to count,
+        num_tokens    of each row, tokens that are not padding
+        num_labels    of each row, tokens that are learned
+        num_spans     of each row, documents, and one more for the padding if there is any
     """
 
     def __init__(self, max_seq_len: int, pad_token_id: int) -> None:
         self.max_seq_len = max_seq_len
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of some rows."""
         shape = (len(rows), self.max_seq_len)
         input_ids = np.full(shape, self.pad_token_id, np.int64)
         labels = np.full(shape, -100, np.int64)
         position_ids = np.zeros(shape, np.int64)
         document_starts = np.full(shape, -1, np.int32)
+        lengths, num_labels, num_spans = [], [], []
         for index, row in enumerate(rows):
             # int64 first: -100 would wrap round in the uint16 of the shards.
             ids, ends = (row[name].astype(np.int64) for name in ("input_ids", "document_ends"))
@@ -44,6 +47,9 @@ class TokenCollator:
             input_ids[index, :length] = ids
             labels[index, :length] = np.where(learned, ids, -100)
             document_starts[index, :length] = np.repeat(starts, ends - starts)
+            lengths.append(length)
+            num_labels.append(int(learned.sum()))
+            num_spans.append(len(ends) + (length < self.max_seq_len))
             # One document is causal as it is: positions run on over the padding behind it, which
             # lets torch's own kernel take its fast path without a mask.
             if len(ends) > 1:
@@ -59,13 +65,12 @@ class TokenCollator:
             "position_ids": torch.from_numpy(position_ids),
             "document_starts": torch.from_numpy(document_starts),
             "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
-            "num_tokens": torch.tensor([len(row["input_ids"]) for row in rows]),
+            "num_tokens": lengths,
+            "num_labels": num_labels,
+            "num_spans": num_spans,
         }
 
 
-def count_tokens(batch: dict[str, Tensor]) -> dict[str, int]:
+def count_tokens(batch: dict[str, Any]) -> dict[str, int]:
     """Return the real tokens of a batch, and those that make loss."""
-    return {
-        "total": int(batch["num_tokens"].sum()),
-        "loss_generating": int((batch["labels"][:, 1:] != -100).sum()),
-    }
+    return {"total": sum(batch["num_tokens"]), "loss_generating": sum(batch["num_labels"])}

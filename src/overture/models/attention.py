@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from overture.errors import ConfigError
-
 NAME = "overture"
 BLOCK = 128  # queries per block; 64 and 256 were slower on packed Dolly at 1,024 tokens
 
@@ -45,6 +43,13 @@ def choose_attention(wanted: str, model_class: Any) -> str:
     return "sdpa" if has_sdpa else "eager"
 
 
+def hide_from_compiler() -> None:
+    """Keep torch.compile out of ours: blocks follow from documents, every batch is a new graph."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(attention))
+
+
 def describe_attention(model: Any, device: str) -> str:
     """Return one line on the kernels that a model on a device (`gpu`, `cpu`) will use."""
     name = model.config._attn_implementation
@@ -55,15 +60,20 @@ def describe_attention(model: Any, device: str) -> str:
     return f"attention: within documents, {_varlen_kernel()[0]} where it can, else SDPA with a mask"
 
 
-def document_mask(model: Any, starts: Tensor) -> Tensor | None:
+def document_mask(model: Any, starts: Tensor, spans: int | None = None) -> Tensor | None:
     """Return what to give a model as `attention_mask`, None where its attention is not ours.
 
     Args:
         model: of transformers.
         starts: [rows, tokens] int32, where in its row the document of each token begins, -1 for
             padding.
+        spans: how many documents and ends of padding there are, so that no GPU has to be asked.
     """
-    return starts[:, None, None, :] if model.config._attn_implementation == NAME else None
+    if model.config._attn_implementation != NAME:
+        return None
+    mask = starts[:, None, None, :]
+    mask.__dict__["spans"] = spans
+    return mask
 
 
 def attention(
@@ -185,13 +195,15 @@ class Layout:
     """Which tokens of a batch see each other.
 
     Args:
-        starts: [rows, tokens] int32, where the document of each token begins, -1 for padding.
+        starts, spans: of `document_mask`.
         causal: whether a token sees only itself and those before it.
         window: how many tokens back, itself included, a token sees; None for all.
     """
 
-    def __init__(self, starts: Tensor, causal: bool, window: int | None) -> None:
-        self.starts, self.causal, self.window = starts, causal, window
+    def __init__(
+        self, starts: Tensor, causal: bool, window: int | None, spans: int | None = None
+    ) -> None:
+        self.starts, self.causal, self.window, self.spans = starts, causal, window, spans
         self._blocks: dict[torch.dtype, list[_Block]] = {}
 
     @cached_property
@@ -206,12 +218,10 @@ class Layout:
         rows, tokens = self.starts.shape
         offsets = torch.arange(rows, device=self.starts.device)[:, None] * (tokens + 1)
         owner = (self.starts + offsets).flatten()
-        begins = torch.nonzero(owner[1:] != owner[:-1])[:, 0] + 1
-        return (
-            torch.nn.functional.pad(begins, (1, 1))
-            .to(torch.int32)
-            .index_fill_(0, torch.tensor([len(begins) + 1], device=begins.device), rows * tokens)
-        )
+        first = torch.nn.functional.pad(owner[1:] != owner[:-1], (1, 0), value=True)
+        spans = int(first.sum()) if self.spans is None else self.spans
+        begins = first.to(torch.uint8).argsort(descending=True, stable=True)[:spans]
+        return torch.nn.functional.pad(begins, (0, 1), value=rows * tokens).to(torch.int32)
 
     def _sees(self, starts: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """Return [..., queries, keys] bool within rows of `starts` [..., tokens]."""
@@ -272,7 +282,8 @@ def _layout(starts: Tensor, causal: bool, window: int | None) -> Layout:
     """Return the layout that belongs to a mask of `document_starts`, made once for all layers."""
     known = starts.__dict__.setdefault("layouts", {})
     if (causal, window) not in known:
-        known[causal, window] = Layout(starts[:, 0, 0], causal, window)
+        spans = starts.__dict__.get("spans")
+        known[causal, window] = Layout(starts[:, 0, 0], causal, window, spans)
     return known[causal, window]
 
 
@@ -342,56 +353,3 @@ class BlockAttention(torch.autograd.Function):
             to_value = torch.bmm(used.transpose(1, 2), given)
             of_value[at, :, low:high] += to_value.view(len(bias), groups, -1, size)
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
-
-
-@torch.no_grad()
-def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
-    """Check on the model itself that no token sees what comes after it, or another document.
-
-    Kernels are handed the documents in ways that a family may ignore; then tokens would see what
-    they are to predict, or documents would leak into each other, silently.
-
-    Args:
-        model: of transformers, where it will be trained.
-        vocab_size: ids to draw from.
-        longest: tokens that the model takes.
-        packed: whether documents will stand beside each other.
-
-    Raises:
-        ConfigError: tokens of this model see what they must not see.
-    """
-    was_training = model.training
-    model.eval()
-    length = min(2 * BLOCK + 40, longest)  # more than a block, so that borders of blocks count
-    first = length // 3 if packed else 0
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
-    places = torch.arange(length, device=model.device)
-    starts = torch.where(places < first, 0, first)
-
-    def logits(begin: int) -> Tensor:
-        mask = document_mask(model, (starts[None, begin:] - begin).to(torch.int32))
-        return model(
-            input_ids=ids[:, begin:], position_ids=(places - starts)[None, begin:],
-            attention_mask=mask, use_cache=False,
-        ).logits  # fmt: skip
-
-    try:
-        together, alone = logits(0)[:, first:], logits(first)
-        ids[:, -1] = (ids[:, -1] + 1) % vocab_size
-        earlier = logits(first)
-    finally:
-        model.train(was_training)
-    # A leak shifts logits by several times their own spread, rounding by a few steps of the type.
-    bound = max(0.02, 16 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
-    if not (earlier - alone)[:, :-1].abs().max().item() <= bound:
-        raise ConfigError(
-            f"model.name: tokens of a {type(model).__name__} see what comes after them; try "
-            "model.attention=eager"
-        )
-    difference = (together - alone).abs().max().item()
-    if not difference <= bound:
-        raise ConfigError(
-            f"model.name: packed documents see each other in a {type(model).__name__} (logits "
-            f"differ by {difference:.2g}); convert the data again with --packing none"
-        )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.models import HuggingFaceModel
+from composer.models import HuggingFaceModel, huggingface
 from torch import Tensor
 from torchmetrics import Metric
 
 from overture.errors import ConfigError, nearest
 from overture.flops import training_flops
-from overture.models.attention import choose_attention, document_mask
+from overture.models.attention import choose_attention, document_mask, hide_from_compiler
 from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
 
 
@@ -141,6 +142,8 @@ class CausalLM(HuggingFaceModel):
         self, model: Any, tokenizer: Any, eval_samples: int | None, cpu_autocast: bool = False
     ) -> None:
         metrics = [TokenCrossEntropy(eval_samples)] if eval_samples else []
+        # Composer asks whether this is one of transformers' causal models by importing them all.
+        huggingface._is_registered_causal_lm = lambda _: True
         super().__init__(model, tokenizer=tokenizer, metrics=[], eval_metrics=metrics)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Through attributes, not sub-modules: the same weights must not be registered twice.
@@ -179,6 +182,17 @@ class CausalLM(HuggingFaceModel):
                 "output head, so its loss would be another one here; this family is not supported"
             )
 
+    def compile_backbone(self) -> None:
+        """Let torch.compile make kernels for the backbone; generation goes on without them.
+
+        Raises:
+            ConfigError: there is no C++ compiler for it.
+        """
+        if not (shutil.which("g++") or shutil.which("clang++")):
+            raise ConfigError("compile: torch.compile needs a C++ compiler; install g++")
+        hide_from_compiler()
+        self._parts["compiled"] = torch.compile(self._parts["backbone"], dynamic=False)
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which most of the arithmetic is done."""
@@ -188,16 +202,21 @@ class CausalLM(HuggingFaceModel):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
-            hidden = self._parts["backbone"](
+            hidden = self._parts.get("compiled", self._parts["backbone"])(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
-                attention_mask=document_mask(self._parts["backbone"], batch["document_starts"]),
+                attention_mask=document_mask(
+                    self._parts["backbone"], batch["document_starts"], sum(batch["num_spans"])
+                ),
                 use_cache=False,
             )[0]
-            rows, positions, targets = label_positions(batch["labels"])
+            count = sum(batch["num_labels"])
+            places, targets = label_positions(batch["labels"], count)
+            chosen = hidden.flatten(0, 1).index_select(0, places)
             total, losses = cross_entropy_at(
-                hidden[rows, positions], self._parts["head"], targets, self._scale, self._softcap
+                chosen, self._parts["head"], targets, self._scale, self._softcap, count
             )
+        rows = places[:count] // batch["labels"].shape[1]
         return {"loss": total, "token_losses": losses, "rows": rows}
 
     def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:
@@ -215,7 +234,7 @@ class CausalLM(HuggingFaceModel):
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
         """Return the training FLOPs of a batch, over real tokens only."""
-        tokens, labels = int(batch["num_tokens"].sum()), int((batch["labels"] != -100).sum())
+        tokens, labels = sum(batch["num_tokens"]), sum(batch["num_labels"])
         # A token's place in its document, plus one half, sums up to half the length squared.
         places = torch.arange(batch["labels"].shape[1]) - batch["document_starts"].cpu()
         squares = 2 * float((places + 0.5)[batch["document_starts"].cpu() >= 0].sum())

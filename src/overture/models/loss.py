@@ -19,14 +19,18 @@ CHUNK = 128
 LARGE_CHUNK = 1024
 
 
-def label_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (row, position, target) of every label, each [labels] int64.
+def label_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return (place, target) of every label, each [labels, up to a multiple of CHUNK] int64.
 
     `labels` [rows, tokens] int64 names the token at its own place, -100 for none, as Hugging Face
-    has it; it is predicted from the place before, so `position` is one to the left of it.
+    has it; it is predicted from the place before, so `place`, which counts through the rows end to
+    end, is one to the left of it. Behind the `count` labels stand places without one, so that few
+    shapes occur. No device has to be waited for, as it would be with torch.nonzero.
     """
-    rows, positions = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
-    return rows, positions, labels[rows, positions + 1]
+    wanted = F.pad(labels[:, 1:] != -100, (0, 1)).flatten()
+    room = -(-count // CHUNK) * CHUNK
+    places = wanted.to(torch.uint8).argsort(descending=True, stable=True)[:room]
+    return places, labels.flatten().roll(-1)[places].clamp_(min=0)
 
 
 def cross_entropy_at(
@@ -35,39 +39,42 @@ def cross_entropy_at(
     targets: Tensor,
     scale: float = 1.0,
     softcap: float | None = None,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the labels' cross-entropies, and each of them without gradient, in nats.
 
     Args:
-        hidden: [labels, width], the last hidden states at the positions that predict a label.
+        hidden: [room, width], the last hidden states at the positions that predict a label.
         head: the output embedding, [width] -> [vocabulary], as an nn.Linear.
-        targets: [labels] int64.
+        targets: [room] int64.
         scale: factor on the logits, for the model families that scale them (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap), as Gemma 2 has it.
+        count: how many of them are labels, the others standing behind; default: all.
 
     Returns:
-        (scalar, [labels]), both of float32 or the wider type of `hidden`.
+        (scalar, [count]), both of float32 or the wider type of `hidden`.
     """
     weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # inside, a weight that requires a gradient would be given one
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     chunk = LARGE_CHUNK if weight.requires_grad or hidden.is_cuda else CHUNK
-    return _CrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, chunk)
+    count = len(hidden) if count is None else count
+    return _CrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, chunk, count)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        scale: float, softcap: float | None, chunk: int,
+        scale: float, softcap: float | None, chunk: int, count: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        count = len(hidden)
         # A shape met for the first time costs a kernel compilation on a CPU: all chunks are whole.
-        rows = F.pad(hidden.to(dtype), (0, 0, 0, -count % chunk))
-        targets = F.pad(targets, (0, -count % chunk))
+        room = len(hidden)
+        rows = F.pad(hidden.to(dtype), (0, 0, 0, -room % chunk))
+        targets = F.pad(targets, (0, -room % chunk))
         weight, types = weight.to(dtype), (hidden.dtype, weight.dtype, bias is not None)
         losses = hidden.new_empty(len(rows), dtype=exact)
         wanted = ctx.needs_input_grad[:3]
@@ -98,7 +105,7 @@ class _CrossEntropy(torch.autograd.Function):
                 step = shares  # of the loss along the logits: what is predicted less the truth
                 step.scatter_add_(1, ids, step.new_full(ids.shape, -1))
                 if begin + chunk > count:
-                    step[count - begin :] = 0
+                    step[max(count - begin, 0) :] = 0
                 if softcap:
                     step *= 1 - (logits / softcap) ** 2
                 if scale != 1:
@@ -112,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
                     of_weight += torch.mm(narrow.t(), part)
         ctx.types = types
         ctx.save_for_backward(
-            *(x if x is None else x[:count] if i == 0 else x
+            *(x if x is None else x[:room] if i == 0 else x
               for i, x in enumerate((of_hidden, of_weight, of_bias)))
         )  # fmt: skip
         losses = losses[:count]
@@ -125,7 +132,7 @@ class _CrossEntropy(torch.autograd.Function):
         grads = [None if x is None else x * given for x in (of_hidden, of_weight, of_bias)]
         for i, dtype in enumerate(ctx.types[:2]):
             grads[i] = None if grads[i] is None else grads[i].to(dtype)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class TokenCrossEntropy(Metric):

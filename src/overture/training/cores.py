@@ -1,24 +1,47 @@
-"""The CPU's threads and memory allocator: chosen once, and said."""
+"""The CPU: its name, its threads and its memory allocator, chosen once and said."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
 import torch
 from composer.utils import dist
 
 _ALLOCATORS = ("tcmalloc", "jemalloc")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def use_cores() -> str:
-    """Give this rank its share of the cores and return one line on it.
+    """Give this rank its share of the cores, keep its memory, and return one line on both.
 
     Fewer threads, as by OMP_NUM_THREADS, are left as they are.
     """
     cores = len(os.sched_getaffinity(0))
     share = max(1, cores // dist.get_local_world_size())
     torch.set_num_threads(min(torch.get_num_threads(), share))
+    return f"CPU: {torch.get_num_threads()} of {cores} cores for each rank, {_keep_memory()}"
+
+
+def _keep_memory() -> str:
+    """Let the process keep what it frees, and return the name of its allocator.
+
+    glibc gives large blocks back to the kernel, which then has to clear them for the next step.
+    """
     libraries = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
-    allocator = next((name for name in _ALLOCATORS if name in libraries), "the system's allocator")
-    return f"CPU: {torch.get_num_threads()} of {cores} cores for each rank, {allocator}"
+    allocator = next((name for name in _ALLOCATORS if name in libraries), None)
+    if allocator is None and platform.libc_ver()[0] == "glibc":
+        allocator = "glibc's allocator, which keeps what is freed"
+        for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(setting, 2**30)
+    return allocator or "the system's allocator"
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -19,8 +19,9 @@ from overture.data.loaders import build_loader
 from overture.data.schema import check_split
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError
 from overture.export import save_model
-from overture.models.attention import describe_attention, prove_isolation
+from overture.models.attention import describe_attention
 from overture.models.build import CausalLM, load_causal_lm, position_limit
+from overture.models.isolation import prove_isolation
 from overture.models.lora import add_lora
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
@@ -71,6 +72,8 @@ def train(config: Config, command: str) -> int:
         network, tokenizer, evaluation.num_samples if evaluation else None, cpu_autocast
     )
     model.to("cuda" if device == "gpu" else "cpu")
+    if config.compile:
+        model.compile_backbone()
     answers = None
     if config.generation is not None:
         answers = HeldOutAnswers(

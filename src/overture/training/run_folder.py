@@ -18,6 +18,7 @@ from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
+from overture.training.cores import processor
 
 FINISHED = ("target_reached", "target_missed", "completed")
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "datasets", "peft", "numpy")
@@ -79,7 +80,7 @@ def environment(command: str) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
-        "devices": devices or [platform.processor() or platform.machine()],
+        "devices": devices or [processor()],
         "ranks": dist.get_world_size(),
         "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),

@@ -1,0 +1,64 @@
+"""The proof on the model itself that packed documents stay apart and nothing sees ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overture.errors import ConfigError
+from overture.models.attention import BLOCK, document_mask
+
+
+@torch.no_grad()
+def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
+    """Check on the model itself that no token sees what comes after it, or another document.
+
+    Kernels are handed the documents in ways that a family may ignore; then tokens would see what
+    they are to predict, or documents would leak into each other, silently.
+
+    Args:
+        model: of transformers, where it will be trained.
+        vocab_size: ids to draw from.
+        longest: tokens that the model takes.
+        packed: whether documents will stand beside each other.
+
+    Raises:
+        ConfigError: tokens of this model see what they must not see.
+    """
+    was_training = model.training
+    model.eval()
+    length = min(2 * BLOCK + 40, longest)  # more than a block, so that borders of blocks count
+    first = length // 3 if packed else 0
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
+    places = torch.arange(length, device=model.device)
+    starts = torch.where(places < first, 0, first)
+
+    def logits(begin: int) -> Tensor:
+        mask = document_mask(model, (starts[None, begin:] - begin).to(torch.int32))
+        return model(
+            input_ids=ids[:, begin:], position_ids=(places - starts)[None, begin:],
+            attention_mask=mask, use_cache=False,
+        ).logits  # fmt: skip
+
+    try:
+        together, alone = logits(0)[:, first:], logits(first)
+        ids[:, -1] = (ids[:, -1] + 1) % vocab_size
+        earlier = logits(first)
+    finally:
+        model.train(was_training)
+    # A leak shifts logits by several times their own spread, rounding by a few steps of the type.
+    bound = max(0.02, 16 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
+    if not (earlier - alone)[:, :-1].abs().max().item() <= bound:
+        raise ConfigError(
+            f"model.name: tokens of a {type(model).__name__} see what comes after them; try "
+            "model.attention=eager"
+        )
+    difference = (together - alone).abs().max().item()
+    if not difference <= bound:
+        raise ConfigError(
+            f"model.name: packed documents see each other in a {type(model).__name__} (logits "
+            f"differ by {difference:.2g}); convert the data again with --packing none"
+        )
