@@ -2,11 +2,25 @@
 
     OVERTURE_DATA=... python benchmarks/ablation.py
 
-The model, the data and the way of measuring are those of finetune_throughput.py, whose stored batch
-size is used, so run that first. Writes benchmarks/results/ablation.json.
+The model, the data and the way of measuring are those of finetune_throughput.py, whose batch size
+is used, so run that first. Compilation is the other way round: it is off unless asked for. Writes
+benchmarks/results/ablation.json.
 """
 
-from finetune_throughput import WITHOUT, main
+from finetune_throughput import LENGTH, SHAPE
+from turns import measure
+
+OPTIONS = {
+    "ours": {},
+    "without blocks of attention": {"attention": "sdpa"},
+    "without chunks of logits": {"switch": "loss"},
+    "without its LoRA layer": {"switch": "lora"},
+    "without a bfloat16 base": {"dtype": "float32"},
+    "without packing": {"data": "unpacked"},
+    "without keeping memory": {"switch": "memory"},
+    "with torch.compile": {"compile": True},
+}
+SIDES = {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in OPTIONS.items()}
 
 if __name__ == "__main__":
-    main("ablation", ["ours", *WITHOUT])
+    measure("ablation", __doc__, SIDES, SHAPE, LENGTH, stored_with=("finetune_throughput",))

@@ -6,7 +6,16 @@ The model and the way of measuring are those of finetune_throughput.py; all weig
 every token is a label. Writes benchmarks/results/pretrain_throughput.json.
 """
 
-from finetune_throughput import PRETRAIN, main
+from finetune_throughput import LENGTH, SHAPE
+from turns import measure
+
+OPTIONS = {
+    "ours, bfloat16 autocast": {"library": "ours", "precision": "amp_bf16"},
+    "ours, float32": {"library": "ours"},
+    "hf float32": {"library": "hf"},
+    "hf, bfloat16 autocast": {"library": "hf", "autocast": True},
+}
+SIDES = {n: {"dtype": "float32", "data": "text", "all": True, **o} for n, o in OPTIONS.items()}
 
 if __name__ == "__main__":
-    main("pretrain_throughput", list(PRETRAIN))
+    measure("pretrain_throughput", __doc__, SIDES, SHAPE, LENGTH)

@@ -112,12 +112,13 @@ class Throughput(Callback):
         self._seconds = state["seconds"]
 
 
-def measured_peak(dtype: torch.dtype) -> float:
-    """Return the FLOP/s that this process reaches in large matrix products, on the CPU."""
-    one, other = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+def measured_peak(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return the FLOP/s that this process reaches in large matrix products on `cpu` or `cuda`."""
+    size = 2048 if device == "cpu" else 8192
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):
         start = time.perf_counter()
-        one @ other
+        (one @ other)[-1, -1].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * size**3 / min(seconds)

@@ -1,0 +1,258 @@
+"""Sides that train in processes of their own, taking turns, and the table of what they reached.
+
+Each side is its own library's Trainer, on the same weights and documents. The processes take turns,
+a timed window each, until each has had its share. Before that, our loss and that of transformers
+must be equal on the same documents. Counted are real tokens: padding is none. Memory is the peak
+above that after the imports. FLOPs are those that real tokens need.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sides import documents
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "transformers", "peft", "trl", "mosaicml", "mosaicml-streaming")
+
+
+class Side:
+    """A process that trains for a window when asked."""
+
+    def __init__(self, name: str, batch: int, folder: Path) -> None:
+        self.name, self.batch = name, batch
+        self.log = (folder / f"{name.replace(' ', '-')}-{batch}.log").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "benchmarks" / "sides.py", name, str(batch), folder], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=folder,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        self.windows: list[dict[str, float]] = []
+        self.read()  # the warm-up
+
+    def read(self) -> dict[str, float]:
+        """Wait for the end of a window and return it."""
+        for line in self.process.stdout:
+            if line.startswith("WINDOW "):
+                return json.loads(line.removeprefix("WINDOW "))
+        self.log.seek(0)
+        said = self.log.read()
+        if "OutOfMemoryError" in said:
+            raise MemoryError
+        raise SystemExit(f"{self.name} ended: {said[-2000:]}")
+
+    def run(self) -> None:
+        """Train for one window."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.windows.append(self.read())
+
+    def end(self) -> None:
+        """Stop, and give the memory back."""
+        self.process.stdin.write("\n")
+        self.process.stdin.close()
+        self.process.wait()
+
+    def rate(self, what: str = "tokens") -> float:
+        """Return the median over the windows, per second."""
+        return statistics.median(w[what] / w["seconds"] for w in self.windows)
+
+
+def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
+    """Write the tokenizer, the packed documents and the weights that all sides share."""
+    import torch
+    from convert_throughput import gpt2
+
+    from overture.data.conversion import Conversion, Origin
+    from overture.data.convert import convert
+    from overture.models.build import load_causal_lm
+    from overture.tokenizer import load_tokenizer
+
+    data = Path(os.environ["OVERTURE_DATA"])
+    tokenizer = gpt2(data, folder / "gpt2")
+    origin = Origin(str(data / "dolly" / "databricks-dolly-15k.jsonl"))
+    job = Conversion({"train": origin}, "instruct", str(folder / "data"), tokenizer=tokenizer,
+                     max_seq_len=length)  # fmt: skip
+    convert(job, say=lambda _: None)
+    convert(replace(job, out_root=str(folder / "unpacked"), packing="none"), say=lambda _: None)
+    text = replace(job, out_root=str(folder / "text"), task="text", packing="concat",
+                   prompt_template="passage")  # fmt: skip
+    convert(text, say=lambda _: None)
+    torch.manual_seed(0)
+    loaded = load_tokenizer(tokenizer)
+    network = load_causal_lm("llama", False, "float32", "sdpa", shape, loaded, length)
+    network.save_pretrained(folder / "model")
+
+
+def check_losses(folder: Path, length: int) -> dict[str, float]:
+    """Return the loss of some documents by each route, having seen that they are equal."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from overture.data.collate import TokenCollator
+    from overture.data.shards import Split
+    from overture.models.build import CausalLM, load_causal_lm
+    from overture.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder / "gpt2"))
+    split = Split(folder / "data" / "train")
+    rows = [{**split.row(number), "sample_id": number} for number in range(2)]
+    batch = TokenCollator(length, 0)(rows)
+    network = load_causal_lm(str(folder / "model"), True, "float32", "auto", {}, tokenizer)
+    model = CausalLM(network, tokenizer, None)
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    total = count = 0.0
+    with torch.no_grad():
+        ours = model.loss(model(batch), batch).item()
+        for number in range(2):
+            start = 0
+            for end in rows[number]["document_ends"].tolist():
+                labels = batch["labels"][number : number + 1, start:end]
+                learned = int((labels[:, 1:] != -100).sum())
+                out = theirs(input_ids=batch["input_ids"][number : number + 1, start:end],
+                             labels=labels)  # fmt: skip
+                total, count, start = total + out.loss.item() * learned, count + learned, end
+    losses = {"ours": ours, "transformers": total / count}
+    if abs(losses["ours"] - losses["transformers"]) > 1e-3:
+        raise SystemExit(f"the losses differ: {losses}")
+    return losses
+
+
+def search(names: list[str], folder: Path, sizes: tuple[int, ...]) -> dict[str, int]:
+    """Return the best batch size of each side, by one window each."""
+    best = {}
+    for name in names:
+        rates = {}
+        for batch in sizes:
+            try:
+                side = Side(name, batch, folder)
+            except MemoryError:  # and so will larger ones
+                break
+            side.run()
+            side.end()
+            rates[batch] = side.rate()
+        best[name] = max(rates, key=rates.get)
+        print(f"{name}: " + ", ".join(f"{b}: {r:,.0f}" for b, r in rates.items()), flush=True)
+    return best
+
+
+def measure(
+    program: str, doc: str, sides: dict[str, dict[str, Any]], shape: dict[str, Any], length: int,
+    sizes: tuple[int, ...] = (1, 2, 4, 8), stored_with: tuple[str, ...] = (), results: bool = True,
+    arguments: list[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the sides, print the table, write `results/<program>.json` and return it.
+
+    Batch sizes are those of the stored results, of `program` or of those in `stored_with`, else or
+    with --search the fastest of `sizes`. A side without results takes that of `ours` if it is ours.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--search", action="store_true", help="find the best batch sizes again")
+    parser.add_argument("--windows", type=int, default=5, help="timed windows of each side")
+    parser.add_argument("--sides", nargs="+", default=list(sides), choices=list(sides))
+    args = parser.parse_args(arguments)
+    stored: dict[str, int] = {}
+    for name in (*stored_with, program):
+        if (RESULTS / f"{name}.json").exists():
+            stored |= json.loads((RESULTS / f"{name}.json").read_text())["batch_sizes"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "plan.json").write_text(json.dumps({"length": length, "sides": sides}))
+        prepare(folder, shape, length)
+        losses = check_losses(folder, length)
+        print(f"losses on the same documents: {losses}", flush=True)
+        known = {} if args.search and not stored_with else stored
+        if stored_with and "ours" in stored:  # a part less does not ask for another batch size
+            known = dict.fromkeys(sides, stored["ours"]) | stored
+        batches = known | search([s for s in args.sides if s not in known], folder, sizes)
+        running = [Side(side, batches[side], folder) for side in args.sides]
+        peaks = []
+        for _ in range(args.windows):
+            peaks.append(measured_peak())
+            for side in running:
+                side.run()
+        for side in running:
+            side.end()
+        lengths = [len(document["input_ids"]) for document in documents(folder / "data")]
+    mean = sum(length**2 for length in lengths) / sum(lengths)
+    table = {
+        side.name: row(side, sides[side.name], shape, length, mean, max(peaks)) for side in running
+    }
+    result = {
+        "program": program, "losses": losses, "batch_sizes": batches, "model": shape,
+        "bfloat16_gigaflops": max(peaks) / 1e9, "sides": table, "environment": environment(),
+    }  # fmt: skip
+    first = args.sides[0]
+    rates = {name: row["tokens_per_second"] for name, row in table.items()}
+    result["ratios"] = {n: rates[first] / rate for n, rate in rates.items() if n != first}
+    print(f"{first} to each: " + ", ".join(f"{n} {r:.2f}" for n, r in result["ratios"].items()))
+    if results:
+        (RESULTS / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measured_peak() -> float:
+    """Return the FLOP/s of large bfloat16 products on this machine."""
+    import torch
+
+    from overture.callbacks.throughput import measured_peak
+
+    return measured_peak(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def row(
+    side: Side, options: dict[str, Any], shape: dict[str, Any], length: int, mean: float,
+    peak: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the figures of a side, having printed them; `mean` is the squared lengths' share."""
+    from overture.flops import training_flops
+
+    tokens, labels = side.rate("tokens"), side.rate("labels")
+    width, depth, size = (shape[k] for k in ("hidden_size", "num_hidden_layers", "head_dim"))
+    heads, shared = shape["num_attention_heads"], shape["num_key_value_heads"]
+    attended = width * size * (2 * heads + 2 * shared)
+    weights = depth * (attended + 3 * width * shape["intermediate_size"])
+    head = shape.get("vocab_size", 50257) * width
+    every = options.get("all", False)
+    squares = tokens * (length if every else mean)
+    flops = training_flops(weights, head, not every, tokens, labels, depth, heads * size, squares)
+    memory = side.windows[-1]["peak_mib"]
+    print(f"{side.name:<34}{side.batch:>3}{tokens:>9,.0f} tokens/s{labels:>9,.0f} labels/s"
+          f"{memory:>8,.0f} MiB{flops / peak:>8.1%}")  # fmt: skip
+    return {
+        "batch": side.batch, "tokens_per_second": tokens, "labels_per_second": labels,
+        "peak_mib": memory, "share_of_matrix_products": flops / peak, "windows": side.windows,
+    }  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine, the versions and the commit."""
+    import torch
+
+    from overture.training.cores import processor
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": processor(), "gpu": gpu, "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(), "versions": versions,
+        "commit": commit.stdout.strip(),
+    }  # fmt: skip
