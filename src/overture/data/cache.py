@@ -3,8 +3,6 @@
 Streaming itself keeps whatever lies in a cache, even when the remote was converted anew.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Callable

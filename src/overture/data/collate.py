@@ -1,7 +1,5 @@
 """Rows of shards to batches of one fixed shape."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ OpenAssistant (Köpf et al. 2023), in which each message names its parent: a thr
 root to a leaf, and siblings carry a rank, 0 being the best.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What to convert and how: the arguments of `src/convert_dataset.py`, and what fits what."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

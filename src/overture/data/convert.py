@@ -7,8 +7,6 @@ A source is read twice: once to check every row and draw the splits, once to wri
 are made in a hidden folder and renamed when every one of them is whole.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

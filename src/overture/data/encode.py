@@ -5,8 +5,6 @@ sees the prompt alone, meets the same ids as training did. A response is never c
 follows it and is learned. What stands in a record is text: a `</s>` in it does not become EOS.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

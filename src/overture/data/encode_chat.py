@@ -5,8 +5,6 @@ the turn itself, up to the last special token in it, is learned: the answer and 
 tokenised apart, so that borders are exact and equal to what generation will meet.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Ends are what the tokenizer's own family wants (CLS and SEP, language codes, EOS
 is called as transformers call it; what spells a special token in a record stays text.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The first reading of a dataset: every row is checked and counted before anything is written."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """What a converted split holds, as the model will meet it: counts, ids, labels, learned text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice

@@ -1,7 +1,5 @@
 """The page of a split: its figures, how long its rows are, and samples drawn token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

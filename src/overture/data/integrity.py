@@ -4,8 +4,6 @@ The ledger holds the sha256 of `index.json`, and the index an xxh64 for every sh
 hashes at the speed of memory. Streaming is not imported: the answer comes before torch is loaded.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

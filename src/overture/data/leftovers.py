@@ -6,8 +6,6 @@ nobody else, of any user and in any container, has the file open or mapped (man 
 there are no leases, nothing is removed; Streaming then takes the next number.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal

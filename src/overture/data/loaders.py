@@ -1,7 +1,5 @@
 """From a converted split to the DataSpec that Composer's Trainer takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

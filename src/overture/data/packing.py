@@ -7,8 +7,6 @@ over 98 %, at the price of holding a window of documents in memory. Documents ar
 Concatenation, for pretraining: documents end to end, cut wherever a row is full.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

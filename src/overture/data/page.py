@@ -3,8 +3,6 @@
 A page is one file: no network, no script. What stands in the data is untrusted and stays text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path

@@ -4,8 +4,6 @@ A template is a sequence of sections. A section that names an empty field is lef
 template serves rows with and without context.
 """
 
-from __future__ import annotations
-
 import string
 from dataclasses import asdict, dataclass, fields
 from functools import cache

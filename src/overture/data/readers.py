@@ -4,8 +4,6 @@ Why these and not `datasets`' or pyarrow's readers for text formats: those stop 
 row and cannot say on which line it stood. Parquet, whose rows cannot break singly, is pyarrow's.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Finished splits to object stores (s3://, gs://, ...), through Streaming's own uploaders."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

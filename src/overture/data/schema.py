@@ -14,8 +14,6 @@ Other tasks have one record a row:
     text without a tokenizer      text, a str
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

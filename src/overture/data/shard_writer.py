@@ -5,8 +5,6 @@ window of documents began that the writer stands in. Going on means reading from
 writing only what no finished shard holds.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 Nothing here is trusted: a ledger, an index or a shard that is not what was written is a DataError.
 """
 
-from __future__ import annotations
-
 import json
 from array import array
 from collections import Counter

@@ -1,7 +1,5 @@
 """Where records come from: files of many kinds, a dataset on the hub, or the embedded corpus."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import json
@@ -53,14 +51,14 @@ class Source:
         """Return the first record, or an empty one."""
         return next((r for _, r in self.read() if not isinstance(r, Malformed)), {})
 
-    def rows(self, start: int, stop: int | None) -> Source:
+    def rows(self, start: int, stop: int | None) -> "Source":
         """Return the same source from row start up to row stop."""
         if (start, stop) == (0, None):
             return self
         # islice ends before another line, perhaps a broken one, is read.
         return replace(self, read=lambda: itertools.islice(self.read(), start, stop))
 
-    def kept(self, path: Path) -> Source:
+    def kept(self, path: Path) -> "Source":
         """Return the source as read from a copy at `path`, which is written if it is not there."""
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

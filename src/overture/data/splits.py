@@ -2,8 +2,6 @@
 can move a row between them; then a row that is held out anywhere leaves train.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -5,8 +5,6 @@ epoch early without a word and leaves the other workers waiting for ever. What m
 private parts to mend that is all in this file; tests/data/test_streams.py watches over it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@
 No tokenizer is loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any

@@ -6,8 +6,6 @@ still encodes every new word; only the cutting is done here, by Python's own exp
 in texts of characters on whose classes both engines agree. Everything else is left to the library.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache
@@ -65,7 +63,7 @@ class WordCache:
         self._known: dict[str, bytes] = {}  # word -> its ids as uint32, ready to be joined
 
     @classmethod
-    def of(cls, backend: Any) -> WordCache | None:
+    def of(cls, backend: Any) -> "WordCache | None":
         """Return the cache for a tokenizer, or None if words are not all that it is made of."""
         is_plain = backend.normalizer is None or isinstance(backend.normalizer, NFC)  # SAFE is NFC
         is_bpe = isinstance(backend.model, BPE) and not backend.model.dropout

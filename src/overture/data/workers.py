@@ -1,7 +1,5 @@
 """Batches of records encoded in order, by this process or by several."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import multiprocessing
@@ -42,7 +40,7 @@ class Workers:
             # All workers are forked now, before this process starts threads of its own.
             list(self._pool.map(len, [[]] * processes))
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: Any) -> None:

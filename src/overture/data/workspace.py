@@ -1,7 +1,5 @@
 """The hidden folder that a conversion works in, until its splits are whole and can be renamed."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -58,7 +56,7 @@ class Workspace:
         self._facts = self.folder / "facts.json"
         self._goes_on = self._facts.exists()
 
-    def __enter__(self) -> Workspace:
+    def __enter__(self) -> "Workspace":
         return self
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:

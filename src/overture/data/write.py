@@ -1,7 +1,5 @@
 """One split: encoded documents to packed samples to shards, window by window, with its ledger."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
