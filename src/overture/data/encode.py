@@ -7,7 +7,7 @@ follows it and is learned. What stands in a record is text: a `</s>` in it does 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from overture.data.word_cache import SAFE, WordCache
 from overture.errors import ConfigError
 
 Document = dict[str, Any]  # column -> [tokens] array, or a single value
+Records = Sequence[dict[str, Any]]
+Found = Iterator[list[Document] | str]  # a record's documents, or the reason that it has none
 
 
 class Encoded(NamedTuple):
@@ -84,10 +86,6 @@ class Tokens:
         counts = not self.backend.encode_special_tokens
         return counts and any(map(self.special.search, record.values()))
 
-    def missing_bos(self, ids: np.ndarray) -> np.ndarray:
-        """Return the BOS that a document is to begin with, nothing if a template wrote it."""
-        return self.bos[len(self.bos) :] if ids[:1].tolist() == self.bos.tolist() else self.bos
-
     def marker(self, text: str) -> np.ndarray:
         """Return the ids of a text in which special tokens count as such, [tokens] uint32."""
         plain, self.backend.encode_special_tokens = self.backend.encode_special_tokens, False
@@ -95,43 +93,21 @@ class Tokens:
         self.backend.encode_special_tokens = plain
         return np.array(ids, np.uint32)
 
-    def cut_prompt(
-        self,
-        template: PromptTemplate,
-        record: dict[str, str],
-        room: int,
-        encode: Callable[[str], Any],
-    ) -> Any:
-        """Return the ids of a prompt that fits in `room`, its `cut` field shortened, or None.
 
-        The field ends at a token border, never within a character; it may vanish if it is optional.
-        """
-        name = template.cut
-        text = record.get(name, "") if name else ""
-        ids = encode(template.prompt(record))
-        while text.strip() and len(ids) > room:  # what is cut may tokenise otherwise at its end
-            pieces = self.backend.encode(text, add_special_tokens=False).offsets
-            keep = len(pieces) - (len(ids) - room)
-            # Pieces of one character share its end, hence the second bound: it always shortens.
-            text = text[: min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0].rstrip()
-            ids = encode(template.prompt({**record, name: text}))
-        return ids if len(ids) <= room and (text or not template.fields().get(name)) else None
+def missing_bos(bos: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return the BOS that a document is to begin with, nothing if a template wrote it."""
+    return bos[:0] if ids[: len(bos)].tolist() == bos.tolist() else bos
 
 
 def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
     """Return the columns of a document made of (ids, whether they are learned) parts."""
-    ids = np.concatenate([ids for ids, _ in parts])
-    mask = np.zeros(len(ids), np.uint8)
-    end = 0
-    for part, learned in parts:
-        end += len(part)
-        if learned:
-            mask[end - len(part) : end] = 1
-    return {"input_ids": ids, "loss_mask": mask}
+    learned = np.array([learned for _, learned in parts], np.uint8)
+    ids = [ids for ids, _ in parts]
+    return {"input_ids": np.concatenate(ids), "loss_mask": np.repeat(learned, [*map(len, ids)])}
 
 
 class Encoder:
-    """What the encoders of the tasks share; each has `encode(records) -> Encoded`.
+    """Encodes records; `columns` are the MDS columns of the documents. Each task has its own.
 
     Args:
         tokens: the tokenizer.
@@ -146,6 +122,20 @@ class Encoder:
         self.tokens, self.template = tokens, template
         self.max_seq_len, self.overflow = max_seq_len, overflow
         self.columns = token_columns(tokens.vocab_size)
+
+    def encode(self, records: Records) -> Encoded:
+        """Return the documents of some records, in order."""
+        out = Encoded([], [], Counter())
+        for number, found in enumerate(self.documents(records, out.notes)):
+            if isinstance(found, str):
+                out.drops.append((number, found))
+            else:
+                out.documents.extend(found)
+        return out
+
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield for each record its documents, or the reason that it has none; add to `notes`."""
+        raise NotImplementedError
 
 
 class TextEncoder(Encoder):
@@ -162,94 +152,86 @@ class TextEncoder(Encoder):
         self.bos = tokens.bos if bos_text is None else tokens.marker(bos_text)
         self.eos = np.uint32([tokens.eos]) if eos_text is None else tokens.marker(eos_text)
 
-    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
-        """Return the documents of some records, in order."""
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield the documents of each record: one, or with overflow `split` several."""
         texts = self.tokens.ids([self.template.prompt(record) for record in records])
-        out = Encoded([], [], Counter())
         longest = self.max_seq_len or 2**62
-        for number, ids in enumerate(texts):
-            if self.tokens.forbids(records[number]):
-                out.drops.append((number, "special_token_in_text"))
-                continue
-            has_bos = len(self.bos) and ids[: len(self.bos)].tolist() == self.bos.tolist()
-            whole = np.concatenate([self.bos[:0] if has_bos else self.bos, ids, self.eos])
-            if not len(ids) or len(whole) < 2:
-                out.drops.append((number, "empty"))
-                continue
-            if len(whole) > longest and self.overflow != "split":
-                out.drops.append((number, "too_long"))
-                continue
-            out.notes["split"] += len(whole) > longest
-            for start, end in _parts(len(whole), longest):
-                part = [(whole[start : start + 1], False), (whole[start + 1 : end], True)]
-                out.documents.append(token_document(part))
-        return out
-
-
-def _parts(length: int, longest: int) -> list[tuple[int, int]]:
-    """Return the borders of parts of at most `longest`, none of one token, which teaches none."""
-    starts = list(range(0, length, longest))
-    if len(starts) > 1 and length - starts[-1] == 1:
-        starts[-1] -= 1
-    return list(zip(starts, [*starts[1:], length], strict=True))
+        for record, ids in zip(records, texts, strict=True):
+            whole = np.concatenate([missing_bos(self.bos, ids), ids, self.eos])
+            if self.tokens.forbids(record):
+                yield "special_token_in_text"
+            elif not len(ids) or len(whole) < 2:
+                yield "empty"
+            elif len(whole) > longest and self.overflow != "split":
+                yield "too_long"
+            else:
+                notes["split"] += len(whole) > longest
+                starts = list(range(0, len(whole), longest))
+                if len(starts) > 1 and len(whole) - starts[-1] == 1:
+                    starts[-1] -= 1  # one token alone teaches none
+                parts = np.split(whole, starts[1:])
+                yield [token_document([(part[:1], False), (part[1:], True)]) for part in parts]
 
 
 class InstructEncoder(Encoder):
     """Encodes a prompt, which is masked, and the response with its EOS, which is learned."""
 
-    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
-        """Return the documents of some records, in order."""
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield the document of each record."""
         count = len(records)
         prompts = [self.template.prompt(record) for record in records]
         # One call for both: the tokenizer's threads are kept busy to the end.
         ids = self.tokens.ids(prompts + [record[self.template.response] for record in records])
-        out = Encoded([], [], Counter())
-        for number, (prompt, response) in enumerate(zip(ids[:count], ids[count:], strict=True)):
-            found = self._answer(records[number], prompt, response, out.notes)
-            if isinstance(found, str):
-                out.drops.append((number, found))
+        eos = np.uint32([self.tokens.eos])
+        for record, prompt, answer in zip(records, ids[:count], ids[count:], strict=True):
+            bos = missing_bos(self.tokens.bos, prompt)
+            room = self.max_seq_len - len(bos) - len(answer) - len(eos)
+            if self.tokens.forbids(record):
+                yield "special_token_in_text"
+            elif not len(answer):  # the tokenizer may drop what it takes for no text
+                yield "empty_response"
+            elif (prompt := self.fit_prompt(record, prompt, room, notes)) is None:
+                yield "too_long"
+            elif not len(bos) and not len(prompt):
+                yield "empty_prompt"
             else:
-                out.documents.append(found)
-        return out
+                parts = [(bos, False), (prompt, False), (answer, True), (eos, True)]
+                yield [token_document(parts)]
 
-    def _answer(
-        self, record: dict[str, str], prompt: np.ndarray, response: np.ndarray, notes: Counter[str]
-    ) -> Document | str:
-        bos = self.tokens.missing_bos(prompt)
-        room = self.max_seq_len - len(response) - 1 - len(bos)
-        if self.tokens.forbids(record):
-            return "special_token_in_text"
-        if not len(response):  # the tokenizer may drop what it takes for no text
-            return "empty_response"
-        if len(prompt) > room:
-            prompt = None
-            if self.overflow == "truncate_prompt":
-                prompt = self.tokens.cut_prompt(
-                    self.template, record, room, lambda text: self.tokens.ids([text])[0]
-                )
-            if prompt is None:
-                return "too_long"
-            notes["truncated"] += 1
-        if not len(bos) and not len(prompt):
-            return "empty_prompt"
-        parts = [
-            (bos, False),
-            (prompt, False),
-            (response, True),
-            (np.uint32([self.tokens.eos]), True),
-        ]
-        return token_document(parts)
+    def fit_prompt(
+        self, record: dict[str, str], ids: Sequence[int], room: int, notes: Counter[str]
+    ) -> Sequence[int] | None:
+        """Return the ids of a prompt that fits in `room`, its `cut` field shortened, or None.
+
+        The field ends at a token border, never within a character; it may vanish if it is optional.
+        """
+        if len(ids) <= room:
+            return ids
+        name = self.template.cut
+        text = record.get(name, "") if self.overflow == "truncate_prompt" else ""
+        while text.strip() and len(ids) > room:  # what is cut may tokenise otherwise at its end
+            pieces = self.tokens.backend.encode(text, add_special_tokens=False).offsets
+            keep = len(pieces) - (len(ids) - room)
+            # Pieces of one character share its end, hence the second bound: it always shortens.
+            text = text[: min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0].rstrip()
+            ids = self.prompt_ids(self.template.prompt({**record, name: text}))
+        if len(ids) > room or not (text or not self.template.fields()[name]):
+            return None
+        notes["truncated"] += 1
+        return ids
+
+    def prompt_ids(self, text: str) -> Sequence[int]:
+        """Return the ids of one prompt."""
+        return self.tokens.ids([text])[0]
 
 
-class RawTextEncoder:
+class RawTextEncoder(Encoder):
     """Keeps texts as they are, for models whose tokenizer runs with the loader."""
 
     def __init__(self, template: PromptTemplate) -> None:
-        self.columns = {"text": "str"}
-        self.template = template
+        self.template, self.columns = template, {"text": "str"}
 
-    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
-        """Return the text of each record that has one."""
-        texts = [self.template.prompt(record) for record in records]
-        drops = [(i, "empty") for i, text in enumerate(texts) if not text.strip()]
-        return Encoded([{"text": text} for text in texts if text.strip()], drops, Counter())
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield the text of each record that has one."""
+        texts = (self.template.prompt(record) for record in records)
+        yield from ([{"text": text}] if text.strip() else "empty" for text in texts)

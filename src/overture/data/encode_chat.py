@@ -6,13 +6,12 @@ tokenised apart, so that borders are exact and equal to what generation will mee
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 
-from overture.data.encode import Document, Encoded, Encoder, Tokens, token_document
+from overture.data.encode import Encoder, Found, Records, Tokens, missing_bos, token_document
 from overture.errors import ConfigError
 
 Messages = list[dict[str, str]]
@@ -48,24 +47,17 @@ class ChatEncoder(Encoder):
                 "another with --prompt_template"
             )
 
-    def encode(self, records: Sequence[dict[str, Any]]) -> Encoded:
-        """Return the documents of some records, in order."""
-        out = Encoded([], [], Counter())
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield the document of each record."""
         parts = [self._checked_parts(record["messages"]) for record in records]
         texts = [text for part in parts if not isinstance(part, str) for text, _ in part]
         ids = iter(self.tokens.ids(texts))
-        for number, part in enumerate(parts):
-            if not isinstance(part, str):
-                part = self._fit(
-                    records[number]["messages"],
-                    [(next(ids), learned) for _, learned in part],
-                    out.notes,
-                )
+        for record, part in zip(records, parts, strict=True):
             if isinstance(part, str):
-                out.drops.append((number, part))
+                yield part
             else:
-                out.documents.append(part)
-        return out
+                tokenised = [(next(ids), learned) for _, learned in part]
+                yield self._fit(record["messages"], tokenised, notes)
 
     def _checked_parts(self, messages: Messages) -> list[tuple[str, bool]] | str:
         if any(self.tokens.special.search(m["content"]) for m in messages):
@@ -103,14 +95,14 @@ class ChatEncoder(Encoder):
 
     def _fit(
         self, messages: Messages, parts: list[tuple[np.ndarray, bool]], notes: Counter[str]
-    ) -> Document | str:
+    ) -> list[dict[str, Any]] | str:
         cut = False
         while True:
-            bos = self.tokens.missing_bos(parts[0][0])
+            bos = missing_bos(self.tokens.bos, parts[0][0])
             length = len(bos) + sum(len(ids) for ids, _ in parts)
             if length <= self.max_seq_len:
                 notes["truncated"] += cut
-                return token_document([(bos, False), *parts])
+                return [token_document([(bos, False), *parts])]
             system = messages[:1] if messages[0]["role"] == "system" else []
             if self.overflow != "truncate_prompt" or len(messages) - len(system) <= 2:
                 return "too_long"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from overture.data.encode import Encoded, InstructEncoder, Tokens
+from overture.data.encode import Encoder, Found, InstructEncoder, Records, Tokens
 from overture.data.schema import ids_type
 from overture.errors import ConfigError
 
@@ -28,85 +28,63 @@ class Seq2SeqEncoder(InstructEncoder):
         self.columns = dict.fromkeys(("input_ids", "labels"), ids_type(tokens.vocab_size))
         self._special = set(tokens.tokenizer.all_special_ids)
 
-    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
-        """Return the pairs of some records, in order."""
-        out = Encoded([], [], Counter())
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield the pair of each record."""
         prompts = [self.template.prompt(record) for record in records]
         sources = self.tokens.call(prompts)["input_ids"]
         texts = [record[self.template.response] for record in records]
         targets = self.tokens.call(text_target=texts)["input_ids"]
-        for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        for record, source, target in zip(records, sources, targets, strict=True):
             if self.tokens.eos not in target[-2:]:  # a language code may follow it
                 target = [*target, self.tokens.eos]
+            room = self.max_seq_len
             if not set(target) - self._special:
-                out.drops.append((number, "empty_response"))
-                continue
-            if len(target) > self.max_seq_len:
-                out.drops.append((number, "too_long"))
-                continue
-            if len(source) > self.max_seq_len:
-                source = None
-                if self.overflow == "truncate_prompt":
-                    source = self.tokens.cut_prompt(
-                        self.template, records[number], self.max_seq_len, self._source
-                    )
-                if source is None:
-                    out.drops.append((number, "too_long"))
-                    continue
-                out.notes["truncated"] += 1
-            pair = {"input_ids": source, "labels": target}
-            out.documents.append({name: np.array(ids, np.uint32) for name, ids in pair.items()})
-        return out
+                yield "empty_response"
+            elif len(target) > room or (
+                (source := self.fit_prompt(record, source, room, notes)) is None
+            ):
+                yield "too_long"
+            else:
+                pair = {"input_ids": source, "labels": target}
+                yield [{name: np.array(ids, np.uint32) for name, ids in pair.items()}]
 
-    def _source(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the ids of one prompt."""
         return self.tokens.call(text)["input_ids"]
 
 
-class ClassifyEncoder:
+class ClassifyEncoder(Encoder):
     """Encodes `text` and, where it is filled, `text_pair`, with the number of the label.
 
     Args:
         tokens: the tokenizer.
         labels: names of the classes in the order of their numbers; None for regression.
-        max_seq_len: the longest row.
-        overflow: `truncate_prompt` shortens the longer text; `drop`.
+        limits: max_seq_len and overflow: `truncate_prompt` shortens the longer text; `drop`.
     """
 
-    def __init__(
-        self, tokens: Tokens, labels: list[str] | None, max_seq_len: int, overflow: str
-    ) -> None:
-        self.tokens, self.max_seq_len, self.overflow = tokens, max_seq_len, overflow
-        self.numbers = None if labels is None else {name: i for i, name in enumerate(labels)}
+    def __init__(self, tokens: Tokens, labels: list[str] | None, *limits: Any) -> None:
+        super().__init__(tokens, None, *limits)
+        numbers = {name: np.int32(number) for number, name in enumerate(labels or ())}
+        self._number = np.float32 if labels is None else numbers.__getitem__
         self.columns = {
             "input_ids": ids_type(tokens.vocab_size),
             "token_type_ids": "ndarray:uint8",
             "label": "float32" if labels is None else "int32",
         }
 
-    def encode(self, records: Sequence[dict[str, str]]) -> Encoded:
-        """Return the rows of some records, in order."""
-        out = Encoded([], [], Counter())
-        for number, (record, row) in enumerate(zip(records, self._rows(records), strict=True)):
-            if len(row.ids) > self.max_seq_len:
-                if self.overflow != "truncate_prompt":
-                    out.drops.append((number, "too_long"))
-                    continue
+    def documents(self, records: Records, notes: Counter[str]) -> Found:
+        """Yield the row of each record."""
+        for record, row in zip(records, self._rows(records), strict=True):
+            is_long = len(row.ids) > self.max_seq_len
+            if is_long and self.overflow == "truncate_prompt":
                 row = self._rows([record], truncation=True, max_length=self.max_seq_len)[0]
-                if len(row.ids) > self.max_seq_len:  # no room even for what must be there
-                    out.drops.append((number, "too_long"))
-                    continue
-                out.notes["truncated"] += 1
-            label = record["label"]
-            out.documents.append(
-                {
-                    "input_ids": np.array(row.ids, np.uint32),
-                    "token_type_ids": np.array(row.type_ids, np.uint8),
-                    "label": np.float32(label)
-                    if self.numbers is None
-                    else np.int32(self.numbers[label]),
-                }
-            )
-        return out
+            if len(row.ids) > self.max_seq_len:  # perhaps even what must be there has no room
+                yield "too_long"
+                continue
+            notes["truncated"] += is_long
+            ids, types = np.array(row.ids, np.uint32), np.array(row.type_ids, np.uint8)
+            label = self._number(record["label"])
+            yield [{"input_ids": ids, "token_type_ids": types, "label": label}]
 
     def _rows(self, records: Sequence[dict[str, str]], **options: Any) -> list[Any]:
         pairs = [record.get("text_pair") for record in records]
