@@ -1,17 +1,15 @@
 """Records to MDS shards: read, check, divide, tokenise, pack, write, and keep the books.
 
-    python src/convert_dataset.py --dataset databricks/databricks-dolly-15k --task instruct \
-        --tokenizer meta-llama/Llama-3.2-1B --out_root data/dolly --test_fraction 0.1
-
 A source is read twice: once to check every row and draw the splits, once to write them. All splits
 are made in a hidden folder and renamed when every one of them is whole.
 """
 
+import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from overture.data.conversion import Conversion
 from overture.data.encode import InstructEncoder, RawTextEncoder, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
-from overture.data.examine import Fields, describe_rejected, examine
-from overture.data.prompts import PromptTemplate, chat_template, describe, template, templates
+from overture.data.examine import Fields, dropped, examine
+from overture.data.prompts import PromptTemplate, chat_template, template, templates
 from overture.data.readers import Format
 from overture.data.schema import LEDGER, read_ledger
 from overture.data.sources import Place, Source, open_source
-from overture.data.splits import Part, draw, mark_repeats, number_of
+from overture.data.splits import Part, draw, mark_repeats
 from overture.data.workers import Workers
 from overture.data.workspace import Workspace
 from overture.errors import ConfigError, nearest
@@ -78,10 +76,8 @@ def convert(job: Conversion, say: Callable[[str], Any] = print) -> dict[str, dic
 def describe_split(place: str, ledger: dict[str, Any]) -> str:
     """Return the figures of a ledger as one line for the terminal."""
     rows, tokens, packing = ledger["rows"], ledger["tokens"], ledger["packing"]
-    lost = {**rows["malformed"], **rows["dropped"]}
-    dropped = ", ".join(f"{count:,} {why}" for why, count in lost.items() if count)
     line = f"{place}: {rows['in_split']:,} rows, {rows['kept']:,} kept"
-    line += f" (dropped: {dropped})" if dropped else ""
+    line += dropped({**rows["malformed"], **rows["dropped"]})
     line += f", {rows['truncated']:,} prompts truncated" if rows["truncated"] else ""
     line += f"; {tokens['total']:,} tokens" if tokens["total"] else ""
     if "loss_mask" in ledger["columns"]:
@@ -105,12 +101,12 @@ def _refuse_existing(job: Conversion) -> None:
         if ledger.parent.name in job.splits():
             continue
         theirs = read_ledger(ledger.parent).get("arguments", {}).get("origins", {})
-        shared = [o for o in theirs.values() if any(_overlap(o, p) for p in job.origins.values())]
-        if shared:
-            raise ConfigError(
-                f"{ledger.parent} was drawn from the same {shared[0][0]}: its rows would be in "
-                f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
-            )
+        for one, other in itertools.product(theirs.values(), job.origins.values()):
+            if _overlap(one, other):
+                raise ConfigError(
+                    f"{ledger.parent} was drawn from the same {one[0]}: its rows would be in "
+                    f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
+                )
 
 
 def _overlap(one: Any, other: Any) -> bool:
@@ -159,9 +155,7 @@ def _template(job: Conversion, source: Source) -> PromptTemplate | str | None:
     if default == "dolly" and set(source.first()) >= _SQUAD:
         default = "jsquad"
     chosen = template(job.prompt_template or default)
-    if job.task in ("text", "instruct", "seq2seq") and (
-        (chosen.response is None) != (job.task == "text")
-    ):
+    if job.task != "jsonl" and (chosen.response is None) != (job.task == "text"):
         raise ConfigError(f"--prompt_template {job.prompt_template}: is not for --task {job.task}")
     return chosen
 
@@ -189,30 +183,21 @@ def _fields(job: Conversion, prompt: Any) -> Fields:
 def _write_all(
     job: Conversion, work: Workspace, parts: list[Part], prompt: Any, say: Callable[[str], Any]
 ) -> dict[str, dict[str, Any]]:
+    todo = [Selected(part, split) for part in parts for split in part.splits]
     if job.task == "jsonl":
-        return {
-            split: _write_jsonl(job, work, part, split, say)
-            for part in parts
-            for split in part.splits
-        }
+        return {rows.split: _write_jsonl(job, work, rows, say) for rows in todo}
     labels = None
     if job.task == "classify":
         found = sum((part.found.labels for part in parts), Counter())
         labels = class_names(found, job.labels, job.regression)
-    from overture.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(job.tokenizer) if job.tokenizer else None
-    tokens = None
-    if tokenizer:
-        marks = prompt.sections if isinstance(prompt, PromptTemplate) else ()
-        has_marks = any(t in "".join(marks) for t in tokenizer.all_special_tokens if t)
-        tokens = Tokens(tokenizer, specials=job.task == "chat" or has_marks)
+    tokens, known = _tokens(job, prompt) if job.tokenizer else (None, None)
+    built_in = next((name for name, one in templates().items() if one == prompt), None)
     facts = {
         "kit_version": overture.__version__,
         "task": job.task,
-        "tokenizer": _describe_tokenizer(tokens, job.tokenizer) if tokens else None,
-        "prompt_template": job.prompt_template or _name(prompt),
-        "template": describe(prompt) if isinstance(prompt, PromptTemplate) else prompt,
+        "tokenizer": known,
+        "prompt_template": job.prompt_template or built_in,
+        "template": asdict(prompt) if isinstance(prompt, PromptTemplate) else prompt,
         "labels": labels,
     }
     work.bind({f"{name} (contents)": value for name, value in facts.items()})
@@ -221,17 +206,28 @@ def _write_all(
     with Workers(encoder, job.processes) as workers:
         from overture.data.write import write_split  # slow to import: after the workers are forked
 
-        for part in parts:
-            for split in part.splits:
-                done = work.finished(split, part.source, facts)
-                rows = Selected(part, split)
-                ledgers[split] = done or write_split(job, work.folder, rows, workers, facts)
-                say(describe_split(job.place(split), ledgers[split]))
+        for rows in todo:
+            done = work.finished(rows.split, rows.part.source, facts)
+            ledger = done or write_split(job, work.folder, rows, workers, facts)
+            ledgers[rows.split] = ledger
+            say(describe_split(job.place(rows.split), ledger))
     return ledgers
 
 
-def _name(prompt: Any) -> str | None:
-    return next((name for name, one in templates().items() if one == prompt), None)
+def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
+    """Return the tokenizer, and what the ledger says of it."""
+    from overture.tokenizer import load_tokenizer, tokenizer_sha256
+
+    tokenizer = load_tokenizer(job.tokenizer)
+    text = "".join(prompt.sections) if isinstance(prompt, PromptTemplate) else ""
+    has_marks = any(token in text for token in tokenizer.all_special_tokens if token)
+    tokens = Tokens(tokenizer, specials=job.task == "chat" or has_marks)
+    return tokens, {
+        "name": job.tokenizer,
+        "sha256": tokenizer_sha256(tokenizer),
+        "vocab_size": tokens.vocab_size,
+        "eos_token_id": tokens.eos,
+    }
 
 
 def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -> Any:
@@ -240,9 +236,8 @@ def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -
         return RawTextEncoder(prompt)
     if job.task == "text":
         longest = None if job.packing == "concat" else job.max_seq_len
-        return TextEncoder(
-            tokens, prompt, longest, limits[1], bos_text=job.bos_text, eos_text=job.eos_text
-        )
+        ends = {"bos_text": job.bos_text, "eos_text": job.eos_text}
+        return TextEncoder(tokens, prompt, longest, limits[1], **ends)
     if job.task == "classify":
         return ClassifyEncoder(tokens, labels, *limits)
     kind = {"instruct": InstructEncoder, "chat": ChatEncoder, "seq2seq": Seq2SeqEncoder}
@@ -254,15 +249,14 @@ class Selected:
 
     def __init__(self, part: Part, split: str) -> None:
         self.part, self.split = part, split
-        self.number = number_of(part, split)
-        self.in_split = int((part.owners == self.number).sum())
+        self.mine = part.owners == part.splits.index(split)
+        self.in_split = int(self.mine.sum())
 
     def batches(
         self, from_row: int = 0, whole: bool = False
     ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         """Yield ((the row after the batch, places, rejected entries), records)."""
         found, fields = self.part.found, self.part.fields
-        mine = self.part.owners == self.number
         places: list[Place] = []
         records: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
@@ -271,10 +265,11 @@ class Selected:
             unit=" rows", delay=2, leave=False, disable=None,
         )  # fmt: skip
         for row, (place, record) in rows:
-            if row < from_row or not mine[row]:
+            if row < from_row or not self.mine[row]:
                 continue
             if found.fates[row]:
-                rejected.append(dict(describe_rejected(found, row, place)))
+                why = found.reasons[found.fates[row]]
+                rejected.append(place.rejected(why, found.details.get(row, {})))
                 continue
             places.append(place)
             records.append(fields.read(record, known=True, whole=whole))
@@ -286,34 +281,21 @@ class Selected:
 
 
 def _write_jsonl(
-    job: Conversion, work: Workspace, part: Part, split: str, say: Callable[[str], Any]
+    job: Conversion, work: Workspace, rows: Selected, say: Callable[[str], Any]
 ) -> dict[str, Any]:
-    kept, dropped = 0, Counter()
-    rows = Selected(part, split)
-    aside = work.folder / f"rejected-{split}.jsonl"  # no name that reads as the split's own
+    kept, lost = 0, Counter()
+    aside = work.folder / f"rejected-{rows.split}.jsonl"  # no name that reads as the split's own
     with (
-        (work.folder / f"{split}.jsonl").open("w", encoding="utf-8") as file,
+        (work.folder / f"{rows.split}.jsonl").open("w", encoding="utf-8") as file,
         aside.open("w") as rejects,
     ):
         for (_, _, rejected), records in rows.batches(whole=True):
             kept += len(records)
-            dropped.update(entry["reason"] for entry in rejected)
+            lost.update(entry["reason"] for entry in rejected)
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             rejects.writelines(json.dumps(entry) + "\n" for entry in rejected)
     (work.home / aside.name).unlink(missing_ok=True)
-    if dropped:
+    if lost:
         os.replace(aside, work.home / aside.name)
-    why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    say(f"{job.place(split)}: {kept:,} rows" + (f" (dropped: {why})" if why else ""))
-    return {"rows": {"in_split": rows.in_split, "kept": kept, "dropped": dict(dropped)}}
-
-
-def _describe_tokenizer(tokens: Tokens, name: str) -> dict[str, Any]:
-    from overture.tokenizer import tokenizer_sha256
-
-    return {
-        "name": name,
-        "sha256": tokenizer_sha256(tokens.tokenizer),
-        "vocab_size": tokens.vocab_size,
-        "eos_token_id": tokens.eos,
-    }
+    say(f"{job.place(rows.split)}: {kept:,} rows{dropped(lost)}")
+    return {"rows": {"in_split": rows.in_split, "kept": kept, "dropped": dict(lost)}}

@@ -5,7 +5,6 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from overture.data.conversations import conversations
 from overture.data.readers import MAX_ROW_BYTES, Malformed
-from overture.data.sources import Place, Source
+from overture.data.sources import Source
 from overture.errors import ConfigError, nearest
 
 # What other datasets call our fields, for a better hint than spelling alone can give.
@@ -111,7 +110,7 @@ class Examination:
         fates: [rows] uint16, index in `reasons`; 0 is kept.
         prompts: [rows] int64, equal where the prompt fields are.
         contents: [rows] int64, equal where all fields that the task reads are.
-        details: row -> (place, sentence) of malformed rows.
+        details: row -> what `rejected.jsonl` says of a malformed row besides its reason.
     """
 
     reasons: list[str] = field(default_factory=lambda: [KEPT])
@@ -121,7 +120,7 @@ class Examination:
     labels: Counter[str] = field(default_factory=Counter)
     names: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    details: dict[int, tuple[Place, str]] = field(default_factory=dict)
+    details: dict[int, dict[str, str]] = field(default_factory=dict)
     fates: Any = field(default_factory=lambda: array("H"))
     prompts: Any = field(default_factory=lambda: array("q"))
     contents: Any = field(default_factory=lambda: array("q"))
@@ -139,11 +138,11 @@ class Examination:
             self.reasons.append(reason)
         return self.reasons.index(reason)
 
-    def reject(self, place: Place, reason: str, detail: str, row: int) -> int:
+    def reject(self, reason: str, detail: str, row: int) -> int:
         """Count a malformed row and return the number of the reason."""
         self.malformed[reason] += 1
         if len(self.details) < MAX_DETAILS:
-            self.details[row] = (place, detail)
+            self.details[row] = {"detail": detail}
         return self.fate(reason)
 
     def lines(self) -> list[str]:
@@ -187,7 +186,7 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
             record = fields.read(raw)
         if isinstance(record, Malformed):
             first.setdefault(record.reason, f"{place} {record.detail}")
-            found.fates.append(found.reject(place, record.reason, record.detail, row))
+            found.fates.append(found.reject(record.reason, record.detail, row))
             # Keys that nothing shares: a broken row is nobody's duplicate.
             for keys in (found.prompts, found.contents, found.identifiers, found.strata):
                 keys.append(hash((row, source.name)))
@@ -249,7 +248,7 @@ def _reject_repeated_identifiers(
         if row in wanted:
             what = f"repeats {fields.identifier} {record[fields.identifier]!r}"
             first.setdefault("duplicate_id", f"{place} {what}")
-            found.fates[row] = found.reject(place, "duplicate_id", what, row)
+            found.fates[row] = found.reject("duplicate_id", what, row)
 
 
 def _too_many(
@@ -282,11 +281,7 @@ def _shorten(value: Any, width: int = 90) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
-def describe_rejected(found: Examination, row: int, place: Place) -> Iterator[tuple[str, Any]]:
-    """Yield what `rejected.jsonl` says of a row that the first reading did not keep."""
-    if place.file:
-        yield "file", place.file
-    yield "line", place.line
-    yield "reason", found.reasons[found.fates[row]]
-    if row in found.details:
-        yield "detail", found.details[row][1]
+def dropped(counts: dict[str, int]) -> str:
+    """Return ` (dropped: 3 too_long, ...)`, or nothing if nothing was."""
+    why = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+    return f" (dropped: {why})" if why else ""

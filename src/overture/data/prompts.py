@@ -5,7 +5,7 @@ template serves rows with and without context.
 """
 
 import string
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,6 @@ def _from_file(path: Path) -> PromptTemplate:
     if made.cut is not None and made.cut not in made.fields():
         raise refuse(f"cut names {made.cut!r}, which no section holds")
     return made
-
-
-def describe(chosen: PromptTemplate) -> dict[str, Any]:
-    """Return a template as the ledger keeps it."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()}
 
 
 def list_templates() -> list[str]:

@@ -37,6 +37,11 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"line {self.line}" + (f" of {self.file}" if self.file else "")
 
+    def rejected(self, reason: str, more: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return what `rejected.jsonl` says of the row."""
+        file = {"file": self.file} if self.file else {}
+        return {**file, "line": self.line, "reason": reason, **(more or {})}
+
 
 @dataclass(frozen=True)
 class Source:

@@ -95,8 +95,3 @@ def mark_repeats(parts: Sequence[Part], dedupe: bool) -> None:
         if dedupe:
             left = np.flatnonzero(found.fates == 0)
             found.fates[left[repeats(found.contents[left])]] = found.fate("duplicate")
-
-
-def number_of(part: Part, split: str) -> int:
-    """Return the number of a split in a part, -1 if it is not there."""
-    return part.splits.index(split) if split in part.splits else -1

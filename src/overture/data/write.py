@@ -11,6 +11,7 @@ import numpy as np
 
 from overture.data.conversion import Conversion
 from overture.data.encode import Document
+from overture.data.examine import dropped
 from overture.data.packing import best_fit, concatenate
 from overture.data.shard_writer import Progress, ShardWriter
 from overture.data.workers import Workers
@@ -56,11 +57,8 @@ def write_split(
         progress.rejected_bytes = writer.rejected_bytes()
     counts["left_over"] += len(progress.carry)
     if not progress.samples:
-        why = ", ".join(f"{n:,} {reason}" for reason, n in progress.dropped.items())
-        raise ConfigError(
-            f"{rows.part.source.name}: no row is left for {rows.split!r}"
-            + (f" (dropped: {why})" if why else "")
-        )
+        why = dropped(progress.dropped)
+        raise ConfigError(f"{rows.part.source.name}: no row is left for {rows.split!r}{why}")
     return writer.finish(_ledger(job, rows, columns, facts, progress))
 
 
@@ -85,8 +83,7 @@ def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Ite
                     f"{rows.part.source.name}: {place} does not fit --max_seq_len "
                     f"{job.max_seq_len}, and --overflow is error"
                 )
-            entry = {"file": place.file} if place.file else {}
-            window.rejected.append({**entry, "line": place.line, "reason": reason})
+            window.rejected.append(place.rejected(reason))
         window.documents += encoded.documents
         window.notes.update(encoded.notes)
         window.notes["kept"] += len(places) - len(encoded.drops)
