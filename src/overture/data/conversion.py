@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 
 from overture.errors import ConfigError
 
+_TRUNCATE = ("truncate_prompt", "drop", "error")
 # task -> what may be done with a row of more than max_seq_len tokens, the default first
 OVERFLOWS = {
     "text": ("split", "drop", "error"),
-    "instruct": ("truncate_prompt", "drop", "error"),
-    "chat": ("truncate_prompt", "drop", "error"),
-    "seq2seq": ("truncate_prompt", "drop", "error"),
-    "classify": ("truncate_prompt", "drop", "error"),
+    **dict.fromkeys(("instruct", "chat", "seq2seq", "classify"), _TRUNCATE),
     "jsonl": (),
 }
 PACKED = ("text", "instruct", "chat")
@@ -118,15 +116,14 @@ class Conversion:
             _refuse("--stratify says how --test_fraction divides: give that too")
         if not 0 <= self.max_rejected <= 1:
             _refuse(f"--max_rejected {self.max_rejected}: is a share, from 0 to 1")
-        for name, least in (("max_seq_len", 2), ("processes", 1), ("size_limit", 1)):
-            if getattr(self, name) < least:
-                _refuse(f"--{name} {getattr(self, name)}: must be at least {least}")
+        least = {"max_seq_len": 2, "processes": 1, "size_limit": 1, "max_rows": 1}
+        for name, given in ((name, getattr(self, name)) for name in least):
+            if given is not None and given < least[name]:
+                _refuse(f"--{name} {given}: must be at least {least[name]}")
         if self.size_limit >= 1 << 32:
             _refuse(f"--size_limit {self.size_limit}: must be below 4 GiB, the offsets' range")
         if _repeated(self.columns):
             _refuse(f"--columns: {_repeated(self.columns)} is there twice")
-        if self.max_rows is not None and self.max_rows < 1:
-            _refuse(f"--max_rows {self.max_rows}: must be at least 1")
         bad = next((s for s in self.splits() if not re.fullmatch(r"\w[\w.-]*", s)), None)
         if bad is not None:
             _refuse(f"--splits {bad}: a split's name is a folder's: letters, digits, _ . -")
@@ -171,13 +168,10 @@ def _refuse(message: str) -> None:
 
 
 def parse_origins(dataset: str | None, splits: list[str]) -> dict[str, Origin]:
-    """Return what `--dataset` and `--splits` say, split by split.
+    """Return what `--dataset` and `--splits` say, split by split; else raise ConfigError.
 
     With a dataset, `NAME`, `NAME=SPLIT` and `NAME=SPLIT[a:b]` name its splits; without one,
     `NAME=FILE[a:b]` names a source for each.
-
-    Raises:
-        ConfigError: an item is not written so, or a name is there twice.
     """
     if not splits:
         return {"train": Origin(dataset)}
@@ -193,20 +187,16 @@ def parse_origins(dataset: str | None, splits: list[str]) -> dict[str, Origin]:
             _refuse(f"--splits {item}: a slice is written in rows, as in NAME=SPLIT[0:1000]")
         if name in origins:
             _refuse(f"--splits {item}: there are two of the name {name!r}")
-        what, start, stop = parts["name"], int(parts["start"] or 0), parts["stop"]
-        reach = (start, int(stop) if stop else None)
-        if reach[1] is not None and reach[1] <= start:
+        start, stop = int(parts["start"] or 0), int(parts["stop"]) if parts["stop"] else None
+        if stop is not None and stop <= start:
             _refuse(f"--splits {item}: the slice is empty")
-        origins[name] = Origin(dataset, what, *reach) if dataset else Origin(what, "train", *reach)
+        what = (dataset, parts["name"]) if dataset else (parts["name"], "train")
+        origins[name] = Origin(*what, start, stop)
     return origins
 
 
 def parse_fields(pairs: list[str]) -> dict[str, str]:
-    """Return `--field OURS=THEIRS ...` as a dict.
-
-    Raises:
-        ConfigError: one is not written so.
-    """
+    """Return `--field OURS=THEIRS ...` as a dict; raise ConfigError if one is not written so."""
     if any("=" not in pair for pair in pairs):
         _refuse("--field is written OURS=THEIRS, as in --field response=output")
     found = [pair.split("=", 1) for pair in pairs]
