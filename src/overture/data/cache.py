@@ -20,11 +20,9 @@ from overture.errors import ConfigError, OvertureError
 def open_cache(remote: str, local: str, split: str, say: Callable[[str], Any] = print) -> None:
     """Bring the cache of a remote split up to date; called by every rank.
 
-    A cached shard that is damaged is deleted: it is fetched again when it is needed.
-
-    Raises:
-        ConfigError: the remote cannot be read, or `local` not written, or it holds other data.
-        DataError: the remote's ledger or index is not what was written.
+    A cached shard that is damaged is deleted: it is fetched again when it is needed. Raises
+    ConfigError if the remote cannot be read, or `local` not written, or it holds other data;
+    DataError if the remote's ledger or index is not what was written.
     """
     failure = None
     if dist.get_local_rank() == 0:
@@ -51,8 +49,7 @@ def _refresh(source: str, folder: Path, aside: Path, say: Callable[[str], Any]) 
             raise ConfigError(f"data_remote: {source}/{name} cannot be read ({text})") from None
     shards = verified_index(aside / INDEX, read_ledger(aside))
     ledger, cached = ((place / LEDGER) for place in (aside, folder))
-    same = cached.is_file() and cached.read_bytes() == ledger.read_bytes()
-    if not same:
+    if not cached.is_file() or cached.read_bytes() != ledger.read_bytes():
         if folder.is_dir() and any(folder.iterdir()):
             # Whoever converts to data_local and forgets to upload must not lose it.
             if not (folder / CACHE_MARK).is_file():

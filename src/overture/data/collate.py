@@ -24,15 +24,14 @@ class TokenCollator:
     """
 
     def __init__(self, max_seq_len: int, pad_token_id: int) -> None:
-        self.max_seq_len = max_seq_len
-        self.pad_token_id = pad_token_id
+        self.max_seq_len, self.pad_token_id = max_seq_len, pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of some rows."""
         shape = (len(rows), self.max_seq_len)
         input_ids = np.full(shape, self.pad_token_id, np.int64)
         labels = np.full(shape, -100, np.int64)
-        position_ids = np.zeros(shape, np.int64)
+        position_ids = np.empty(shape, np.int64)
         document_starts = np.full(shape, -1, np.int32)
         lengths, num_labels, num_spans = [], [], []
         for index, row in enumerate(rows):
@@ -48,15 +47,12 @@ class TokenCollator:
             lengths.append(length)
             num_labels.append(int(learned.sum()))
             num_spans.append(len(ends) + (length < self.max_seq_len))
+            position_ids[index] = np.arange(self.max_seq_len)
             # One document is causal as it is: positions run on over the padding behind it, which
             # lets torch's own kernel take its fast path without a mask.
             if len(ends) > 1:
-                starts = np.append(starts, length)
-                ends = np.append(ends, self.max_seq_len)
-                offsets = np.repeat(starts, ends - starts)
-                position_ids[index] = np.arange(self.max_seq_len) - offsets
-            else:
-                position_ids[index] = np.arange(self.max_seq_len)
+                starts, ends = np.append(starts, length), np.append(ends, self.max_seq_len)
+                position_ids[index] -= np.repeat(starts, ends - starts)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),

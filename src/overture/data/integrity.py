@@ -49,9 +49,7 @@ class Shard(NamedTuple):
 def read_index(path: Path) -> list[Shard]:
     """Return the shards of an `index.json`, whoever wrote it.
 
-    Raises:
-        DataError: it is missing or malformed, a column could run code, or a file name leads out of
-            the folder.
+    Raises DataError: it is missing or malformed, a column could run code, a file name leads out.
     """
     if not path.is_file():
         raise DataError(f"{path}: is missing; {REMEDY}")
@@ -103,11 +101,7 @@ def _take(node: Any, key: str, kind: type) -> Any:
 
 
 def verified_index(path: Path, ledger: dict[str, Any]) -> list[Shard]:
-    """Return the shards of the index at `path`, which must be the one that `ledger` knows.
-
-    Raises:
-        DataError: it is missing, or another, or unsound.
-    """
+    """Return the shards of an index; raises DataError if it is not the one that `ledger` knows."""
     recorded = {entry["name"]: entry["sha256"] for entry in ledger["files"]}
     if path.is_file() and sha256_file(path) != recorded.get(INDEX):
         raise DataError(f"{path}: is not the index that its {LEDGER} was written with; {REMEDY}")
@@ -115,15 +109,9 @@ def verified_index(path: Path, ledger: dict[str, Any]) -> list[Shard]:
 
 
 def verify_split(folder: Path, ledger: dict[str, Any], contents: bool = True) -> None:
-    """Compare the files of a local split with what was written.
+    """Compare a local split with what was written: names and sizes, and by hashes its `contents`.
 
-    Args:
-        folder: the split.
-        ledger: its ledger.
-        contents: whether to hash the shards, rather than to look at names and sizes only.
-
-    Raises:
-        DataError: naming the first file that differs.
+    Raises DataError, naming the first file that differs.
     """
     shards = verified_index(folder / INDEX, ledger)
     written = [shard.packed or shard.raw for shard in shards]

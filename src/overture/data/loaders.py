@@ -42,46 +42,29 @@ def build_loader(
     """Return the loader of one split; `batch_size` is rows per rank.
 
     The order of samples is fixed by the seed and the same on any number of ranks of one node; at
-    the end of an epoch Streaming repeats a sample where the ranks would not come out even.
-
-    Raises:
-        ConfigError: every batch would be dropped.
-        DataError: the index of the split is missing or unsound.
+    the end of an epoch Streaming repeats a sample where the ranks would not come out even. Raises
+    ConfigError if every batch would be dropped, DataError as TokenStream does.
     """
     if dist.get_local_rank() == 0:
         remove_leftovers()
     dist.barrier()  # all ranks must find the same numbers taken
     dataset = TokenStream(
-        local=data_local,
-        remote=data_remote,
-        split=split,
-        shuffle=shuffle,
-        shuffle_seed=shuffle_seed,
-        batch_size=batch_size,
-        num_canonical_nodes=1,
-    )
+        local=data_local, remote=data_remote, split=split, shuffle=shuffle,
+        shuffle_seed=shuffle_seed, batch_size=batch_size, num_canonical_nodes=1,
+    )  # fmt: skip
     full_batch = batch_size * dist.get_world_size()
     if drop_last and dataset.num_samples < full_batch:  # training would wait for a batch for ever
         raise ConfigError(
             f"drop_last: {full_batch} samples make a batch, but {split} holds only "
             f"{dataset.num_samples:,}; lower the batch size or convert more data"
         )
+    collate = TokenCollator(max_seq_len, pad_token_id)
     loader = GuardedLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=TokenCollator(max_seq_len, pad_token_id),
-        num_workers=num_workers,
-        drop_last=drop_last,
-        pin_memory=False,
-        persistent_workers=False,
+        dataset, batch_size, collate_fn=collate, num_workers=num_workers, drop_last=drop_last
     )
     return DataSpec(
         loader,
         num_samples=dataset.num_samples,
-        get_num_samples_in_batch=_count_samples,
+        get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=count_tokens,
     )
-
-
-def _count_samples(batch: dict[str, Any]) -> int:
-    return len(batch["input_ids"])

@@ -14,9 +14,8 @@ def holds_split(remote: str) -> bool:
     """Return whether a ledger is at `remote`, which is what makes a split whole there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            CloudDownloader.get(remote).download(
-                f"{remote}/{LEDGER}", f"{folder}/{LEDGER}", timeout=60
-            )
+            there, here = f"{remote}/{LEDGER}", f"{folder}/{LEDGER}"
+            CloudDownloader.get(remote).download(there, here, timeout=60)
         except Exception:  # each store's client has its own way to say no such object
             return False
     return True
@@ -25,8 +24,7 @@ def holds_split(remote: str) -> bool:
 def upload_split(folder: Path, remote: str) -> None:
     """Upload a finished split, its index and ledger last: only then is it there for a reader.
 
-    Raises:
-        ConfigError: the store cannot be written to; the split stays in `folder`.
+    Raises ConfigError: the store cannot be written to; the split stays in `folder`.
     """
     names = [p.name for p in sorted(folder.iterdir()) if p.name not in (INDEX, LEDGER)]
     try:

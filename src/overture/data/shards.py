@@ -30,11 +30,7 @@ KINDS = {
 
 @contextmanager
 def trusting(place: Path, part: str = "") -> Iterator[None]:
-    """Use what was read from a file as if it were well formed.
-
-    Raises:
-        DataError: it was not; whatever went wrong is part of the sentence.
-    """
+    """Use what was read from a file as if it were well formed; raises DataError if it was not."""
     try:
         yield
     except OvertureError:
@@ -47,11 +43,8 @@ def trusting(place: Path, part: str = "") -> Iterator[None]:
 class Split:
     """A split opened for reading: its `ledger`, the `kind` of its rows, a `reader` per shard, and
     in `starts`, [shards + 1] int64, the number of each shard's first row. Of the ledger `labels`
-    and `max_seq_len`, and `tokenizer` and `vocab_size`, None and 0 for raw text, are sound.
-
-    Raises:
-        ConfigError: no split is there.
-        DataError: ledger or index are malformed or do not fit each other.
+    and `max_seq_len`, and `tokenizer` and `vocab_size`, None and 0 for raw text, are sound. Raises
+    ConfigError if no split is there, DataError if ledger or index are malformed or do not fit.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,8 +77,7 @@ class Split:
     def load(self, shard: int) -> np.ndarray:
         """Return the raw bytes of a shard, [bytes] uint8, mapped from the file where it is there.
 
-        Raises:
-            DataError: it is missing or cannot be decompressed.
+        Raises DataError: it is missing or cannot be decompressed.
         """
         reader = self.readers[shard]
         path = self.folder / reader.raw_data.basename
@@ -98,8 +90,7 @@ class Split:
     def row(self, number: int) -> dict[str, Any]:
         """Return one row by its number, with that as `sample_id`; cheapest in rising order.
 
-        Raises:
-            DataError: its bytes are not a row.
+        Raises DataError: its bytes are not a row.
         """
         shard = int(np.searchsorted(self.starts, number, "right")) - 1
         if self._loaded[0] != shard:

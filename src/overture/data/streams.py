@@ -38,8 +38,7 @@ class CheckedStream(Stream):
     def prepare_shard(self, shard: Any) -> int:
         """Fetch and unpack a shard; return the bytes that it added to the cache.
 
-        Raises:
-            DataError: it is missing, out of reach, or not what was written.
+        Raises DataError: it is missing, out of reach, or not what was written.
         """
         try:
             return super().prepare_shard(shard)
@@ -73,30 +72,17 @@ class TokenStream(StreamingDataset):
     """Yields the rows of a split, each with its `sample_id`, whatever its columns are.
 
     Takes the arguments of StreamingDataset; `local` is where the splits lie, or are cached where
-    there is a `remote`.
-
-    Raises:
-        ConfigError: another process uses the same cache.
-        DataError: the index is missing or unsound.
+    there is a `remote`. Raises ConfigError if another process uses the same cache, DataError if the
+    index is missing or unsound.
     """
 
     def __init__(
-        self,
-        *,
-        local: str,
-        split: str | None = None,
-        remote: str | None = None,
-        download_retry: int = 2,
-        download_timeout: float = 60,
-        **arguments: Any,
+        self, *, local: str, split: str | None = None, remote: str | None = None, **more: Any
     ) -> None:
-        stream = CheckedStream(
-            local=local, split=split, remote=remote, keep_zip=False,
-            download_retry=download_retry, download_timeout=download_timeout,
-        )  # fmt: skip
+        stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False)
         self._failed: set[int] = set()
         try:
-            super().__init__(streams=[stream], **arguments)
+            super().__init__(streams=[stream], **more)
         except ValueError as error:
             if "Reused local directory" not in str(error):
                 raise
@@ -106,10 +92,8 @@ class TokenStream(StreamingDataset):
             ) from None
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Make a shard ready; in the background (not `blocking`) a failure is left to the reader.
-
-        Raises:
-            DataError: the shard cannot be had.
+        """Make a shard ready, or raise DataError; in the background, not `blocking`, the failure
+        is left to the reader.
         """
         if not blocking and shard_id in self._failed:
             return  # it asks anew for every sample of the shard
@@ -125,11 +109,7 @@ class TokenStream(StreamingDataset):
                 raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Return one row by its number in the dataset.
-
-        Raises:
-            DataError: it cannot be had or read.
-        """
+        """Return one row by its number in the dataset; raises DataError if it cannot be read."""
         try:
             row = super().get_item(sample_id, retry)
         except DataError:

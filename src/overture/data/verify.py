@@ -23,8 +23,7 @@ MAX_SHOWN = 100  # faults of one check that are named; all are counted
 def verify(split: Split, say: Callable[[str], Any] = print) -> Figures:
     """Check a split, say one line per check and per difference, and return its figures.
 
-    Raises:
-        DataError: something differs from what was written; the message names the first.
+    Raises DataError, naming the first thing that differs from what was written.
     """
     figures, found = Figures(split), []
     checks = {
