@@ -8,7 +8,10 @@ import string
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 from typing import Any
+
+import yaml
 
 from overture.errors import ConfigError, nearest
 
@@ -41,6 +44,11 @@ def _names(section: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(section) if name]
 
 
+def chat_templates() -> dict[str, str]:
+    """Return the built-in chat templates, Jinja, by name."""
+    return _built_in()["chat_templates"]
+
+
 @cache
 def templates() -> dict[str, PromptTemplate]:
     """Return the built-in prompt templates by name."""
@@ -48,23 +56,15 @@ def templates() -> dict[str, PromptTemplate]:
     return {k: PromptTemplate(**{**v, "sections": tuple(v["sections"])}) for k, v in made}
 
 
-def chat_templates() -> dict[str, str]:
-    """Return the built-in chat templates, Jinja, by name."""
-    return _built_in()["chat_templates"]
-
-
 @cache
 def _built_in() -> dict[str, dict[str, Any]]:
-    import yaml
-
     return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def template(name: str) -> PromptTemplate:
     """Return a built-in template, or the one in a YAML file with keys sections, response and cut.
 
-    Raises:
-        ConfigError: there is none of that name, or the file is not such a template.
+    Raises ConfigError: there is none of that name, or the file is not such a template.
     """
     if name in templates():
         return templates()[name]
@@ -75,25 +75,19 @@ def template(name: str) -> PromptTemplate:
 
 
 def chat_template(name: str) -> str:
-    """Return a built-in chat template, or the content of a Jinja file.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """Return a built-in chat template, or the content of a Jinja file; else raise ConfigError."""
     if name in chat_templates():
         return chat_templates()[name]
-    if Path(name).is_file():
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError(f"--prompt_template {name}: is no text in UTF-8") from None
-    known = f" (there are: {', '.join(chat_templates())}, or a Jinja file)"
-    raise ConfigError(f"--prompt_template {name}: unknown chat template{known}")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--prompt_template {name}: is no text in UTF-8") from None
+    except OSError:
+        known = f"there are: {', '.join(chat_templates())}, or a Jinja file"
+        raise ConfigError(f"--prompt_template {name}: unknown chat template ({known})") from None
 
 
 def _from_file(path: Path) -> PromptTemplate:
-    import yaml
-
     def refuse(why: str) -> ConfigError:
         return ConfigError(
             f"{path}: {why}; a template has sections (a list of texts with {{field}} in them), "
@@ -126,15 +120,11 @@ def _from_file(path: Path) -> PromptTemplate:
 
 def list_templates() -> list[str]:
     """Return lines that show every built-in template, with the fields it reads."""
-    lines = []
+    shown = {}
     for name, one in templates().items():
         needed = ", ".join(n if must else f"[{n}]" for n, must in one.fields().items())
         learned = f"{{{one.response}}}" if one.response else "(all of it is learned)"
-        lines += [f"{name}: reads {needed}", *_indented("".join(one.sections) + learned)]
+        shown[f"{name}: reads {needed}"] = "".join(one.sections) + learned
     for name, text in chat_templates().items():
-        lines += [f"{name} (--task chat): reads messages", *_indented(text)]
-    return lines
-
-
-def _indented(text: str) -> list[str]:
-    return [f"    {line}" for line in text.splitlines()] + [""]
+        shown[f"{name} (--task chat): reads messages"] = text
+    return [f"{head}\n{indent(text, '    ', bool)}\n" for head, text in shown.items()]

@@ -61,9 +61,7 @@ def write_aside(path: Path, text: str) -> None:
 def read_ledger(folder: Path) -> dict[str, Any]:
     """Return the ledger of a split.
 
-    Raises:
-        ConfigError: no split is there; the message names the splits that are.
-        DataError: a ledger or index is there but unreadable.
+    Raises ConfigError, naming the splits that are there, if it is not; DataError if unreadable.
     """
     if not (folder / LEDGER).is_file():
         found = sorted(p.parent.name for p in folder.parent.glob(f"*/{LEDGER}"))
@@ -90,25 +88,17 @@ def check_split(
 ) -> dict[str, Any]:
     """Return the ledger of a split that training can read as it wants to.
 
-    Args:
-        folder: the split.
-        task: the training task.
-        max_seq_len: the longest row that training takes, in tokens.
-        batch: rows per batch that the split must be able to fill.
-        tokenizer_sha256: of the tokenizer that training uses, where it is known.
-
-    Raises:
-        ConfigError: the data is for another task, length, tokenizer or batch size.
-        DataError: the ledger is unreadable.
+    It wants rows of at most `max_seq_len` tokens for its task, enough of them to fill a `batch`,
+    made by the tokenizer that it uses, where that is known. Raises ConfigError if the split is
+    another one, DataError if the ledger is unreadable.
     """
     ledger = read_ledger(folder)
     wanted = CONVERTED_FOR[task]
+    known = ledger["tokenizer"]
     if ledger["task"] != wanted:
-        raise ConfigError(
-            f"{folder}: was converted with --task {ledger['task']}, but task {task} reads "
-            f"--task {wanted}"
-        )
-    if ledger["tokenizer"] is None:
+        fault = f"converted with --task {ledger['task']}, but task {task} reads --task {wanted}"
+        raise ConfigError(f"{folder}: was {fault}")
+    if known is None:
         raise ConfigError(f"{folder}: holds raw text; convert it again with --tokenizer")
     if ledger["max_seq_len"] > max_seq_len:
         raise ConfigError(
@@ -120,9 +110,9 @@ def check_split(
             f"global_train_batch_size: {batch} samples per batch, but {folder} holds only "
             f"{ledger['samples']}; lower it or convert more data"
         )
-    if tokenizer_sha256 is not None and ledger["tokenizer"]["sha256"] != tokenizer_sha256:
+    if tokenizer_sha256 and tokenizer_sha256 != known["sha256"]:
         raise ConfigError(
-            f"tokenizer_name: another tokenizer than the {ledger['tokenizer']['name']} that "
-            f"{folder} was converted with; token ids would mean other words"
+            f"tokenizer_name: another tokenizer than the {known['name']} that {folder} was "
+            "converted with; token ids would mean other words"
         )
     return ledger

@@ -35,13 +35,9 @@ class Progress:
 
 
 class ShardWriter:
-    """Writes samples into `place`; `progress` is where to begin.
+    """Writes samples into `place`, not yet the split's final name; `progress` is where to begin.
 
-    Args:
-        place: the folder of the split, not yet renamed to its final name.
-        columns: MDS column types.
-        compression: `zstd` or None.
-        size_limit: bytes per shard, uncompressed.
+    `columns` are MDS types; a shard has at most `size_limit` bytes before `compression`.
     """
 
     def __init__(
@@ -60,12 +56,9 @@ class ShardWriter:
         shutil.rmtree(empty, ignore_errors=True)
         # Not `with MDSWriter`: on an error it would write an index that looks complete.
         self._writer = MDSWriter(
-            out=str(empty),
-            columns=columns,
-            compression=compression,
+            out=str(empty), columns=columns, compression=compression, size_limit=size_limit,
             hashes=["sha256", "xxh64"],
-            size_limit=size_limit,
-        )
+        )  # fmt: skip
         empty.rmdir()
         self._writer.local = str(place)
         self._writer.shards = shards
@@ -89,10 +82,7 @@ class ShardWriter:
     def write(self, sample: dict[str, Any], number: int, window: Progress) -> None:
         """Write sample `number` of the split, unless a finished shard holds it already.
 
-        Args:
-            sample: values by column.
-            number: counted from the start of the split.
-            window: the progress at the start of the window that the sample comes from.
+        `window` is the progress at the start of the window that the sample comes from.
         """
         if number < self._written:
             return
@@ -121,12 +111,8 @@ class ShardWriter:
                     f"{self.place / meant['basename']}: reads back otherwise than it was written; "
                     "check the disk and convert again without --resume"
                 )
-        ledger["files"] = [
-            {"name": name, "bytes": size, "sha256": digest}
-            for name, (size, digest) in files.items()
-        ]
-        text = json.dumps(ledger, indent=1, ensure_ascii=False) + "\n"
-        write_aside(self.place / LEDGER, text)
+        ledger["files"] = [{"name": n, "bytes": s, "sha256": d} for n, (s, d) in files.items()]
+        write_aside(self.place / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
         return ledger
 
 

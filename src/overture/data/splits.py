@@ -26,22 +26,14 @@ class Part:
     splits: list[str]
     owners: np.ndarray  # [rows] uint8
 
-    @property
-    def duplicates(self) -> int:
-        """Return how many rows repeat an earlier one."""
-        return int(repeats(self.found.contents).sum())
-
 
 def draw(
     source: Source, fields: Fields, found: Examination, split: str, test_fraction: float, seed: int
 ) -> Part:
-    """Return a source with its rows divided.
+    """Return a source with its rows divided; raises ConfigError if none would be left to train on.
 
     The test share is rounded up, as scikit-learn and datasets have it. Stratified, each stratum
     gives its share, and the largest remainders give what is then still missing.
-
-    Raises:
-        ConfigError: no row would be left to train on.
     """
     owners = np.zeros(found.rows, np.uint8)
     if not test_fraction:
@@ -81,17 +73,15 @@ def _strata(keys: np.ndarray, held_out: int) -> list[tuple[np.ndarray, int]]:
 
 def mark_repeats(parts: Sequence[Part], dedupe: bool) -> None:
     """Give rows of train* whose prompt is held out, and with `dedupe` repeated rows, their fate."""
-    trained = [
-        np.isin(p.owners, [i for i, s in enumerate(p.splits) if s.startswith("train")])
-        for p in parts
-    ]
-    kept = [p.found.fates == 0 for p in parts]
-    held_out = np.concatenate(
-        [p.found.prompts[k & ~t] for p, k, t in zip(parts, kept, trained, strict=True)]
-    )
-    for part, sound, train in zip(parts, kept, trained, strict=True):
+    held_out, train_rows = [], []
+    for part in parts:
+        train = [i for i, split in enumerate(part.splits) if split.startswith("train")]
+        train_rows.append((part.found.fates == 0) & np.isin(part.owners, train))
+        held_out.append(part.found.prompts[(part.found.fates == 0) & ~train_rows[-1]])
+    for part, rows in zip(parts, train_rows, strict=True):
         found = part.found
-        found.fates[sound & train & np.isin(found.prompts, held_out)] = found.fate("also_held_out")
+        rows = rows & np.isin(found.prompts, np.concatenate(held_out))
+        found.fates[rows] = found.fate("also_held_out")
         if dedupe:
             left = np.flatnonzero(found.fates == 0)
             found.fates[left[repeats(found.contents[left])]] = found.fate("duplicate")

@@ -22,10 +22,8 @@ class Workspace:
     """`OUT/.partial/`, held by one conversion at a time; left behind only by one that was killed.
 
     For an object store the folder is in the temporary directory, the same one for the same target.
-
-    Raises:
-        ConfigError: another conversion is at work there.
-        GuardError: (on leaving) the disk is full, or failed otherwise.
+    Raises ConfigError if another conversion is at work there, and on leaving GuardError if the disk
+    is full or failed otherwise.
     """
 
     def __init__(self, job: Conversion) -> None:
@@ -77,8 +75,7 @@ class Workspace:
     def bind(self, facts: dict[str, Any]) -> None:
         """Remember what the conversion depends on; when going on, it must be the same as then.
 
-        Raises:
-            ConfigError: naming the first fact that differs.
+        Raises ConfigError, naming the first fact that differs.
         """
         facts = json.loads(json.dumps(facts))
         then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}
@@ -94,20 +91,20 @@ class Workspace:
         """Return, when going on, the ledger of a split that is whole, here or in its place already.
 
         The kill may have come between two renames, or before an upload. `facts` are those of the
-        ledger that a template, a tokenizer or the labels decide.
-
-        Raises:
-            ConfigError: another split is in its place.
+        ledger that a template, a tokenizer or the labels decide. Raises ConfigError if another
+        split is in its place.
         """
+        if not self.job.resume:
+            return None
         ours = {**facts, "arguments": self.job.identity()}
         ours["source"] = {"name": source.name, **source.fingerprint}
         ours = json.loads(json.dumps(ours))
         for folder in (self.folder / split, self.place(split)):
-            if self.job.resume and (folder / LEDGER).is_file():
+            if (folder / LEDGER).is_file():
                 ledger = read_ledger(folder)
                 if {name: ledger.get(name) for name in ours} == ours:
                     return ledger
-        if self.job.resume and not self.job.overwrite and self.place(split).exists():
+        if not self.job.overwrite and self.place(split).exists():
             raise ConfigError(
                 f"{self.place(split)} is there already and is not of this conversion; give "
                 "--overwrite to replace it"

@@ -11,7 +11,7 @@ import numpy as np
 
 from overture.data.conversion import Conversion
 from overture.data.encode import Document
-from overture.data.examine import dropped
+from overture.data.examine import dropped, repeats
 from overture.data.packing import best_fit, concatenate
 from overture.data.shard_writer import Progress, ShardWriter
 from overture.data.workers import Workers
@@ -27,15 +27,8 @@ def write_split(
 ) -> dict[str, Any]:
     """Write one split into `folder` and return its ledger; goes on where a journal says.
 
-    Args:
-        job: what to do.
-        folder: where the split is made, under its name.
-        rows: `convert.Selected`, the rows of the split.
-        workers: encode them.
-        facts: of the ledger, the same for all splits.
-
-    Raises:
-        ConfigError: no row is left, or one is too long under `--overflow error`.
+    `rows` are a `convert.Selected`, `facts` those of the ledger that all splits share. Raises
+    ConfigError: no row is left, or one is too long under `--overflow error`.
     """
     columns = workers.encoder.columns
     writer = ShardWriter(folder / rows.split, columns, job.compression, job.size_limit)
@@ -136,16 +129,15 @@ def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any])
 
 def _learned(document: Document) -> int:
     """Return how many tokens of a document are learned; a classifier's are none."""
-    if "loss_mask" in document:
-        return int(np.count_nonzero(document["loss_mask"]))
-    return len(document.get("labels", ()))
+    return int(np.count_nonzero(document.get("loss_mask", 0))) + len(document.get("labels", ()))
 
 
 def _ledger(
     job: Conversion, rows: Any, columns: dict[str, str], facts: dict[str, Any], done: Progress
 ) -> dict[str, Any]:
     found, counts = rows.part.found, done.counts
-    packed = job.how_packed() != "none"
+    method, room = job.how_packed(), done.samples * job.max_seq_len
+    used = counts["tokens"] / room if method != "none" else 1.0
     malformed = {why: n for why, n in done.dropped.items() if why in found.malformed}
     return {
         **facts,
@@ -160,7 +152,7 @@ def _ledger(
             "dropped": {why: n for why, n in done.dropped.items() if why not in malformed},
             "truncated": counts["truncated"],
             "split": counts["split"],
-            "duplicates": rows.part.duplicates,
+            "duplicates": int(repeats(found.contents).sum()),
         },
         "documents": counts["documents"],
         "samples": done.samples,
@@ -169,10 +161,7 @@ def _ledger(
             "trained": counts["trained"],
             "left_over": counts["left_over"],
         },
-        "packing": {
-            "method": job.how_packed(),
-            "utilisation": counts["tokens"] / (done.samples * job.max_seq_len) if packed else 1.0,
-        },
+        "packing": {"method": method, "utilisation": used},
         "max_seq_len": job.max_seq_len,
         "columns": columns,
     }
