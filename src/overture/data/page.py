@@ -8,6 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+from markupsafe import Markup
+
 from overture.data.schema import write_aside
 
 MAX_OPEN_ROWS = 12  # the rows of a table that follow are folded
@@ -52,6 +55,14 @@ def table(rows: Iterable[Sequence[str]], style: str, head: Sequence[str] = ()) -
     )
     more = f"<details><summary>{len(lines) - MAX_OPEN_ROWS} more</summary>{folded}</details>"
     return shown + (more if folded else "")
+
+
+def render(template: Path, **values: Any) -> str:
+    """Return a Jinja template filled in; values are shown as `safe` does."""
+    shown = Environment(
+        autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else visible(str(v))
+    )
+    return shown.from_string(template.read_text("utf-8")).render(values)
 
 
 def write_page(file: Path, title: str, style: Path, body: str) -> None:
