@@ -7,6 +7,7 @@ row and cannot say on which line it stood. Parquet, whose rows cannot break sing
 import csv
 import gzip
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ class Malformed(NamedTuple):
     detail: str
 
 
-Rows = Iterator[tuple[int, "dict[str, Any] | Malformed"]]
+_TOO_LARGE = Malformed("too_large", f"is over {MAX_ROW_BYTES >> 20} MiB")
+Rows = Iterator[tuple[int, dict[str, Any] | Malformed]]
 
 
 class Format(NamedTuple):
@@ -55,7 +57,7 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | Malformed]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | Malformed]]:
     """Yield numbered lines without their ends; one that is too long is read past, not kept."""
     with open_bytes(path) as file:
         number = 0
@@ -64,31 +66,23 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | Malformed]]:
             if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(1 << 20)
-                yield number, _too_large()
+                yield number, _TOO_LARGE
                 continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            yield number, line.rstrip(b"\r\n")
+            yield number, _decoded(line.rstrip(b"\r\n"))
 
 
-def _too_large() -> Malformed:
-    return Malformed("too_large", f"is over {MAX_ROW_BYTES >> 20} MiB")
-
-
-def _text_lines(path: Path) -> Iterator[tuple[int, str | Malformed]]:
-    for number, line in _lines(path):
-        if isinstance(line, Malformed):
-            yield number, line
-            continue
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield number, Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
+def _decoded(data: bytes) -> str | Malformed:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
 
 
 def read_jsonl(path: Path, _: Format = PLAIN) -> Rows:
     """Yield the record of each line that is not blank."""
-    for number, line in _text_lines(path):
+    for number, line in _lines(path):
         if isinstance(line, Malformed):
             yield number, line
         elif line and not line.isspace():
@@ -111,13 +105,10 @@ def _read_json(path: Path, form: Format) -> Rows:
         try:
             whole = json.loads(file.read())
         except (ValueError, RecursionError) as error:
-            if "Extra data" in str(error):
-                whole = None
-            else:
+            if "Extra data" not in str(error):
                 raise ConfigError(f"{path}: is not valid JSON: {error}") from None
-    if whole is None:
-        yield from read_jsonl(path, form)
-        return
+            yield from read_jsonl(path, form)
+            return
     rows = whole.get("data", [whole]) if isinstance(whole, dict) else whole
     if not isinstance(rows, list):
         raise ConfigError(f'{path}: holds neither a list of records nor one under "data"')
@@ -156,33 +147,31 @@ def _read_csv(path: Path, form: Format) -> Rows:
     with open_bytes(path) as file:
         # Broken bytes become lone surrogates, which the check of the fields then names by row.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text, strict=True)
+        yield from _table(path, _cells(path, csv.reader(text, strict=True)), form)
 
-        def cells() -> Iterator[tuple[int, list[str] | Malformed]]:
-            while True:
-                begin = rows.line_num + 1
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    if "end of data" in str(error):
-                        raise ConfigError(
-                            f"{path}: a quotation mark that opens in or after line {begin} is "
-                            "never closed, so the rest of the file would be one cell"
-                        ) from None
-                    yield rows.line_num, Malformed("not_csv", f"is not valid CSV: {error}")
-                    continue
-                yield rows.line_num, row
 
-        yield from _table(path, cells(), form)
+def _cells(path: Path, rows: Any) -> Iterator[tuple[int, list[str] | Malformed]]:
+    while True:
+        begin = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise ConfigError(
+                    f"{path}: a quotation mark that opens in or after line {begin} is never "
+                    "closed, so the rest of the file would be one cell"
+                ) from None
+            row = Malformed("not_csv", f"is not valid CSV: {error}")
+        yield rows.line_num, row
 
 
 def _read_tsv(path: Path, form: Format) -> Rows:
     """Yield rows of tab-separated cells; quotes are characters like any other."""
     cells = (
         (number, line if isinstance(line, Malformed) else line.split("\t"))
-        for number, line in _text_lines(path)
+        for number, line in _lines(path)
     )
     yield from _table(path, cells, form)
 
@@ -228,19 +217,14 @@ def _read_text(path: Path, form: Format) -> Rows:
     if form.text_rows == "file":
         with open_bytes(path) as file:
             content = file.read(MAX_ROW_BYTES + 1)
+        text = _decoded(content.removeprefix(b"\xef\xbb\xbf"))
         if len(content) > MAX_ROW_BYTES:
-            reason = _too_large()
             advice = "; is it one document? --text_rows line or block divides it"
-            yield 1, Malformed(reason.reason, reason.detail + advice)
-            return
-        try:
-            yield 1, {"text": content.decode("utf-8-sig")}
-        except UnicodeDecodeError as error:
-            yield 1, Malformed("invalid_utf8", f"is not UTF-8 (byte {error.start})")
+            text = Malformed("too_large", _TOO_LARGE.detail + advice)
+        yield 1, text if isinstance(text, Malformed) else {"text": text}
         return
-    block: list[str] = []
-    first = 1
-    for number, line in _text_lines(path):
+    block, first = [], 1
+    for number, line in _lines(path):
         if isinstance(line, Malformed):
             yield number, line
         elif form.text_rows == "line":
@@ -259,21 +243,15 @@ def _read_text(path: Path, form: Format) -> Rows:
 def read_parallel(paths: list[Path]) -> Rows:
     """Yield `source` and `target` from two files whose lines belong together.
 
-    Raises:
-        ConfigError: the files do not have the same number of lines.
+    Raises ConfigError: the files do not have the same number of lines.
     """
-    ends = object()
-    left, right = (_text_lines(path) for path in paths)
-    while True:
-        one, other = next(left, ends), next(right, ends)
-        if one is ends and other is ends:
-            return
-        if one is ends or other is ends:
+    for one, other in itertools.zip_longest(*map(_lines, paths)):
+        if one is None or other is None:
             raise ConfigError(
-                f"{paths[0]} and {paths[1]}: {paths[one is not ends]} ends earlier than the other: "
+                f"{paths[0]} and {paths[1]}: {paths[one is not None]} ends earlier than the other: "
                 "their lines do not belong together"
             )
-        number, source, target = one[0], one[1], other[1]
+        (number, source), (_, target) = one, other
         bad = next((x for x in (source, target) if isinstance(x, Malformed)), None)
         yield number, bad or {"source": source, "target": target}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from overture.data.embedded import generate_rows
 from overture.data.readers import (
     PLAIN,
     READERS,
@@ -89,8 +90,7 @@ def open_source(
     In a folder, `split` picks the files of that name (`train.tsv`, `train/*.jsonl`); all of them
     are `train` where none is called so.
 
-    Raises:
-        ConfigError: there is no such file, split or dataset.
+    Raises ConfigError: there is no such file, split or dataset.
     """
     if not name:
         raise ConfigError("--dataset is empty: name a file, a folder, a hub dataset or `embedded`")
@@ -99,11 +99,7 @@ def open_source(
     if name == EMBEDDED or is_pair:
         _refuse_choice(name, split, subset, revision)
     if name == EMBEDDED:
-        from overture.data.embedded import generate_rows
-
-        return Source(
-            name, lambda: _placed("", enumerate(generate_rows(), start=1)), {"generated": True}
-        )
+        return Source(name, lambda: _placed("", enumerate(generate_rows(), 1)), {"generated": True})
     if is_pair:
         if not pair[1].is_file():
             raise ConfigError(f"{pair[1]}: no such file")
@@ -112,8 +108,7 @@ def open_source(
     if files:
         _refuse_choice(name, "train", subset, revision)
         return _file_source(name, files, form)
-    path = Path(name)
-    looks_local = reader(path) or name.startswith(("/", ".", "~")) or glob.has_magic(name)
+    looks_local = reader(Path(name)) or name.startswith(("/", ".", "~")) or glob.has_magic(name)
     if looks_local or name.count("/") > 1:
         raise ConfigError(f"{name}: no such file (and not a hub name of the form owner/dataset)")
     return _hub_source(name, split, subset, revision)
@@ -129,12 +124,10 @@ def _refuse_choice(name: str, split: str, subset: str | None, revision: str | No
 
 def _local_files(name: str, split: str) -> list[Path]:
     path = Path(name)
-    if path.is_file():
+    if path.is_file() or glob.has_magic(name):
         _refuse_choice(name, split, None, None)
-        return [path]
-    if glob.has_magic(name):
-        _refuse_choice(name, split, None, None)
-        return [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
+        found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
+        return [p for p in found if p.is_file()]
     if not path.is_dir():
         return []
     known = [p for p in sorted(path.rglob("*")) if p.is_file() and reader(p)]
@@ -160,15 +153,13 @@ def _is_called(path: Path, split: str) -> bool:
 
 
 def _file_source(name: str, files: list[Path], form: Format) -> Source:
-    unknown = next((p for p in files if reader(p) is None), None)
-    if unknown:
+    kinds = {reader(path): path for path in reversed(files)}
+    if None in kinds:
         raise ConfigError(
-            f"{unknown}: no reader for this kind of file; there are: {', '.join(READERS)}, each "
-            "also as .gz and .zst"
+            f"{kinds[None]}: no reader for this kind of file; there are: {', '.join(READERS)}, "
+            "each also as .gz and .zst"
         )
-
-    kinds = {reader(path) for path in files}
-    if form.columns and not kinds & {READERS[".csv"], READERS[".tsv"]}:
+    if form.columns and not kinds.keys() & {READERS[".csv"], READERS[".tsv"]}:
         raise ConfigError(f"--columns names those of csv and tsv files; {name} is none")
     if form.text_rows != "file" and READERS[".txt"] not in kinds:
         raise ConfigError(f"--text_rows is for txt files; {name} is none")
