@@ -38,10 +38,9 @@ _SQUAD = {"context", "question", "answers"}
 def convert(job: Conversion, say: Callable[[str], Any] = print) -> dict[str, dict[str, Any]]:
     """Convert a dataset and return the ledger of each split written.
 
-    Raises:
-        ConfigError: the source, a field, the tokenizer or an argument does not fit, or a split is
-            there already; nothing is left behind.
-        GuardError: the disk is full or a worker died; `--resume` goes on from what is finished.
+    Raises ConfigError if the source, a field, the tokenizer or an argument does not fit, or a split
+    is there already, and leaves nothing behind; GuardError if the disk is full or a worker died,
+    after which `--resume` goes on from what is finished.
     """
     job.check()
     _refuse_existing(job)

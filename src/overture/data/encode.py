@@ -31,29 +31,23 @@ class Encoded(NamedTuple):
 
 
 class Tokens:
-    """A tokenizer as the encoders need it: fast, with an EOS, and its BOS known.
+    """A Hugging Face tokenizer as the encoders need it; ConfigError if not fast or without EOS.
 
-    Args:
-        tokenizer: a fast Hugging Face tokenizer with an EOS token.
-        specials: whether what spells a special token in a text is one, rather than plain text.
-
-    Raises:
-        ConfigError: the tokenizer is not a fast one or has no EOS token.
+    With `specials`, what spells a special token in a text is one, rather than plain text.
     """
 
     def __init__(self, tokenizer: Any, specials: bool = False) -> None:
         name = tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{name}: only fast tokenizers are supported")
-        if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # BERT's kind has CLS and SEP
+        self.eos = ends[0] if ends[0] is not None else ends[1]
+        if self.eos is None:
             raise ConfigError(
                 f"{name}: the tokenizer has no EOS token, so a model could not learn to stop; set "
                 "eos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        self.eos = tokenizer.eos_token_id
-        if self.eos is None:  # BERT's kind calls its ends CLS and SEP
-            self.eos = tokenizer.sep_token_id
         # Asking the tokenizer itself is the only way that holds for every family.
         first = tokenizer("a")["input_ids"][0]
         has_bos = first in (tokenizer.bos_token_id, tokenizer.cls_token_id)
@@ -83,8 +77,8 @@ class Tokens:
 
     def forbids(self, record: dict[str, str]) -> bool:
         """Return whether a record spells a special token where those count as such."""
-        counts = not self.backend.encode_special_tokens
-        return counts and any(map(self.special.search, record.values()))
+        plain = self.backend.encode_special_tokens
+        return not plain and any(map(self.special.search, record.values()))
 
     def marker(self, text: str) -> np.ndarray:
         """Return the ids of a text in which special tokens count as such, [tokens] uint32."""

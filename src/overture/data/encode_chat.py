@@ -22,11 +22,8 @@ class ChatEncoder(Encoder):
     """Encodes records with `messages`; `template` is Jinja, None for the tokenizer's own.
 
     The tokenizer takes special tokens as such: the template writes them. `truncate_prompt` leaves
-    out the oldest turns after the system message.
-
-    Raises:
-        ConfigError: there is no template, or it ends no answer with a special token, or it writes
-            earlier turns otherwise once later ones follow.
+    out the oldest turns after the system message. Raises ConfigError if there is no template that
+    can be learned from.
     """
 
     def __init__(self, tokens: Tokens, template: str | None, *limits: Any) -> None:
@@ -86,12 +83,9 @@ class ChatEncoder(Encoder):
         return parts
 
     def _render(self, messages: Messages, answer_next: bool) -> str:
-        return self.tokens.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=answer_next,
-        )
+        options = {"tokenize": False, "add_generation_prompt": answer_next}
+        apply = self.tokens.tokenizer.apply_chat_template
+        return apply(messages, chat_template=self.template, **options)
 
     def _fit(
         self, messages: Messages, parts: list[tuple[np.ndarray, bool]], notes: Counter[str]

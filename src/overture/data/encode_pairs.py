@@ -56,10 +56,8 @@ class Seq2SeqEncoder(InstructEncoder):
 class ClassifyEncoder(Encoder):
     """Encodes `text` and, where it is filled, `text_pair`, with the number of the label.
 
-    Args:
-        tokens: the tokenizer.
-        labels: names of the classes in the order of their numbers; None for regression.
-        limits: max_seq_len and overflow: `truncate_prompt` shortens the longer text; `drop`.
+    `labels` are the classes in the order of their numbers, None for regression. The overflow
+    `truncate_prompt` shortens the longer text.
     """
 
     def __init__(self, tokens: Tokens, labels: list[str] | None, *limits: Any) -> None:
@@ -97,13 +95,8 @@ class ClassifyEncoder(Encoder):
 def class_names(found: Counter[str], given: Sequence[str], regression: bool) -> list[str] | None:
     """Return the names of the classes in the order of their numbers, or None for regression.
 
-    Args:
-        found: how often each label is there.
-        given: the names that the user gave; empty: those found, numbers in order, then names.
-        regression: labels are numbers.
-
-    Raises:
-        ConfigError: a label is no number, or not among the names given, or there are too many.
+    Without names `given` by the user, they are those `found`: numbers in order, then names. Raises
+    ConfigError: a label is no number, or not among the names given, or there are too many.
     """
     numeric = {name: _number(name) for name in found}
     if regression:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ _ALIASES = {
     "label": ("class", "category", "score"),
     "messages": ("conversation", "dialog", "turns"),
 }
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 KEPT = "kept"
 MAX_DETAILS = 10_000  # reasons in words are kept for so many malformed rows, counts for all
 
@@ -51,8 +53,7 @@ class Fields:
     ) -> dict[str, Any] | Malformed:
         """Return the record under our names, all other texts kept, or what is wrong with it.
 
-        A row that is `known` to be sound from an earlier reading is not searched again; of a
-        `whole` one what is no text is kept as well.
+        A row `known` to be sound is not searched again; of a `whole` one all else is kept too.
         """
         ours: dict[str, Any] = {}
         for name, kind in self.kinds.items():
@@ -71,14 +72,8 @@ class Fields:
                 return Malformed("wrong_type", f"field {theirs!r} holds {kind_of}, not text")
             ours[name] = value or ""
         names = {theirs: name for name, theirs in self.renamed.items()}
-        found = {}
-        for theirs, value in record.items():
-            name = names.get(theirs, theirs)
-            if name in ours:
-                found[name] = ours[name]
-            elif whole or isinstance(value, str):
-                found[theirs] = value
-        found |= ours
+        kept = {names.get(k, k): v for k, v in record.items() if whole or isinstance(v, str)}
+        found = kept | ours
         return found if known else _unsound(found) or found
 
 
@@ -88,18 +83,10 @@ def _unsound(record: dict[str, Any]) -> Malformed | None:
         for text in texts:
             if len(text) > MAX_ROW_BYTES:
                 return Malformed("too_large", f"field {name!r} is over {MAX_ROW_BYTES >> 20} MiB")
-            if not text.isascii() and _has_surrogate(text):
+            if not text.isascii() and _SURROGATE.search(text):
                 what = "bytes that are not UTF-8, or half of a surrogate pair, which is no text"
                 return Malformed("not_text", f"field {name!r} holds {what}")
     return None
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 @dataclass
@@ -174,8 +161,7 @@ def repeats(keys: np.ndarray) -> np.ndarray:
 def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
     """Read a source once and return what is in it.
 
-    Raises:
-        ConfigError: there are no rows, or more than the share `max_rejected` is malformed.
+    Raises ConfigError: there are no rows, or more than the share `max_rejected` is malformed.
     """
     found = Examination()
     first: dict[str, str] = {}
@@ -199,8 +185,7 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
     if not found.rows:
         raise ConfigError(f"{source.name}: holds no records")
     for name in ("fates", "prompts", "contents", "identifiers", "strata"):
-        values = getattr(found, name)
-        setattr(found, name, np.frombuffer(values, np.dtype(values.typecode)).copy())
+        setattr(found, name, np.array(getattr(found, name)))
     _reject_repeated_identifiers(found, source, fields, first)
     share = sum(found.malformed.values()) / found.rows
     if share > max_rejected:
@@ -210,23 +195,19 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
 
 def _count(found: Examination, fields: Fields, record: dict[str, Any]) -> None:
     shown = [*fields.kinds, *(["category"] if "category" in record else [])]
-    for name in shown:
-        value = record[name]
-        found.empty[name] += not value or (isinstance(value, str) and value.isspace())
-    empty = next(
-        (n for n, kind in fields.kinds.items() if kind in ("text", "label")
-         and (not record[n] or record[n].isspace())), None,
-    )  # fmt: skip
+    unfilled = [n for n in shown if not record[n] or str(record[n]).isspace()]
+    found.empty.update(dict.fromkeys(shown, 0))
+    found.empty.update(unfilled)
+    empty = next((n for n in unfilled if fields.kinds.get(n) in ("text", "label")), None)
     if "category" in record:
         found.categories[record["category"]] += 1
     if "label" in fields.kinds and not empty:
         found.labels[record["label"]] += 1
     if len(found.samples) < 3:
         found.samples.append({name: record[name] for name in shown})
-    answer = fields.learned
-    values = {n: record[n] for n in fields.kinds}
-    found.prompts.append(hash(tuple(_opening(v) for n, v in values.items() if n not in answer)))
-    found.contents.append(hash(tuple(map(str, values.values()))))
+    given = (_opening(record[n]) for n in fields.kinds if n not in fields.learned)
+    found.prompts.append(hash(tuple(given)))
+    found.contents.append(hash(tuple(str(record[n]) for n in fields.kinds)))
     found.fates.append(found.fate(f"empty_{empty}") if empty else 0)
 
 
@@ -240,12 +221,9 @@ def _opening(value: Any) -> str:
 def _reject_repeated_identifiers(
     found: Examination, source: Source, fields: Fields, first: dict[str, str]
 ) -> None:
-    repeated = np.flatnonzero(repeats(found.identifiers))
-    if not len(repeated):
-        return
-    wanted = set(repeated.tolist())
-    for row, (place, record) in enumerate(source.read()):
-        if row in wanted:
+    repeated = repeats(found.identifiers)
+    for row, (place, record) in enumerate(source.read() if repeated.any() else ()):
+        if repeated[row]:
             what = f"repeats {fields.identifier} {record[fields.identifier]!r}"
             first.setdefault("duplicate_id", f"{place} {what}")
             found.fates[row] = found.reject("duplicate_id", what, row)

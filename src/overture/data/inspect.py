@@ -42,8 +42,7 @@ class Sample(NamedTuple):
 def ledger_figures(split: Split) -> dict[str, str]:
     """Return the figures of a split's ledger for reading, by name.
 
-    Raises:
-        DataError: its tokens are not counted.
+    Raises DataError: its tokens are not counted.
     """
     told = {k: _told(v) for k, v in split.ledger.items() if v is not None and k not in HIDDEN}
     with trusting(split.folder / LEDGER):
@@ -73,9 +72,8 @@ def samples(
         remote: stream them from there through training's loader, unshuffled; then `numbers` are
             places in the order that samples arrive in.
 
-    Raises:
-        ConfigError: there is no sample of that number.
-        DataError: a row is not what was written, or out of reach.
+    Raises ConfigError if there is no sample of that number, DataError if a row is not what was
+    written, or out of reach.
     """
     if numbers is None:
         numbers = range(min(5 if remote else 1, len(split)))

@@ -16,10 +16,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return rows of document indices, each row's lengths summing to at most `capacity`.
 
     Rows come in the order of their first document, and so do the documents within a row: packing
-    changes who sits together, not the drift of the corpus.
-
-    Raises:
-        ValueError: a document is empty or longer than `capacity`.
+    changes who sits together, not the drift of the corpus. Raises ValueError: a document is empty
+    or longer than `capacity`.
     """
     if lengths and (min(lengths) < 1 or max(lengths) > capacity):
         raise ValueError(f"document lengths must be within 1 and {capacity}")
@@ -57,8 +55,7 @@ def concatenate(
         wrap: what does not fit a row begins the next one; otherwise it is lost, and every row
             begins with a document.
 
-    Returns:
-        ([rows, length] uint32, [rest] uint32, number of ids lost)
+    Returns ([rows, length] uint32, [rest] uint32, number of ids lost).
     """
     rest = np.array(carry, np.uint32)
     if wrap:

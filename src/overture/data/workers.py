@@ -22,9 +22,7 @@ class Workers:
 
     One process lets the tokenizer's own threads use all cores. More of them share the cores with
     one thread each (set TOKENIZERS_PARALLELISM=false), which scales better than the threads do.
-
-    Raises:
-        GuardError: a worker process died.
+    Raises GuardError if a worker process died.
     """
 
     def __init__(self, encoder: Any, processes: int) -> None:
