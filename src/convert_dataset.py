@@ -70,7 +70,7 @@ def main() -> int:
     add("--processes", type=int, default=1, help="that tokenise; 1 uses the tokenizer's threads")
     add("--overwrite", action="store_true", help="replace splits that are there")
     add("--resume", action="store_true", help="go on with what was interrupted")
-    options = vars(parser.parse_args())  # fmt: skip
+    options = vars(parser.parse_args())
     if options.pop("list_templates"):
         from overture.data.prompts import list_templates
 

@@ -50,9 +50,7 @@ def conversations(record: dict[str, Any], name: str) -> list[dict[str, str]] | M
 def as_threads(source: Source, which: str) -> Source:
     """Return the threads of conversation trees as records with `messages`; other sources as is.
 
-    Args:
-        source: its rows are messages with `message_id` and `parent_id`, or already conversations.
-        which: `all` threads, or the `best`: from each root on the best-ranked answer.
+    `which` is `all` threads, or the `best`: from each root on the best-ranked answer.
     """
     if not set(source.first()) >= _TREE:
         if which != "all":

@@ -96,10 +96,6 @@ class Conversion:
         name = f"{split}.jsonl" if self.task == "jsonl" else split
         return f"{self.out_root.rstrip('/')}/{name}"
 
-    def how_long_rows_end(self) -> str:
-        """Return the overflow policy."""
-        return self.overflow or OVERFLOWS[self.task][0]
-
     def how_packed(self) -> str:
         """Return the packing method."""
         return self.packing or ("best_fit" if self.task in PACKED and self.tokenizer else "none")

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 import overture
 from overture.data.conversations import as_threads
-from overture.data.conversion import Conversion
-from overture.data.encode import InstructEncoder, RawTextEncoder, TextEncoder, Tokens
+from overture.data.conversion import OVERFLOWS, Conversion
+from overture.data.encode import InstructEncoder, RawTextEncoder, Records, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
 from overture.data.examine import Fields, dropped, examine
@@ -119,9 +119,7 @@ def _open(job: Conversion, split: str, work: Workspace) -> Source:
     origin = job.origins[split]
     form = Format(job.columns, job.text_rows)
     source = open_source(origin.dataset, origin.split, form, job.data_subset, job.revision)
-    source = source.rows(origin.start, origin.stop)
-    if job.max_rows is not None:
-        source = source.rows(0, job.max_rows)
+    source = source.rows(origin.start, origin.stop).rows(0, job.max_rows)
     if source.streamed:
         source = source.kept(work.folder / f"{split}.source.jsonl")
     return as_threads(source, job.threads) if job.task == "chat" else _flat_answers(source)
@@ -230,17 +228,15 @@ def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
 
 
 def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -> Any:
-    limits = (job.max_seq_len, job.how_long_rows_end())
     if tokens is None:
         return RawTextEncoder(prompt)
+    longest = None if job.packing == "concat" else job.max_seq_len
+    what = labels if job.task == "classify" else prompt
+    common = (tokens, what, longest, job.overflow or OVERFLOWS[job.task][0])
     if job.task == "text":
-        longest = None if job.packing == "concat" else job.max_seq_len
-        ends = {"bos_text": job.bos_text, "eos_text": job.eos_text}
-        return TextEncoder(tokens, prompt, longest, limits[1], **ends)
-    if job.task == "classify":
-        return ClassifyEncoder(tokens, labels, *limits)
-    kind = {"instruct": InstructEncoder, "chat": ChatEncoder, "seq2seq": Seq2SeqEncoder}
-    return kind[job.task](tokens, prompt, *limits)
+        return TextEncoder(*common, bos_text=job.bos_text, eos_text=job.eos_text)
+    kinds = {"chat": ChatEncoder, "seq2seq": Seq2SeqEncoder, "classify": ClassifyEncoder}
+    return kinds.get(job.task, InstructEncoder)(*common)
 
 
 class Selected:
@@ -251,14 +247,10 @@ class Selected:
         self.mine = part.owners == part.splits.index(split)
         self.in_split = int(self.mine.sum())
 
-    def batches(
-        self, from_row: int = 0, whole: bool = False
-    ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    def batches(self, from_row: int = 0, whole: bool = False) -> Iterator[tuple[Any, Records]]:
         """Yield ((the row after the batch, places, rejected entries), records)."""
         found, fields = self.part.found, self.part.fields
-        places: list[Place] = []
-        records: list[dict[str, Any]] = []
-        rejected: list[dict[str, Any]] = []
+        places, records, rejected = [], [], []
         rows = tqdm(
             enumerate(self.part.source.read()), total=found.rows, desc=f"converting {self.split}",
             unit=" rows", delay=2, leave=False, disable=None,

@@ -27,25 +27,17 @@ _ALIASES = {
     "messages": ("conversation", "dialog", "turns"),
 }
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-KEPT = "kept"
 MAX_DETAILS = 10_000  # reasons in words are kept for so many malformed rows, counts for all
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields that a task reads, and what it expects in them.
+    """The fields that a task reads, and what it expects in them."""
 
-    Attributes:
-        kinds: ours -> `text` (must be filled), `optional`, `label` or `messages`.
-        learned: the fields that are the answer; the others are the prompt.
-        renamed: ours -> theirs, where they differ.
-        identifier: the field that no two rows may share; '' for none.
-    """
-
-    kinds: dict[str, str]
-    learned: tuple[str, ...] = ()
-    renamed: dict[str, str] = field(default_factory=dict)
-    identifier: str = "id"
+    kinds: dict[str, str]  # ours -> `text` (must be filled), `optional`, `label` or `messages`
+    learned: tuple[str, ...] = ()  # those that are the answer; the others are the prompt
+    renamed: dict[str, str] = field(default_factory=dict)  # ours -> theirs, where they differ
+    identifier: str = "id"  # the field that no two rows may share; '' for none
     stratify: str | None = None
 
     def read(
@@ -91,23 +83,19 @@ def _unsound(record: dict[str, Any]) -> Malformed | None:
 
 @dataclass
 class Examination:
-    """What was found in a source. Per row: what becomes of it, and 64-bit keys of its contents.
+    """What was found in a source. Per row: what becomes of it, and 64-bit keys of its contents."""
 
-    Attributes:
-        fates: [rows] uint16, index in `reasons`; 0 is kept.
-        prompts: [rows] int64, equal where the prompt fields are.
-        contents: [rows] int64, equal where all fields that the task reads are.
-        details: row -> what `rejected.jsonl` says of a malformed row besides its reason.
-    """
-
-    reasons: list[str] = field(default_factory=lambda: [KEPT])
+    reasons: list[str] = field(default_factory=lambda: ["kept"])
     malformed: Counter[str] = field(default_factory=Counter)
     empty: Counter[str] = field(default_factory=Counter)
     categories: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     names: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    # row -> what `rejected.jsonl` says of a malformed row besides its reason
     details: dict[int, dict[str, str]] = field(default_factory=dict)
+    # [rows] uint16, index in `reasons`, then [rows] int64, equal where the prompt fields are, where
+    # all fields that the task reads are, where the identifier is, and where the stratum is.
     fates: Any = field(default_factory=lambda: array("H"))
     prompts: Any = field(default_factory=lambda: array("q"))
     contents: Any = field(default_factory=lambda: array("q"))

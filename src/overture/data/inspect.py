@@ -11,6 +11,7 @@ from overture.data.collate import TokenCollator
 from overture.data.page import visible
 from overture.data.schema import LEDGER
 from overture.data.shards import Split, trusting
+from overture.data.streams import TokenStream
 from overture.errors import ConfigError
 
 HIDDEN = {"kit_version", "split", "template", "arguments", "columns", "files"}  # of a ledger
@@ -69,8 +70,8 @@ def samples(
         split: the split, or the cache of one.
         numbers: of the samples, in the order to show them; None: some from the start.
         tokenizer: the one that the split was converted with, None for raw text.
-        remote: stream them from there through training's loader, unshuffled; then `numbers` are
-            places in the order that samples arrive in.
+        remote: stream them from there as training does, unshuffled; then `numbers` are places in
+            the order that samples arrive in.
 
     Raises ConfigError if there is no sample of that number, DataError if a row is not what was
     written, or out of reach.
@@ -81,23 +82,14 @@ def samples(
         raise ConfigError(f"--sample {wrong}: {split.folder} holds samples 0 to {len(split) - 1}")
     rows = (split.row(number) for number in numbers)
     if remote:
-        nth = islice(enumerate(_arriving(split, remote)), max(numbers, default=-1) + 1)
+        place = {"local": str(split.folder.parent), "split": split.folder.name, "remote": remote}
+        stream = TokenStream(**place, batch_size=1, num_canonical_nodes=1)  # in training's order
+        nth = islice(enumerate(stream), max(numbers, default=-1) + 1)
         rows = (row for number, row in nth if number in numbers)
     for row in rows:
         with trusting(split.folder, f"sample {row['sample_id']} "):
             sample = _sample(split, row, tokenizer)
         yield sample
-
-
-def _arriving(split: Split, remote: str) -> Iterator[dict[str, Any]]:
-    from overture.data.loaders import build_loader  # imports composer: seconds
-
-    loader = build_loader(
-        data_local=str(split.folder.parent), data_remote=remote, split=split.folder.name,
-        shuffle=False, shuffle_seed=0, max_seq_len=split.max_seq_len, pad_token_id=0,
-        batch_size=1, num_workers=0, drop_last=False,
-    )  # fmt: skip
-    yield from loader.dataloader.dataset  # its collator knows one kind of row
 
 
 def _sample(split: Split, row: dict[str, Any], tokenizer: Any) -> Sample:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from overture.data.inspect import ledger_figures, samples
-from overture.data.page import key_figures, render, safe, section, table, write_page
+from overture.data.page import render, write_page
 from overture.data.shards import Figures, Split
 from overture.errors import ConfigError
 
@@ -36,27 +36,11 @@ def write_split_page(
         for name, some in {"": numbers, **chosen}.items()
         for sample in samples(split, some, tokenizer)
     ]
-    ledger = table([(safe(k), safe(v)) for k, v in ledger_figures(split).items()], "facts")
-    body = _figures(figures.summary()) + section("Ledger", ledger)
-    body += render(Path(__file__).with_suffix(".html"), drawn=drawn)
+    ledger = list(ledger_figures(split).items())
+    values = {"figures": figures.summary(), "ledger": ledger, "drawn": drawn}
+    body = render(Path(__file__).with_suffix(".html"), **values)
+    title = f"{split.ledger['task']}: {split.folder}"
     try:
-        title = f"{split.ledger['task']}: {split.folder}"
         write_page(file, title, Path(__file__).with_suffix(".css"), body)
     except OSError as error:
         raise ConfigError(f"--html {file}: cannot be written ({error.strerror})") from None
-
-
-def _figures(summary: dict[str, Any]) -> str:
-    """Return numbers as key figures, shares in per cent, and groups of them as tables with bars."""
-    found, charts = [], ""
-    for name, value in ((name.replace("_", " "), value) for name, value in summary.items()):
-        if isinstance(value, dict):
-            most = max(1e-9, *map(abs, value.values()))
-            rows = [
-                (safe(k), f'<div style="width: {abs(v) / most:.1%}"></div>', f"{v:,.6g}")
-                for k, v in value.items()
-            ]
-            charts += f"<div>{section(name, table(rows, 'facts'))}</div>"
-        elif isinstance(value, int | float):
-            found.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.1%}", ""))
-    return f'{key_figures(found)}<div class="pair">{charts}</div>'

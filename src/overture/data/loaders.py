@@ -48,10 +48,9 @@ def build_loader(
     if dist.get_local_rank() == 0:
         remove_leftovers()
     dist.barrier()  # all ranks must find the same numbers taken
-    dataset = TokenStream(
-        local=data_local, remote=data_remote, split=split, shuffle=shuffle,
-        shuffle_seed=shuffle_seed, batch_size=batch_size, num_canonical_nodes=1,
-    )  # fmt: skip
+    place = {"local": data_local, "remote": data_remote, "split": split}
+    order = {"shuffle": shuffle, "shuffle_seed": shuffle_seed, "num_canonical_nodes": 1}
+    dataset = TokenStream(**place, **order, batch_size=batch_size)
     full_batch = batch_size * dist.get_world_size()
     if drop_last and dataset.num_samples < full_batch:  # training would wait for a batch for ever
         raise ConfigError(

@@ -33,6 +33,9 @@ class Progress:
     carry: list[list[int]] = field(default_factory=list)  # its ids that wait for the next window
     rejected_bytes: int = 0
 
+    def __post_init__(self) -> None:  # a journal has them as plain dicts
+        self.counts, self.dropped = Counter(self.counts), Counter(self.dropped)
+
 
 class ShardWriter:
     """Writes samples into `place`, not yet the split's final name; `progress` is where to begin.
@@ -45,7 +48,10 @@ class ShardWriter:
     ) -> None:
         self.place = place
         self._journal = place.with_name(f"{place.name}.journal")
-        self.progress, shards = self._finished()
+        self.progress, shards = Progress(), []
+        if self._journal.exists():
+            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            self.progress, shards = Progress(**journal["progress"]), journal["shards"]
         if place.exists():
             known = {shard[_kind(shard)]["basename"] for shard in shards} | {REJECTED}
             for path in [p for p in place.iterdir() if p.name not in known]:
@@ -55,10 +61,9 @@ class ShardWriter:
         empty = place.with_name(f"{place.name}.empty")
         shutil.rmtree(empty, ignore_errors=True)
         # Not `with MDSWriter`: on an error it would write an index that looks complete.
-        self._writer = MDSWriter(
-            out=str(empty), columns=columns, compression=compression, size_limit=size_limit,
-            hashes=["sha256", "xxh64"],
-        )  # fmt: skip
+        options = {"compression": compression, "size_limit": size_limit}
+        hashes = ["sha256", "xxh64"]
+        self._writer = MDSWriter(out=str(empty), columns=columns, hashes=hashes, **options)
         empty.rmdir()
         self._writer.local = str(place)
         self._writer.shards = shards
@@ -66,14 +71,6 @@ class ShardWriter:
         self._rejected = (place / REJECTED).open("ab")
         self._rejected.truncate(self.progress.rejected_bytes)
         self._rejected.seek(0, os.SEEK_END)
-
-    def _finished(self) -> tuple[Progress, list[dict[str, Any]]]:
-        if not self._journal.exists():
-            return Progress(), []
-        journal = json.loads(self._journal.read_text(encoding="utf-8"))
-        progress = Progress(**journal["progress"])
-        progress.counts, progress.dropped = Counter(progress.counts), Counter(progress.dropped)
-        return progress, journal["shards"]
 
     def reject(self, entry: dict[str, Any]) -> None:
         """Note a row that is not kept, and why."""

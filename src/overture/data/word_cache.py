@@ -50,12 +50,7 @@ def _letters() -> str:
 
 
 class WordCache:
-    """Encodes texts by the words in them.
-
-    Args:
-        backend: of the `tokenizers` library; `of` says whether it is of a kind that allows this.
-        pattern: cuts a text of `SAFE` characters into words as the backend does.
-    """
+    """Encodes texts by the words into which `pattern` cuts them as the backend does."""
 
     def __init__(self, backend: Any, pattern: str) -> None:
         self._backend = backend

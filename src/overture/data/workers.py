@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from overture.errors import GuardError
 _encoder: Any = None  # in a worker process: what it encodes with
 
 
-class Workers:
+class Workers(AbstractContextManager):
     """Encodes with `encoder`, in `processes` processes; use as a context manager.
 
     One process lets the tokenizer's own threads use all cores. More of them share the cores with
@@ -37,9 +38,6 @@ class Workers:
             self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
             # All workers are forked now, before this process starts threads of its own.
             list(self._pool.map(len, [[]] * processes))
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         if self._pool is not None:

@@ -18,7 +18,7 @@ from overture.errors import ConfigError, GuardError
 PARTIAL = ".partial"
 
 
-class Workspace:
+class Workspace(contextlib.AbstractContextManager):
     """`OUT/.partial/`, held by one conversion at a time; left behind only by one that was killed.
 
     For an object store the folder is in the temporary directory, the same one for the same target.
@@ -53,9 +53,6 @@ class Workspace:
         self.folder.mkdir(exist_ok=True)
         self._facts = self.folder / "facts.json"
         self._goes_on = self._facts.exists()
-
-    def __enter__(self) -> "Workspace":
-        return self
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         # A refusal has nothing to go on with; a full disk or ^C leaves the traces for --resume.
