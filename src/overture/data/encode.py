@@ -103,11 +103,8 @@ def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
 class Encoder:
     """Encodes records; `columns` are the MDS columns of the documents. Each task has its own.
 
-    Args:
-        tokens: the tokenizer.
-        template: what the model sees of a record, and what it learns.
-        max_seq_len: the longest document; None leaves documents whole, for concatenation.
-        overflow: what becomes of longer ones, as in `conversion.OVERFLOWS`.
+    The `template` says what the model sees of a record, and what it learns. Without `max_seq_len`
+    documents stay whole, for concatenation; `overflow` is one of `conversion.OVERFLOWS`.
     """
 
     def __init__(

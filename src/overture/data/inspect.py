@@ -64,15 +64,10 @@ def _told(value: Any) -> str:
 def samples(
     split: Split, numbers: Sequence[int] | None, tokenizer: Any, remote: str | None = None
 ) -> Iterator[Sample]:
-    """Yield samples of a split, made by the collator that training uses.
+    """Yield samples of a split, or of the cache of one, made by the collator that training uses.
 
-    Args:
-        split: the split, or the cache of one.
-        numbers: of the samples, in the order to show them; None: some from the start.
-        tokenizer: the one that the split was converted with, None for raw text.
-        remote: stream them from there as training does, unshuffled; then `numbers` are places in
-            the order that samples arrive in.
-
+    `numbers` are None for some from the start, `tokenizer` is None for raw text. From a `remote`
+    they are streamed as training does, unshuffled: numbers are places in the order of arrival then.
     Raises ConfigError if there is no sample of that number, DataError if a row is not what was
     written, or out of reach.
     """

@@ -15,17 +15,11 @@ from overture.errors import ConfigError
 def write_split_page(
     file: Path, split: Split, figures: Figures, tokenizer: Any, numbers: Sequence[int] | None
 ) -> None:
-    """Write the page of a split to `file`, all at once.
+    """Write the page of a split to `file`, all at once; it says if `figures` are not of all rows.
 
-    Args:
-        file: where to.
-        split: the split.
-        figures: of its rows, or of some of them, which the page then says.
-        tokenizer: the one that the split was converted with; None for raw text.
-        numbers: samples to draw before the longest, shortest and most masked; None: the first.
-
-    Raises ConfigError if there is no such sample or the file cannot be written, DataError if a row
-    is not what was written.
+    Samples of these `numbers`, or for None the first, come before the longest, the shortest and the
+    most masked; `tokenizer` is None for raw text. Raises ConfigError if there is no such sample or
+    the file cannot be written, DataError if a row is not what was written.
     """
     lengths, learned = np.array(figures.lengths), np.array(figures.learned)
     extremes = {"Longest": lengths.argmax(), "Shortest": lengths.argmin()}

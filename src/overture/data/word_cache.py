@@ -93,13 +93,15 @@ class WordCache:
 
 def _pattern(cutter: dict[str, Any]) -> str | None:
     """Return the expression, in Python's dialect, of a pre-tokenizer as its JSON describes it."""
-    if cutter.get("type") == "ByteLevel":
-        usual = cutter["use_regex"] and not cutter["add_prefix_space"]
-        return _GPT2 if usual else None
-    steps = cutter.get("pretokenizers", [])
-    if cutter.get("type") != "Sequence" or [s["type"] for s in steps] != ["Split", "ByteLevel"]:
-        return None
-    split, byte_level = steps
-    if byte_level["use_regex"] or byte_level["add_prefix_space"] or split["invert"]:
-        return None
-    return _KNOWN.get(split["pattern"].get("Regex")) if split["behavior"] == "Isolated" else None
+    match cutter:
+        case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
+            return _GPT2
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": pattern},
+                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+            ],
+        }:
+            return _KNOWN.get(pattern.get("Regex"))
+    return None
