@@ -26,6 +26,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "peft", "trl", "mosaicml", "mosaicml-streaming")
 
 
+class SideError(Exception):
+    """A side that broke off: for want of memory, or by an error of its library."""
+
+
 class Side:
     """A process that trains for a window when asked."""
 
@@ -46,10 +50,7 @@ class Side:
             if line.startswith("WINDOW "):
                 return json.loads(line.removeprefix("WINDOW "))
         self.log.seek(0)
-        said = self.log.read()
-        if "OutOfMemoryError" in said:
-            raise MemoryError
-        raise SystemExit(f"{self.name} ended: {said[-2000:]}")
+        raise SideError(f"{self.name} ended: {self.log.read()[-1000:]}")
 
     def run(self) -> None:
         """Train for one window."""
@@ -136,12 +137,14 @@ def search(names: list[str], folder: Path, sizes: tuple[int, ...]) -> dict[str, 
         for batch in sizes:
             try:
                 side = Side(name, batch, folder)
-            except MemoryError:  # and so will larger ones
+            except SideError as error:  # larger batches will not do better
+                print(error, flush=True)
                 break
             side.run()
             side.end()
             rates[batch] = side.rate()
-        best[name] = max(rates, key=rates.get)
+        if rates:
+            best[name] = max(rates, key=rates.get)
         print(f"{name}: " + ", ".join(f"{b}: {r:,.0f}" for b, r in rates.items()), flush=True)
     return best
 
@@ -175,7 +178,7 @@ def measure(
         if stored_with and "ours" in stored:  # a part less does not ask for another batch size
             known = dict.fromkeys(sides, stored["ours"]) | stored
         batches = known | search([s for s in args.sides if s not in known], folder, sizes)
-        running = [Side(side, batches[side], folder) for side in args.sides]
+        running = [Side(side, batches[side], folder) for side in args.sides if side in batches]
         peaks = []
         for _ in range(args.windows):
             peaks.append(measured_peak())
@@ -192,7 +195,7 @@ def measure(
         "program": program, "losses": losses, "batch_sizes": batches, "model": shape,
         "bfloat16_gigaflops": max(peaks) / 1e9, "sides": table, "environment": environment(),
     }  # fmt: skip
-    first = args.sides[0]
+    first = running[0].name
     rates = {name: row["tokens_per_second"] for name, row in table.items()}
     result["ratios"] = {n: rates[first] / rate for n, rate in rates.items() if n != first}
     print(f"{first} to each: " + ", ".join(f"{n} {r:.2f}" for n, r in result["ratios"].items()))
