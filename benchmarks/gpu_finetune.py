@@ -49,5 +49,7 @@ if __name__ == "__main__":
     shape, toy = arguments[1], arguments[1] == "toy"
     missing = {n for n, o in LIBRARIES.items() if n not in SIDES}
     print(f"not installed, so left out: {', '.join(sorted(missing)) or 'none'}", flush=True)
-    measure(f"gpu_finetune_{shape}", __doc__, SIDES, SHAPES[shape], LENGTH,
-            sizes=(1,) if toy else (1, 2, 4, 8), results=not toy, arguments=arguments[2:])  # fmt: skip
+    measure(
+        f"gpu_finetune_{shape}", __doc__, SIDES, SHAPES[shape], LENGTH,
+        sizes=(1,) if toy else (1, 2, 4, 8), results=not toy, arguments=arguments[2:],
+    )  # fmt: skip

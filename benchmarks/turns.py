@@ -165,7 +165,7 @@ def measure(
     parser.add_argument("--sides", nargs="+", default=list(sides), choices=list(sides))
     args = parser.parse_args(arguments)
     stored: dict[str, int] = {}
-    for name in (*stored_with, program):
+    for name in (program, *stored_with):
         if (RESULTS / f"{name}.json").exists():
             stored |= json.loads((RESULTS / f"{name}.json").read_text())["batch_sizes"]
     with tempfile.TemporaryDirectory() as name:
