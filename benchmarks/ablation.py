@@ -3,9 +3,11 @@
     OVERTURE_DATA=... python benchmarks/ablation.py
 
 The model, the data and the way of measuring are those of finetune_throughput.py, whose batch size
-is used, so run that first. Compilation is the other way round: it is off unless asked for. Writes
-benchmarks/results/ablation.json.
+is used, so run that first. Compilation and another allocator are the other way round: they are off
+unless asked for. Writes benchmarks/results/ablation.json.
 """
+
+from ctypes.util import find_library
 
 from finetune_throughput import LENGTH, SHAPE
 from turns import measure
@@ -20,6 +22,9 @@ OPTIONS = {
     "without keeping memory": {"switch": "memory"},
     "with torch.compile": {"compile": True},
 }
+TCMALLOC = find_library("tcmalloc_minimal")
+if TCMALLOC:
+    OPTIONS["with tcmalloc (LD_PRELOAD)"] = {"environment": {"LD_PRELOAD": TCMALLOC}}
 SIDES = {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in OPTIONS.items()}
 
 if __name__ == "__main__":

@@ -36,10 +36,12 @@ class Side:
     def __init__(self, name: str, batch: int, folder: Path) -> None:
         self.name, self.batch = name, batch
         self.log = (folder / f"{name.replace(' ', '-')}-{batch}.log").open("w+")
+        options = json.loads((folder / "plan.json").read_text())["sides"][name]
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "benchmarks" / "sides.py", name, str(batch), folder], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=folder,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+            | options.get("environment", {}),
         )  # fmt: skip
         self.windows: list[dict[str, float]] = []
         self.read()  # the warm-up
