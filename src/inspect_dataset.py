@@ -16,7 +16,6 @@ from overture.errors import ConfigError, exit_on_error
 
 
 def main() -> int:
-    """Parse arguments and print counts and samples, or what was asked for instead."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, nargs="?", help="the out_root of the conversion")
@@ -37,8 +36,7 @@ def main() -> int:
         raise ConfigError("--html, --stats and --verify read a FOLDER: copy the split to one")
 
     from overture.data.cache import open_cache
-    from overture.data.inspect import ledger_figures, sample_lines, samples
-    from overture.data.inspect_html import write_split_page
+    from overture.data.inspect import ledger_figures, sample_lines, samples, write_split_page
     from overture.data.shards import Figures, Split
     from overture.data.verify import verify
 

@@ -12,9 +12,7 @@ from overture.report import build_report, load_run, summary_lines
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_folder", type=Path, help="the folder of a run that ended: runs/NAME")
     folder = parser.parse_args().run_folder
     page = build_report(folder)

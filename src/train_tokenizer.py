@@ -12,11 +12,9 @@ from overture.errors import exit_on_error
 
 
 def main() -> int:
-    """Parse arguments, train, print the size reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--input", dest="inputs", nargs="+", required=True, help=".txt or .jsonl files, hub names"
-    )
+    files = ".txt or .jsonl files, hub names"
+    parser.add_argument("--input", dest="inputs", nargs="+", required=True, help=files)
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompt_template", choices=list(templates()), help="of the data to come")

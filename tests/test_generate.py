@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from overture.data.streams import TokenStream
-from overture.generate import greedy_answers, held_out_prompts, is_exact
 from overture.models.build import load_causal_lm
 from overture.tokenizer import load_tokenizer
+from overture.training.answers import greedy_answers, held_out_prompts, is_exact
 
 
 @pytest.fixture(scope="module")

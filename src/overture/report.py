@@ -1,8 +1,4 @@
-"""The page and the closing summary of a run, made from the files of its run folder alone.
-
-`report.html` is one file: no network, no script. The charts are inline SVG, placed in per cent, so
-letters keep their size from phone to paper. A part is a function that returns HTML, "" if empty.
-"""
+"""The page and the closing summary of a run, made from the files of its run folder alone."""
 
 import json
 import math
@@ -10,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from overture.data.page import key_figures, quiet, safe, section, table, write_page
+from overture.data.page import write_page
 from overture.errors import ConfigError
 
 MAX_CURVE_POINTS = 2000  # a longer curve is drawn through the extremes of each stretch of it
@@ -18,7 +14,7 @@ SPECS = {
     "eval_perplexity": ",.2f", "steps": ",.0f", "tokens_seen": ",.0f", "label_tokens_seen": ",.0f",
     "tokens_per_second": ",.0f", "label_tokens_per_second": ",.0f", "seed": ".0f",
 }  # fmt: skip
-BADGES = {"target_reached": "good", "completed": "good", "failed": "bad"}
+FIRST_SPECS = dict.fromkeys(("eval_cross_entropy", "eval_cross_entropy_before", "target"), ",.4f")
 
 
 @dataclass
@@ -37,9 +33,15 @@ class Run:
 def build_report(run_folder: Path) -> Path:
     """Writes `<run_folder>/report.html` and returns its path; raises as load_run does."""
     run, page = load_run(run_folder), run_folder / "report.html"
-    parts = (part(run) for part in (_key_figures, _curves, _evals, _generations, _appendix))
-    style = Path(__file__).with_suffix(".css")
-    write_page(page, str(run.result.get("run_name")), style, "".join(parts))
+    machine = run.environment and json.dumps(run.environment, indent=2, ensure_ascii=False)
+    texts = {"Command": run.environment.get("command"), "Config": run.config, "Machine": machine}
+    shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
+    columns = {n: [r[k] for r in run.train if _finite(r.get(k))] for k, n in shares.items()}
+    medians = [f"{name} {median(column):.1%}" for name, column in columns.items() if column]
+    drawn = {"run": run, "charts": _charts(run), "medians": medians, "texts": texts}
+    helpers = {"number": _number, "finite": _finite, "duration": _duration, "name": _name}
+    title, specs = str(run.result.get("run_name")), {**FIRST_SPECS, **SPECS}
+    write_page(page, Path(__file__), title, specs=specs, **drawn, **helpers)
     return page
 
 
@@ -104,17 +106,13 @@ def _number(value, spec: str = ",.4f") -> str:
     return format(value, spec) if _finite(value) else "" if value is None else str(value)
 
 
-def _data(value, spec: str = ",.4f") -> str:
-    """Returns the number for reading as HTML that also holds the exact one of the file."""
-    text = safe(_number(value, spec))
-    return f'<data value="{safe(value)}">{text}</data>' if text else "–"
-
-
 def _name(key: str) -> str:
     return key.replace("_per_second", "/s").replace("_", " ")
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if not _finite(seconds):
+        return ""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes:,} min {rest} s" if minutes else f"{seconds:.1f} s"
 
@@ -137,110 +135,37 @@ def _ticks(low: float, high: float, least: float = 0.0) -> list[tuple[float, str
     return [(i * step, f"{i * step:,.6g}") for i in span]
 
 
-def _chart(title: str, y_title: str, curves: list[tuple], target=None, from_zero=False) -> str:
-    """Returns a line chart over optimizer steps, "" without points. A curve is (name, classes,
-    points), where the class "dots" marks each point and labels the last."""
+def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=False) -> dict | None:
+    """Returns what the template draws a line chart of, None without points: its round figures,
+    and `x` and `y`, which place a step and a value in it. A curve is (name, classes, points)."""
     curves = [curve for curve in curves if curve[2]]
     if not curves:
-        return ""
+        return None
     steps, values = zip(*(point for _, _, points in curves for point in points), strict=True)
     left, right = min(steps), max(*steps, min(steps) + 1)
     values += (0.0,) * from_zero + (target,) * _finite(target)
     rows = _ticks(min(values), max(values))
     low, high = rows[0][0], rows[-1][0]
-
-    def x(step: float) -> str:
-        return f"{100 * (step - left) / (right - left):.3f}"
-
-    def y(value: float) -> str:
-        return f"{100 * (high - value) / (high - low):.3f}"
-
-    svg = ""
-    for value, label in rows:
-        svg += f'<line class="grid" data-y="{value}" y1="{y(value)}%" y2="{y(value)}%" x2="100%"/>'
-        svg += f'<text class="y" y="{y(value)}%" dx="-8" dy="4">{label}</text>'
-    for step, label in _ticks(left, right, least=1.0):
-        if left <= step <= right:
-            svg += f'<text class="x" x="{x(step)}%" y="100%" dy="18">{label}</text>'
-    for name, style, points in curves:
-        line = " ".join(f"{x(step)},{y(value)}" for step, value in points)
-        svg += f'<svg viewBox="0 0 100 100" preserveAspectRatio="none"><polyline points="{line}" '
-        svg += f'class="{style}" data-name="{name}"/></svg>'
-        for step, value in points if "dots" in style or len(points) == 1 else []:
-            svg += f'<circle class="{style}" cx="{x(step)}%" cy="{y(value)}%" r="3.5"/>'
-        if "dots" in style:
-            svg += f'<text x="{x(step)}%" y="{y(value)}%" dx="9" dy="4">{value:.3f}</text>'
-    if _finite(target):
-        svg += f'<line class="target" x2="100%" y1="{y(target)}%" y2="{y(target)}%"/>'
-        svg += f'<text class="target" y="{y(target)}%" dx="6" dy="-6">target {target:g}</text>'
-    keys = "".join(f'<li class="{style}">{name}</li>' for name, style, _ in curves)
-    return (
-        f"<figure><figcaption>{title}<ul>{keys if len(curves) > 1 else ''}</ul></figcaption>"
-        f'<p class="axis">{y_title}</p><svg role="img" aria-label="{title}: {y_title}">{svg}</svg>'
-        '<p class="axis under">optimizer step</p></figure>'
-    )
+    return {
+        "title": title,
+        "unit": unit,
+        "curves": curves,
+        "rows": rows,
+        "columns": [tick for tick in _ticks(left, right, least=1.0) if left <= tick[0] <= right],
+        "target": target if _finite(target) else None,
+        "x": lambda step: f"{100 * (step - left) / (right - left):.3f}",
+        "y": lambda value: f"{100 * (high - value) / (high - low):.3f}",
+    }
 
 
-def _key_figures(run: Run) -> str:
-    result, metrics = run.result, run.result.get("metrics") or {}
-    style, status = BADGES.get(result.get("status"), ""), safe(result.get("status"))
-    time = result.get("time_to_train_seconds")
-    losses = dict.fromkeys(("eval_cross_entropy", "eval_cross_entropy_before", "target"), ",.4f")
-    figures = [
-        ("status", f'<b class="{style}">{status.replace("_", " ")}</b>', ""),
-        ("seconds to train", _data(time, ",.1f"), _duration(time) if _finite(time) else ""),
-        *((_name(k), _data(result.get(k), spec), "") for k, spec in {**losses, **SPECS}.items()),
-    ]
-    if metrics.get("exact_match_after") is not None:
-        pair = (_data(metrics.get(f"exact_match_{when}"), ".1%") for when in ("before", "after"))
-        prompts = f"{_data(metrics.get('exact_match_prompts'), ',.0f')} held-out prompts"
-        figures.append(("exact match", " → ".join(pair), prompts))
-    others = {k: v for k, v in metrics.items() if _finite(v) and not k.startswith("exact_match")}
-    return key_figures([*figures, *((safe(k), _data(v), "") for k, v in others.items())])
-
-
-def _curves(run: Run) -> str:
+def _charts(run: Run) -> list[dict | None]:
     loss = ("train loss", "faint", _points(run.train, "loss"))
     held = ("eval cross-entropy", "strong dots", _points(run.evals, "cross_entropy"))
     every = ("all tokens", "strong", _points(run.train, "tokens_per_second"))
     label = ("label tokens", "faint", _points(run.train, "label_tokens_per_second"))
     rate = ("learning rate", "strong", _points(run.train, "learning_rate"))
-    target = run.result.get("target")
-    html = _chart("Loss", "cross-entropy (nats per token)", [loss, held], target)
-    pair = _chart("Throughput", "tokens per second", [every, label], from_zero=True)
-    pair += _chart("Schedule", "learning rate", [rate], from_zero=True)
-    shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
-    columns = {n: [r[k] for r in run.train if _finite(r.get(k))] for k, n in shares.items()}
-    medians = [f"{name} {median(column):.1%}" for name, column in columns.items() if column]
-    note = f"Median: {', '.join(medians)}." if medians else ""
-    return f'{html}<div class="pair">{pair}</div>{quiet(note)}'
-
-
-def _evals(run: Run) -> str:
-    specs = {"step": ",.0f", "seconds": ",.1f", "cross_entropy": ",.4f", "perplexity": ",.2f"}
-    rows = [[_data(r.get(k), spec) for k, spec in specs.items()] for r in reversed(run.evals)]
-    return section("Evaluations, latest first", table(rows, "numbers", list(specs)))
-
-
-def _generations(run: Run) -> str:
-    def cell(record: dict, key: str) -> str:
-        text = "–" if record.get(key) is None else str(record[key])
-        mark = '<b class="exact">✓ exact</b>' if record.get(f"exact_{key}") is True else ""
-        return f"{mark}<span>{safe(text)}</span>"
-
-    head = ["prompt", "expected", "before", "after"]
-    html = table([[cell(r, key) for key in head] for r in run.generations], "texts", head)
-    counts = [sum(r.get(f"exact_{key}") is True for r in run.generations) for key in head[2:]]
-    note = f"Of these {len(run.generations)}, exact before training {counts[0]}, after {counts[1]}."
-    return section("Generations on held-out prompts", html and quiet(note) + html)
-
-
-def _appendix(run: Run) -> str:
-    listing = run.environment and json.dumps(run.environment, indent=2, ensure_ascii=False)
-    texts = {"Command": run.environment.get("command"), "Config": run.config, "Machine": listing}
-    html = "".join(
-        f"<details><summary>{title}</summary><pre>{safe(text)}</pre></details>"
-        for title, text in texts.items()
-        if text
-    )
-    return html + "".join(quiet(safe(note)) for note in run.notes)
+    return [
+        _chart("Loss", "cross-entropy (nats per token)", [loss, held], run.result.get("target")),
+        _chart("Throughput", "tokens per second", [every, label], from_zero=True),
+        _chart("Schedule", "learning rate", [rate], from_zero=True),
+    ]

@@ -1,16 +1,14 @@
 """Loading and training tokenizers; always a fast tokenizer in Hugging Face format."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from overture.data.prompts import PromptTemplate, template
+from overture.data.prompts import template
 from overture.data.readers import Malformed
-from overture.data.sources import Place, open_source
+from overture.data.sources import open_source
 from overture.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -18,24 +16,17 @@ PADDING = "<|padding|>"
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """Return the fast tokenizer of a folder, a run folder or a hub name, with a padding token.
-
-    Raises:
-        ConfigError: there is none of that name, or it cannot be loaded.
-    """
+    """Return the fast tokenizer of a folder, run or hub name, able to pad; ConfigError if none."""
     from transformers import AutoTokenizer, logging  # seconds to import
 
     logging.set_verbosity_error()  # its warnings on tokenizers speak to their authors
 
     folder = Path(name)
-    if (folder / "hf").is_dir():  # a run folder
-        folder = folder / "hf"
     if not folder.is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise ConfigError(f"{name}: no such tokenizer folder")
+    place = str(folder / "hf") if (folder / "hf").is_dir() else name  # a run folder has one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub's client raises a dozen kinds; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: no tokenizer to be had there ({reason})") from None
@@ -61,19 +52,16 @@ def train_tokenizer(
     prompt_template: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Train a byte-level BPE tokenizer on text or jsonl files and write it to `out`.
+    """Train a byte-level BPE tokenizer on text or jsonl files, write it to `out`, return its size.
 
     Every string field of a jsonl record counts as text or, with a template, what the model will
     see of it, so that the template's own words become single pieces too. Byte-level pieces mean
     that nothing is unknown and every text comes back as it went in (Radford et al. 2019, GPT-2).
-
-    Returns:
-        The size of the vocabulary reached, special tokens included.
-
-    Raises:
-        ConfigError: an input is missing or broken, or `out` is there already.
+    The size counts special tokens and may be smaller than `vocab_size`. Raises ConfigError: an
+    input is missing or broken, or `out` is there already.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} is there already; give --overwrite to replace it")
@@ -86,14 +74,17 @@ def train_tokenizer(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"special_tokens": [END_OF_TEXT, PADDING], "show_progress": False}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator((text for source in sources for text in source), trainer)
-    _save(tokenizer, out)
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    ends = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PADDING}
+    options = {"clean_up_tokenization_spaces": False, **ends}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(aside)
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
     return tokenizer.get_vocab_size()
 
 
@@ -103,31 +94,15 @@ def _texts(name: str, prompt_template: str | None) -> Iterator[str]:
         return iter(path.read_text(encoding="utf-8-sig").splitlines(keepends=True))
     chosen = template(prompt_template) if prompt_template else None
     source = open_source(name)  # here, so that a missing file is an error before training
-    return (text for row in source.read() for text in _record_texts(name, *row, chosen))
 
+    def read() -> Iterator[str]:
+        for place, record in source.read():
+            if isinstance(record, Malformed):
+                raise ConfigError(f"{name}: {place} {record.detail}")
+            texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
+            if chosen:
+                yield from (chosen.prompt(texts), texts.get(chosen.response, ""))
+            else:
+                yield from texts.values()
 
-def _record_texts(
-    name: str, place: Place, record: dict[str, Any] | Malformed, chosen: PromptTemplate | None
-) -> list[str]:
-    if isinstance(record, Malformed):
-        raise ConfigError(f"{name}: {place} {record.detail}")
-    texts = {name: value for name, value in record.items() if isinstance(value, str) and value}
-    if chosen is None:
-        return list(texts.values())
-    return [chosen.prompt(texts), texts.get(chosen.response or "", "")]
-
-
-def _save(tokenizer: Any, out: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        bos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(aside)
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
+    return read()

@@ -11,8 +11,7 @@ from streaming import StreamingDataset
 
 import handmade
 from overture.data.collate import TokenCollator
-from overture.data.inspect import ledger_figures, pieces, sample_lines, samples
-from overture.data.inspect_html import write_split_page
+from overture.data.inspect import ledger_figures, pieces, sample_lines, samples, write_split_page
 from overture.data.shards import Figures, Split
 from overture.errors import ConfigError, DataError
 from overture.tokenizer import load_tokenizer

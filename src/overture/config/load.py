@@ -4,21 +4,20 @@ Every mistake is collected and reported at once, as `FILE: key.path: what is wro
 imported: the answer to a typo should take less than a second.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
 import shlex
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from overture.config.rules import contradictions
+from overture.config.rules import Problem, contradictions
 from overture.config.schema import Config
 from overture.errors import ConfigError, nearest
 
@@ -27,28 +26,23 @@ _URL_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
-    """Return the config of `FILE.yaml a.b=c ...`, checked, with `{run_name}` filled in.
-
-    Raises:
-        ConfigError: naming every unknown key, wrong type and contradiction found.
-    """
+    """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong."""
     adopt_hub_token()
-    usage = "usage: composer main.py|finetune.py FILE.yaml [key.sub=value ...]"
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
-        raise ConfigError(usage)
-    path, overrides = arguments[0], arguments[1:]
-    data, overridden = _merge(path, overrides)
+        raise ConfigError("usage: composer main.py|finetune.py FILE.yaml [key.sub=value ...]")
+    path, *overrides = arguments
+    data = _merge(path, overrides)
     data.setdefault("run_name", Path(path).stem)
 
     def place(key: str) -> str:
-        key = key.split("[")[0]  # an item of a list
-        set_here = any(o == key or o.startswith(key + ".") for o in overridden)
-        return f"command line (over {path})" if set_here else path
+        key = key.split("[")[0] + "."  # of an item, its list
+        is_set_here = any(f"{o.split('=')[0]}.".startswith(key) for o in overrides)
+        return f"command line (over {path})" if is_set_here else path
 
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     config = _build(Config, data, "", problems)
     if not problems:
-        config = _fill_run_name(config, config.run_name)
+        _each_text(config, lambda text, _: text.replace("{run_name}", config.run_name))
         problems = contradictions(config, tasks, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if problems:
         raise ConfigError("\n  ".join(f"{place(key)}: {key}: {text}" for key, text in problems))
@@ -73,22 +67,28 @@ def local_rank() -> int:
 
 def redact(value: Any, key: str = "") -> Any:
     """Return a copy of a config tree in which no secret is left: by key name, and in URLs."""
+
+    def hide(text: str, key: str) -> str:
+        return "***" if _SECRET_KEY.search(key) else _URL_CREDENTIALS.sub("://***@", text)
+
+    return _each_text(value, hide, key)
+
+
+def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Return a config tree with every text changed, given its key; dataclasses in place."""
+    if dataclasses.is_dataclass(value):
+        vars(value).update(_each_text(vars(value), change))
     if isinstance(value, dict):
-        return {name: redact(item, str(name)) for name, item in value.items()}
+        return {name: _each_text(item, change, str(name)) for name, item in value.items()}
     if isinstance(value, list):
-        return [redact(item, key) for item in value]
-    if isinstance(value, str):
-        return "***" if _SECRET_KEY.search(key) else _URL_CREDENTIALS.sub("://***@", value)
-    return value
+        return [_each_text(item, change, key) for item in value]
+    return change(value, key) if isinstance(value, str) else value
 
 
 def command_line(arguments: list[str]) -> str:
     """Return the command that reproduces this process, for the run folder; secrets redacted."""
-    launcher = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["composer"]
-        if os.environ["LOCAL_WORLD_SIZE"] != "1":
-            launcher += ["-n", os.environ["LOCAL_WORLD_SIZE"]]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = {None: ["python"], "1": ["composer"]}.get(ranks, ["composer", "-n", ranks])
     shown = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -96,11 +96,9 @@ def command_line(arguments: list[str]) -> str:
     return shlex.join(launcher + shown)
 
 
-def _merge(path: str, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the merged tree and the dotted keys that came from the command line."""
+def _merge(path: str, overrides: list[str]) -> dict[str, Any]:
     if not Path(path).is_file():
-        folder = Path(path).parent
-        hint = nearest(path, [str(f) for f in folder.glob("*.yaml")]) if folder.is_dir() else ""
+        hint = nearest(path, map(str, Path(path).parent.glob("*.yaml")))
         raise ConfigError(f"{path}: no such config file{hint}")
     for override in overrides:
         if "=" not in override:
@@ -109,31 +107,17 @@ def _merge(path: str, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
             )
     try:
         tree = OmegaConf.load(path)
-        if not OmegaConf.is_dict(tree):
-            raise ConfigError(f"{path}: expected keys and values at the top level")
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
-        return OmegaConf.to_container(tree, resolve=True), [o.split("=", 1)[0] for o in overrides]
-    except ConfigError:
-        raise
+        if OmegaConf.is_dict(tree):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+            return OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # the YAML parser's own errors carry line and column
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    raise ConfigError(f"{path}: expected keys and values at the top level")
 
 
-def _fill_run_name(value: Any, run_name: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            setattr(value, f.name, _fill_run_name(getattr(value, f.name), run_name))
-        return value
-    if isinstance(value, dict):
-        return {key: _fill_run_name(item, run_name) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_fill_run_name(item, run_name) for item in value]
-    return value.replace("{run_name}", run_name) if isinstance(value, str) else value
-
-
-def _build(cls: type, data: Any, prefix: str, problems: list[tuple[str, str]]) -> Any:
+def _build(cls: type, data: Any, prefix: str, problems: list[Problem]) -> Any:
     """Return an instance of a config dataclass, noting every key that does not fit."""
     if not isinstance(data, dict):
         problems.append((prefix.rstrip("."), f"expected keys and values, got {data!r}"))
@@ -142,13 +126,13 @@ def _build(cls: type, data: Any, prefix: str, problems: list[tuple[str, str]]) -
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
-        if key not in fields:
-            # `optimiser.lr=1` should be answered with `optimizer.lr`, not only with its first part.
-            inner = list(value)[:1] if isinstance(value, dict) else []
-            typed = ".".join(map(str, [key, *inner]))
-            problems.append((prefix + typed, "unknown key" + _hint(str(key), list(fields), inner)))
+        if key in fields:
+            values[key] = _convert(value, hints[key], f"{prefix}{key}", problems)
             continue
-        values[key] = _convert(value, hints[key], f"{prefix}{key}", problems)
+        # `optimiser.lr=1` should be answered with `optimizer.lr`, not only with its first part.
+        inner = list(value)[:1] if isinstance(value, dict) else []
+        typed = ".".join(map(str, [key, *inner]))
+        problems.append((prefix + typed, "unknown key" + _hint(str(key), list(fields), inner)))
     for name, f in fields.items():
         required = f.default is f.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -157,7 +141,7 @@ def _build(cls: type, data: Any, prefix: str, problems: list[tuple[str, str]]) -
     return cls(**values)
 
 
-def _convert(value: Any, kind: Any, key: str, problems: list[tuple[str, str]]) -> Any:
+def _convert(value: Any, kind: Any, key: str, problems: list[Problem]) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, arguments, key, problems)
@@ -180,24 +164,19 @@ def _convert(value: Any, kind: Any, key: str, problems: list[tuple[str, str]]) -
     return value
 
 
-def _convert_union(value: Any, kinds: tuple, key: str, problems: list[tuple[str, str]]) -> Any:
+def _convert_union(value: Any, kinds: tuple, key: str, problems: list[Problem]) -> Any:
     if value is None:
         if types.NoneType not in kinds:
             problems.append((key, "expected a value, got nothing"))
         return None
     kinds = tuple(k for k in kinds if k is not types.NoneType)
-    attempts = []
     for kind in kinds:
-        attempt: list[tuple[str, str]] = []
+        attempt: list[Problem] = []
         converted = _convert(value, kind, key, attempt)
         if not attempt:
             return converted
-        attempts.append(attempt)
-    if len(kinds) == 1:
-        problems.extend(attempts[0])
-    else:
-        expected = " or ".join(_describe(k) for k in kinds)
-        problems.append((key, f"expected {expected}, got {value!r}"))
+    expected = " or ".join(map(_describe, kinds))
+    problems += attempt if len(kinds) == 1 else [(key, f"expected {expected}, got {value!r}")]
     return value
 
 
@@ -213,11 +192,8 @@ def _hint(name: str, allowed: typing.Sequence[Any], inner: typing.Sequence[Any] 
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if typing.get_origin(kind) is list:
-        return "a list"
-    if typing.get_origin(kind) is dict:
-        return "keys and values"
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
-    return names.get(kind, str(kind))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names |= {list: "a list", dict: "keys and values"}
+    return names.get(typing.get_origin(kind) or kind, str(kind))

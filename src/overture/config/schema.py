@@ -6,12 +6,11 @@ path is replaced by the run's name. Durations are Composer's: `3ep` epochs, `200
 `1000sp` samples, `2000000tok` tokens; intervals may also be a share of the run, as in `0.25dur`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["causal_lm", "instruct"]
+Schedule = Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"]
 
 
 @dataclass
@@ -19,17 +18,14 @@ class ModelConfig:
     # A hub name, a folder in Hugging Face format, a run folder, or (with pretrained: false) a
     # model type such as `llama` or `gpt2`.
     name: str
-    # true loads weights; false initialises them from `config`.
-    pretrained: bool = True
+    pretrained: bool = True  # false: weights are initialised from `config`
     # Type of the weights. LoRA keeps its adapters in float32 over a bfloat16 base.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # auto: ours, within documents (blocks on a CPU, FlashAttention's varlen kernel on CUDA), where
     # the family uses transformers' attention interface; else sdpa, torch's fused kernels.
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    # Overrides of the model's own config (hidden_size, num_hidden_layers, ...).
-    config: dict[str, Any] = field(default_factory=dict)
-    # Run Python code that comes with a hub model. Only for code that you have read.
-    trust_remote_code: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # overrides: hidden_size, ...
+    trust_remote_code: bool = False  # run the Python code of a hub model; only if you have read it
     # Keep no activations within layers but make them again in the backward pass: a third more
     # arithmetic for a fraction of the memory.
     activation_checkpointing: bool = False
@@ -40,8 +36,7 @@ class LoraConfig:
     r: int = 16  # rank of each adapter
     alpha: float = 32.0  # adapters are scaled by alpha / r
     dropout: float = 0.0
-    # `all-linear`, or names of modules such as [q_proj, v_proj].
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = "all-linear"  # or names of modules: [q_proj, v_proj]
 
 
 @dataclass
@@ -70,12 +65,9 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    name: Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"] = (
-        "cosine_with_warmup"
-    )
+    name: Schedule = "cosine_with_warmup"
     t_warmup: str = "0.0dur"  # in the unit of max_duration, or a share of it
-    # Final learning rate as a share of optimizer.lr; default 0.1 where the rate decays.
-    alpha_f: float | None = None
+    alpha_f: float | None = None  # final share of optimizer.lr; default: 0.1 where it decays
 
 
 @dataclass
@@ -103,8 +95,7 @@ class SpeedMonitorConfig:
 @dataclass
 class ThroughputConfig:
     window: int = 10  # steps that the rates are taken over
-    # Time a matrix product at the start, so that MFU is known on a CPU too.
-    measure_peak: bool = False
+    measure_peak: bool = False  # time a matrix product at the start, for MFU on a CPU too
 
 
 @dataclass
@@ -158,6 +149,23 @@ class GenerationConfig:
 
 
 @dataclass
+class ResumeConfig:
+    # What may differ from when the run was begun: top-level keys, and dataset, tokenizer, model.
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
+class GuardsConfig:
+    # A loss or gradient that is not finite ends the run, or its step is skipped up to max_skips.
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skips: int = 3
+    # Seconds without a finished batch, of training or evaluation, that end the run; 0 waits on.
+    timeout: float = 1800.0
+    # A loss far above the recent ones is marked in the log, or ends the run.
+    loss_spike: Literal["mark", "stop"] = "mark"
+
+
+@dataclass
 class Config:
     task: Task
     model: ModelConfig
@@ -166,8 +174,7 @@ class Config:
     global_train_batch_size: int  # samples (rows of a shard) per optimizer step, over all ranks
     run_name: str | None = None  # default: the YAML's file name
     seed: int = 17
-    # A tokenizer folder or hub name; default: model.name.
-    tokenizer_name: str | None = None
+    tokenizer_name: str | None = None  # a folder or hub name; default: model.name
     # Shards are read from data_local/<split>. With data_remote they are downloaded to data_local.
     data_remote: str | None = None
     data_local: str | None = None
@@ -179,8 +186,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
     eval_interval: str = "1ep"
-    # Evaluate once before the first step, so that the curve starts at the base model.
-    eval_first: bool = False
+    eval_first: bool = False  # evaluate before the first step too: the base model
     device_train_microbatch_size: int | Literal["auto"] = 1
     device_eval_batch_size: int = 1
     # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16.
@@ -189,15 +195,16 @@ class Config:
     # compiler. The first steps take minutes; benchmarks/RESULTS.md says where it pays.
     compile: bool = False
     run_folder: str = "runs/{run_name}"
-    # Default: <run_folder>/checkpoints. May be s3://, gs://, ...
-    save_folder: str | None = None
+    save_folder: str | None = None  # may be s3://, gs://, ...; default: <run_folder>/checkpoints
     save_interval: str = "1ep"
-    save_num_checkpoints_to_keep: int = 1
-    # A checkpoint to start from; weights, optimizer and position in the data are restored.
+    save_num_checkpoints_to_keep: int = 2  # with two there is one to go back to; -1 keeps all
+    # A checkpoint (or a run) to start from; weights, optimizer and place in the data are restored.
     load_path: str | None = None
+    load_unverified: bool = False  # load one not of this kit, a pickle: only from people you trust
     load_weights_only: bool = False
-    # The same command after an interruption goes on from the newest checkpoint.
-    autoresume: bool = True
+    autoresume: bool = True  # the same command goes on from the newest checkpoint
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
     generation: GenerationConfig | None = None

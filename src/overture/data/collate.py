@@ -27,7 +27,6 @@ class TokenCollator:
         self.max_seq_len, self.pad_token_id = max_seq_len, pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of some rows."""
         shape = (len(rows), self.max_seq_len)
         input_ids = np.full(shape, self.pad_token_id, np.int64)
         labels = np.full(shape, -100, np.int64)

@@ -48,10 +48,7 @@ def conversations(record: dict[str, Any], name: str) -> list[dict[str, str]] | M
 
 
 def as_threads(source: Source, which: str) -> Source:
-    """Return the threads of conversation trees as records with `messages`; other sources as is.
-
-    `which` is `all` threads, or the `best`: from each root on the best-ranked answer.
-    """
+    """Return conversation trees as threads, `all` or the `best`-ranked; other sources as is."""
     if not set(source.first()) >= _TREE:
         if which != "all":
             raise ConfigError(f"--threads {which}: {source.name} holds no conversation trees")

@@ -88,7 +88,6 @@ class Conversion:
 
     @property
     def remote(self) -> bool:
-        """Return whether the shards go to an object store."""
         return "://" in self.out_root
 
     def place(self, split: str) -> str:
@@ -97,7 +96,6 @@ class Conversion:
         return f"{self.out_root.rstrip('/')}/{name}"
 
     def how_packed(self) -> str:
-        """Return the packing method."""
         return self.packing or ("best_fit" if self.task in PACKED and self.tokenizer else "none")
 
     def check(self) -> None:

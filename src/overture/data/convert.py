@@ -33,9 +33,10 @@ from overture.errors import ConfigError, nearest
 
 BATCH_RECORDS = 400  # tokenised at once: enough for all threads, and processes end together
 _SQUAD = {"context", "question", "answers"}
+Say = Callable[[str], Any]
 
 
-def convert(job: Conversion, say: Callable[[str], Any] = print) -> dict[str, dict[str, Any]]:
+def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
     """Convert a dataset and return the ledger of each split written.
 
     Raises ConfigError if the source, a field, the tokenizer or an argument does not fit, or a split
@@ -88,10 +89,9 @@ def describe_split(place: str, ledger: dict[str, Any]) -> str:
 
 def _refuse_existing(job: Conversion) -> None:
     """Refuse to replace a split unasked, or to put one beside another draw from its source."""
+    is_there = os.path.exists
     if job.remote:
         from overture.data.remote import holds_split as is_there
-    else:
-        is_there = os.path.exists
     for split in job.splits():
         place = job.place(split)
         if not (job.overwrite or job.resume) and is_there(place):
@@ -101,18 +101,13 @@ def _refuse_existing(job: Conversion) -> None:
             continue
         theirs = read_ledger(ledger.parent).get("arguments", {}).get("origins", {})
         for one, other in itertools.product(theirs.values(), job.origins.values()):
-            if _overlap(one, other):
+            (*one_source, start, stop), (*other_source, begin, end) = one, other
+            apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
+            if one_source == other_source and not apart:
                 raise ConfigError(
                     f"{ledger.parent} was drawn from the same {one[0]}: its rows would be in "
                     f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
                 )
-
-
-def _overlap(one: Any, other: Any) -> bool:
-    """Return whether two origins have rows in common."""
-    (_, _, start, stop), (_, _, begin, end) = one, other
-    apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
-    return list(one[:2]) == list(other[:2]) and not apart
 
 
 def _open(job: Conversion, split: str, work: Workspace) -> Source:
@@ -178,7 +173,7 @@ def _fields(job: Conversion, prompt: Any) -> Fields:
 
 
 def _write_all(
-    job: Conversion, work: Workspace, parts: list[Part], prompt: Any, say: Callable[[str], Any]
+    job: Conversion, work: Workspace, parts: list[Part], prompt: Any, say: Say
 ) -> dict[str, dict[str, Any]]:
     todo = [Selected(part, split) for part in parts for split in part.splits]
     if job.task == "jsonl":
@@ -198,21 +193,18 @@ def _write_all(
         "labels": labels,
     }
     work.bind({f"{name} (contents)": value for name, value in facts.items()})
-    encoder = _encoder(job, tokens, prompt, labels)
     ledgers = {}
-    with Workers(encoder, job.processes) as workers:
+    with Workers(_encoder(job, tokens, prompt, labels), job.processes) as workers:
         from overture.data.write import write_split  # slow to import: after the workers are forked
 
         for rows in todo:
             done = work.finished(rows.split, rows.part.source, facts)
-            ledger = done or write_split(job, work.folder, rows, workers, facts)
-            ledgers[rows.split] = ledger
-            say(describe_split(job.place(rows.split), ledger))
+            ledgers[rows.split] = done or write_split(job, work.folder, rows, workers, facts)
+            say(describe_split(job.place(rows.split), ledgers[rows.split]))
     return ledgers
 
 
 def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
-    """Return the tokenizer, and what the ledger says of it."""
     from overture.tokenizer import load_tokenizer, tokenizer_sha256
 
     tokenizer = load_tokenizer(job.tokenizer)
@@ -271,9 +263,7 @@ class Selected:
             yield (found.rows, places, rejected), records
 
 
-def _write_jsonl(
-    job: Conversion, work: Workspace, rows: Selected, say: Callable[[str], Any]
-) -> dict[str, Any]:
+def _write_jsonl(job: Conversion, work: Workspace, rows: Selected, say: Say) -> dict[str, Any]:
     kept, lost = 0, Counter()
     aside = work.folder / f"rejected-{rows.split}.jsonl"  # no name that reads as the split's own
     with (

@@ -43,10 +43,8 @@ class Tokens:
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # BERT's kind has CLS and SEP
         self.eos = ends[0] if ends[0] is not None else ends[1]
         if self.eos is None:
-            raise ConfigError(
-                f"{name}: the tokenizer has no EOS token, so a model could not learn to stop; set "
-                "eos_token in its tokenizer_config.json"
-            )
+            fault = f"{name}: the tokenizer has no EOS token, so a model could not learn to stop"
+            raise ConfigError(f"{fault}; set eos_token in its tokenizer_config.json")
         self.tokenizer = tokenizer
         # Asking the tokenizer itself is the only way that holds for every family.
         first = tokenizer("a")["input_ids"][0]
@@ -77,8 +75,8 @@ class Tokens:
 
     def forbids(self, record: dict[str, str]) -> bool:
         """Return whether a record spells a special token where those count as such."""
-        plain = self.backend.encode_special_tokens
-        return not plain and any(map(self.special.search, record.values()))
+        counts = not self.backend.encode_special_tokens
+        return counts and any(map(self.special.search, record.values()))
 
     def marker(self, text: str) -> np.ndarray:
         """Return the ids of a text in which special tokens count as such, [tokens] uint32."""
@@ -130,10 +128,7 @@ class Encoder:
 
 
 class TextEncoder(Encoder):
-    """Encodes plain text, all of it learned but the first token, which nothing could predict.
-
-    `bos_text` and `eos_text` stand instead of the tokenizer's own; '' for none.
-    """
+    """Encodes plain text, all learned but its first token, between `bos_text` and `eos_text`."""
 
     def __init__(
         self, *common: Any, bos_text: str | None = None, eos_text: str | None = None
@@ -168,7 +163,6 @@ class InstructEncoder(Encoder):
     """Encodes a prompt, which is masked, and the response with its EOS, which is learned."""
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield the document of each record."""
         count = len(records)
         prompts = [self.template.prompt(record) for record in records]
         # One call for both: the tokenizer's threads are kept busy to the end.
@@ -212,7 +206,6 @@ class InstructEncoder(Encoder):
         return ids
 
     def prompt_ids(self, text: str) -> Sequence[int]:
-        """Return the ids of one prompt."""
         return self.tokens.ids([text])[0]
 
 
@@ -223,6 +216,5 @@ class RawTextEncoder(Encoder):
         self.template, self.columns = template, {"text": "str"}
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield the text of each record that has one."""
         texts = (self.template.prompt(record) for record in records)
         yield from ([{"text": text}] if text.strip() else "empty" for text in texts)

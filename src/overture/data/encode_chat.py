@@ -15,6 +15,7 @@ from overture.data.encode import Encoder, Found, Records, Tokens, missing_bos, t
 from overture.errors import ConfigError
 
 Messages = list[dict[str, str]]
+Parts = list[tuple[np.ndarray, bool]]  # ids, whether they are learned
 _PROBE = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))] * 2
 
 
@@ -29,10 +30,9 @@ class ChatEncoder(Encoder):
     def __init__(self, tokens: Tokens, template: str | None, *limits: Any) -> None:
         super().__init__(tokens, template or tokens.tokenizer.chat_template, *limits)
         if not self.template:
-            raise ConfigError(
-                f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template; name one "
-                "with --prompt_template (see --list_templates)"
-            )
+            fault = f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template"
+            advice = "name one with --prompt_template (see --list_templates)"
+            raise ConfigError(f"{fault}; {advice}")
         try:
             probed = self._parts(_PROBE)
         except Exception as error:  # Jinja raises its own kinds, and templates raise theirs
@@ -45,7 +45,6 @@ class ChatEncoder(Encoder):
             )
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield the document of each record."""
         parts = [self._checked_parts(record["messages"]) for record in records]
         texts = [text for part in parts if not isinstance(part, str) for text, _ in part]
         ids = iter(self.tokens.ids(texts))
@@ -87,9 +86,7 @@ class ChatEncoder(Encoder):
         apply = self.tokens.tokenizer.apply_chat_template
         return apply(messages, chat_template=self.template, **options)
 
-    def _fit(
-        self, messages: Messages, parts: list[tuple[np.ndarray, bool]], notes: Counter[str]
-    ) -> list[dict[str, Any]] | str:
+    def _fit(self, messages: Messages, parts: Parts, notes: Counter[str]) -> list[Any] | str:
         cut = False
         while True:
             bos = missing_bos(self.tokens.bos, parts[0][0])

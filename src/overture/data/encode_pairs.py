@@ -18,10 +18,7 @@ MAX_CLASSES = 1_000
 
 
 class Seq2SeqEncoder(InstructEncoder):
-    """Encodes the template's prompt as `input_ids` and its response as `labels`, EOS learned.
-
-    Takes what InstructEncoder takes; `max_seq_len` holds for source and target each.
-    """
+    """Encodes prompts as `input_ids`, responses with EOS as `labels`; each fits `max_seq_len`."""
 
     def __init__(self, tokens: Tokens, *common: Any) -> None:
         super().__init__(tokens, *common)
@@ -29,7 +26,6 @@ class Seq2SeqEncoder(InstructEncoder):
         self._special = set(tokens.tokenizer.all_special_ids)
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield the pair of each record."""
         prompts = [self.template.prompt(record) for record in records]
         sources = self.tokens.call(prompts)["input_ids"]
         texts = [record[self.template.response] for record in records]
@@ -49,7 +45,6 @@ class Seq2SeqEncoder(InstructEncoder):
                 yield [{name: np.array(ids, np.uint32) for name, ids in pair.items()}]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Return the ids of one prompt."""
         return self.tokens.call(text)["input_ids"]
 
 
@@ -64,14 +59,10 @@ class ClassifyEncoder(Encoder):
         super().__init__(tokens, None, *limits)
         numbers = {name: np.int32(number) for number, name in enumerate(labels or ())}
         self._number = np.float32 if labels is None else numbers.__getitem__
-        self.columns = {
-            "input_ids": ids_type(tokens.vocab_size),
-            "token_type_ids": "ndarray:uint8",
-            "label": "float32" if labels is None else "int32",
-        }
+        self.columns = {"input_ids": ids_type(tokens.vocab_size), "token_type_ids": "ndarray:uint8"}
+        self.columns["label"] = "float32" if labels is None else "int32"
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield the row of each record."""
         for record, row in zip(records, self._rows(records), strict=True):
             is_long = len(row.ids) > self.max_seq_len
             if is_long and self.overflow == "truncate_prompt":

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from overture.data.conversations import conversations
-from overture.data.readers import MAX_ROW_BYTES, Malformed
-from overture.data.sources import Source
+from overture.data.readers import MAX_ROW_BYTES, Malformed, Record
+from overture.data.sources import Place, Source
 from overture.errors import ConfigError, nearest
 
 # What other datasets call our fields, for a better hint than spelling alone can give.
@@ -40,14 +40,12 @@ class Fields:
     identifier: str = "id"  # the field that no two rows may share; '' for none
     stratify: str | None = None
 
-    def read(
-        self, record: dict[str, Any], known: bool = False, whole: bool = False
-    ) -> dict[str, Any] | Malformed:
+    def read(self, record: Record, known: bool = False, whole: bool = False) -> Record | Malformed:
         """Return the record under our names, all other texts kept, or what is wrong with it.
 
         A row `known` to be sound is not searched again; of a `whole` one all else is kept too.
         """
-        ours: dict[str, Any] = {}
+        ours: Record = {}
         for name, kind in self.kinds.items():
             theirs = self.renamed.get(name, name)
             value = record.get(theirs)
@@ -69,7 +67,7 @@ class Fields:
         return found if known else _unsound(found) or found
 
 
-def _unsound(record: dict[str, Any]) -> Malformed | None:
+def _unsound(record: Record) -> Malformed | None:
     for name, value in record.items():
         texts = [name, value] if isinstance(value, str) else [m["content"] for m in value]
         for text in texts:
@@ -91,9 +89,9 @@ class Examination:
     categories: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     names: Counter[str] = field(default_factory=Counter)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    # row -> what `rejected.jsonl` says of a malformed row besides its reason
-    details: dict[int, dict[str, str]] = field(default_factory=dict)
+    samples: list[Record] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)  # reason -> the first malformed row
+    details: dict[int, dict[str, str]] = field(default_factory=dict)  # row -> more on its reason
     # [rows] uint16, index in `reasons`, then [rows] int64, equal where the prompt fields are, where
     # all fields that the task reads are, where the identifier is, and where the stratum is.
     fates: Any = field(default_factory=lambda: array("H"))
@@ -104,7 +102,6 @@ class Examination:
 
     @property
     def rows(self) -> int:
-        """Return the number of rows, broken ones included."""
         return len(self.fates)
 
     def fate(self, reason: str) -> int:
@@ -113,12 +110,13 @@ class Examination:
             self.reasons.append(reason)
         return self.reasons.index(reason)
 
-    def reject(self, reason: str, detail: str, row: int) -> int:
+    def reject(self, row: int, place: Place, why: Malformed) -> int:
         """Count a malformed row and return the number of the reason."""
-        self.malformed[reason] += 1
+        self.malformed[why.reason] += 1
+        self.first.setdefault(why.reason, f"{place} {why.detail}")
         if len(self.details) < MAX_DETAILS:
-            self.details[row] = {"detail": detail}
-        return self.fate(reason)
+            self.details[row] = {"detail": why.detail}
+        return self.fate(why.reason)
 
     def lines(self) -> list[str]:
         """Return the findings as lines for the terminal."""
@@ -134,8 +132,8 @@ class Examination:
             f"{repeats(self.prompts).sum():,} repeated prompts"
         )
         for number, sample in enumerate(self.samples):
-            lines.append(f"sample {number}")
-            lines += [f"  {name}: {_shorten(text)}" for name, text in sample.items()]
+            shown = (f"  {name}: {_shorten(text)}" for name, text in sample.items())
+            lines += [f"sample {number}", *shown]
         return lines
 
 
@@ -147,20 +145,15 @@ def repeats(keys: np.ndarray) -> np.ndarray:
 
 
 def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
-    """Read a source once and return what is in it.
-
-    Raises ConfigError: there are no rows, or more than the share `max_rejected` is malformed.
-    """
+    """Return what is in a source; ConfigError if nothing, or over `max_rejected` is malformed."""
     found = Examination()
-    first: dict[str, str] = {}
     for row, (place, raw) in enumerate(source.read()):
         record = raw
         if not isinstance(raw, Malformed):
             found.names.update(raw.keys())  # not update(raw): that would add up the texts
             record = fields.read(raw)
         if isinstance(record, Malformed):
-            first.setdefault(record.reason, f"{place} {record.detail}")
-            found.fates.append(found.reject(record.reason, record.detail, row))
+            found.fates.append(found.reject(row, place, record))
             # Keys that nothing shares: a broken row is nobody's duplicate.
             for keys in (found.prompts, found.contents, found.identifiers, found.strata):
                 keys.append(hash((row, source.name)))
@@ -174,14 +167,13 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
         raise ConfigError(f"{source.name}: holds no records")
     for name in ("fates", "prompts", "contents", "identifiers", "strata"):
         setattr(found, name, np.array(getattr(found, name)))
-    _reject_repeated_identifiers(found, source, fields, first)
-    share = sum(found.malformed.values()) / found.rows
-    if share > max_rejected:
-        raise ConfigError(_too_many(source, found, fields, first, max_rejected))
+    _reject_repeated_identifiers(found, source, fields)
+    if sum(found.malformed.values()) / found.rows > max_rejected:
+        raise ConfigError(_too_many(source, found, fields, max_rejected))
     return found
 
 
-def _count(found: Examination, fields: Fields, record: dict[str, Any]) -> None:
+def _count(found: Examination, fields: Fields, record: Record) -> None:
     shown = [*fields.kinds, *(["category"] if "category" in record else [])]
     unfilled = [n for n in shown if not record[n] or str(record[n]).isspace()]
     found.empty.update(dict.fromkeys(shown, 0))
@@ -206,38 +198,29 @@ def _opening(value: Any) -> str:
     return json.dumps([*itertools.takewhile(lambda m: m["role"] != "assistant", value)])
 
 
-def _reject_repeated_identifiers(
-    found: Examination, source: Source, fields: Fields, first: dict[str, str]
-) -> None:
+def _reject_repeated_identifiers(found: Examination, source: Source, fields: Fields) -> None:
     repeated = repeats(found.identifiers)
     for row, (place, record) in enumerate(source.read() if repeated.any() else ()):
         if repeated[row]:
             what = f"repeats {fields.identifier} {record[fields.identifier]!r}"
-            first.setdefault("duplicate_id", f"{place} {what}")
-            found.fates[row] = found.reject("duplicate_id", what, row)
+            found.fates[row] = found.reject(row, place, Malformed("duplicate_id", what))
 
 
-def _too_many(
-    source: Source, found: Examination, fields: Fields, first: dict[str, str], limit: float
-) -> str:
-    """Return the sentence on a source with too many malformed rows."""
-    count, rows = sum(found.malformed.values()), found.rows
-    reasons = "; ".join(
-        f"{found.malformed[why]:,} {why}, first: {where}" for why, where in first.items()
-    )
-    hint = ""
-    if "missing_field" in first:
+def _too_many(source: Source, found: Examination, fields: Fields, limit: float) -> str:
+    counts, rows, hint = found.malformed, found.rows, ""
+    reasons = (f"{counts[why]:,} {why}, first: {where}" for why, where in found.first.items())
+    if "missing_field" in found.first:
         names = [n for n in found.names if found.names[n] > rows // 2]
         needed = [n for n, kind in fields.kinds.items() if kind != "optional"]
         name = next((n for n in needed if fields.renamed.get(n, n) not in names), "")
         alias = next((a for a in _ALIASES.get(name, ()) if a in names), None)
         guess = f' (did you mean "--field {name}={alias}"?)' if alias else nearest(name, names)
         hint = f"; the fields there are: {', '.join(map(str, names))}{guess}"
-    elif "duplicate_id" in first:
+    elif "duplicate_id" in found.first:
         hint = "; if that field is no identifier, say --field id=OTHER, or --field id= for none"
     return (
-        f"{source.name}: {count:,} of {rows:,} rows are malformed, over --max_rejected {limit:g} "
-        f"({reasons}){hint}"
+        f"{source.name}: {sum(counts.values()):,} of {rows:,} rows are malformed, over "
+        f"--max_rejected {limit:g} ({'; '.join(reasons)}){hint}"
     )
 
 

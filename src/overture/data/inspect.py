@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from overture.data.collate import TokenCollator
-from overture.data.page import visible
+from overture.data.page import visible, write_page
 from overture.data.schema import LEDGER
-from overture.data.shards import Split, trusting
+from overture.data.shards import Figures, Split, trusting
 from overture.data.streams import TokenStream
 from overture.errors import ConfigError
 
@@ -41,10 +42,7 @@ class Sample(NamedTuple):
 
 
 def ledger_figures(split: Split) -> dict[str, str]:
-    """Return the figures of a split's ledger for reading, by name.
-
-    Raises DataError: its tokens are not counted.
-    """
+    """Return a ledger's figures for reading, by name; DataError if tokens are not counted in it."""
     told = {k: _told(v) for k, v in split.ledger.items() if v is not None and k not in HIDDEN}
     with trusting(split.folder / LEDGER):
         total, trained = (split.ledger["tokens"][name] for name in ("total", "trained"))
@@ -88,7 +86,6 @@ def samples(
 
 
 def _sample(split: Split, row: dict[str, Any], tokenizer: Any) -> Sample:
-    """Return a row of any kind as the model gets it."""
     if split.kind == "raw":
         about = f"{len(row['text']):,} characters, of which at most {MAX_RAW_TEXT:,} are shown"
         token = Token(None, "prompt", row["text"][:MAX_RAW_TEXT])
@@ -152,3 +149,29 @@ def sample_lines(sample: Sample, colour: bool) -> Iterator[str]:
         for (before, after), run in groupby(tokens, lambda token: marks[token.role]):
             text += before + visible("".join(token.text for token in run)) + after
         yield from ("  " + line for line in text.splitlines())
+
+
+def write_split_page(
+    file: Path, split: Split, figures: Figures, tokenizer: Any, numbers: Sequence[int] | None
+) -> None:
+    """Write the page of a split to `file`, all at once; it says if `figures` are not of all rows.
+
+    Samples of these `numbers`, or for None the first, come before the longest, the shortest and the
+    most masked; `tokenizer` is None for raw text. Raises ConfigError if there is no such sample or
+    the file cannot be written, DataError if a row is not what was written.
+    """
+    lengths, learned = np.array(figures.lengths), np.array(figures.learned)
+    extremes = {"Longest": lengths.argmax(), "Shortest": lengths.argmin()}
+    extremes |= {"Most masked": (learned / lengths).argmin()} if learned.any() else {}
+    chosen = {f"{name}: ": [figures.numbers[place]] for name, place in extremes.items()}
+    drawn = [
+        (name, sample)
+        for name, some in {"": numbers, **chosen}.items()
+        for sample in samples(split, some, tokenizer)
+    ]
+    values = {"figures": figures.summary(), "ledger": list(ledger_figures(split).items())}
+    title = f"{split.ledger['task']}: {split.folder}"
+    try:
+        write_page(file, Path(__file__), title, **values, drawn=drawn)
+    except OSError as error:
+        raise ConfigError(f"--html {file}: cannot be written ({error.strerror})") from None

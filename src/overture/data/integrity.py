@@ -47,10 +47,7 @@ class Shard(NamedTuple):
 
 
 def read_index(path: Path) -> list[Shard]:
-    """Return the shards of an `index.json`, whoever wrote it.
-
-    Raises DataError: it is missing or malformed, a column could run code, a file name leads out.
-    """
+    """Return the shards of any index; DataError if it is unsound, could run code, or leads out."""
     if not path.is_file():
         raise DataError(f"{path}: is missing; {REMEDY}")
     try:
@@ -109,10 +106,7 @@ def verified_index(path: Path, ledger: dict[str, Any]) -> list[Shard]:
 
 
 def verify_split(folder: Path, ledger: dict[str, Any], contents: bool = True) -> None:
-    """Compare a local split with what was written: names and sizes, and by hashes its `contents`.
-
-    Raises DataError, naming the first file that differs.
-    """
+    """Raise DataError for the first file of a split with another size or, if asked, `contents`."""
     shards = verified_index(folder / INDEX, ledger)
     written = [shard.packed or shard.raw for shard in shards]
     # Sizes first: a copy that broke off is the commonest fault, and is found at once.

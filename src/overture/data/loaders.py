@@ -1,5 +1,7 @@
 """From a converted split to the DataSpec that Composer's Trainer takes."""
 
+import faulthandler
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,6 @@ class GuardedLoader(StreamingDataLoader):
     """A StreamingDataLoader whose workers' DataErrors stay the one sentence that they are."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches of an epoch."""
         try:
             yield from super().__iter__()
         except DataError as error:
@@ -53,17 +54,23 @@ def build_loader(
     dataset = TokenStream(**place, **order, batch_size=batch_size)
     full_batch = batch_size * dist.get_world_size()
     if drop_last and dataset.num_samples < full_batch:  # training would wait for a batch for ever
-        raise ConfigError(
-            f"drop_last: {full_batch} samples make a batch, but {split} holds only "
-            f"{dataset.num_samples:,}; lower the batch size or convert more data"
-        )
+        fault = f"{full_batch} samples make a batch, but {split} holds only {dataset.num_samples:,}"
+        raise ConfigError(f"drop_last: {fault}; lower the batch size or convert more data")
     collate = TokenCollator(max_seq_len, pad_token_id)
     loader = GuardedLoader(
-        dataset, batch_size, collate_fn=collate, num_workers=num_workers, drop_last=drop_last
-    )
+        dataset, batch_size, collate_fn=collate, num_workers=num_workers, drop_last=drop_last,
+        worker_init_fn=_show_stacks if num_workers else None,
+    )  # fmt: skip
     return DataSpec(
         loader,
         num_samples=dataset.num_samples,
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=count_tokens,
     )
+
+
+def _show_stacks(worker: int) -> None:
+    """Let a worker print its stacks when the watchdog asks, and leave Ctrl-C to its parent."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

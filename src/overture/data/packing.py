@@ -46,16 +46,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def concatenate(
     documents: Sequence[np.ndarray], carry: Sequence[int], length: int, wrap: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return rows of exactly `length` ids, the ids that are left for next time, and those lost.
+    """Return rows, [rows, length] uint32, ids left for next time, [rest] uint32, and how many lost.
 
-    Args:
-        documents: ids, each [tokens] uint32.
-        carry: what an earlier call left.
-        length: tokens per row.
-        wrap: what does not fit a row begins the next one; otherwise it is lost, and every row
-            begins with a document.
-
-    Returns ([rows, length] uint32, [rest] uint32, number of ids lost).
+    Of the ids of `documents`, each [tokens] uint32, after those that an earlier call left. What
+    does not fit a row begins the next one with `wrap`; else it is lost, and every row begins with
+    a document.
     """
     rest = np.array(carry, np.uint32)
     if wrap:

@@ -62,10 +62,7 @@ def _built_in() -> dict[str, dict[str, Any]]:
 
 
 def template(name: str) -> PromptTemplate:
-    """Return a built-in template, or the one in a YAML file with keys sections, response and cut.
-
-    Raises ConfigError: there is none of that name, or the file is not such a template.
-    """
+    """Return a built-in template, or the one in a YAML file; ConfigError if there is none."""
     if name in templates():
         return templates()[name]
     if Path(name).is_file():
@@ -89,10 +86,10 @@ def chat_template(name: str) -> str:
 
 def _from_file(path: Path) -> PromptTemplate:
     def refuse(why: str) -> ConfigError:
-        return ConfigError(
-            f"{path}: {why}; a template has sections (a list of texts with {{field}} in them), "
-            "response and cut (names of fields)"
+        parts = (
+            "sections (a list of texts with {field} in them), response and cut (names of fields)"
         )
+        return ConfigError(f"{path}: {why}; a template has {parts}")
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

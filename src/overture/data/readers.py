@@ -5,7 +5,6 @@ row and cannot say on which line it stood. Parquet, whose rows cannot break sing
 """
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -27,7 +26,8 @@ class Malformed(NamedTuple):
 
 
 _TOO_LARGE = Malformed("too_large", f"is over {MAX_ROW_BYTES >> 20} MiB")
-Rows = Iterator[tuple[int, dict[str, Any] | Malformed]]
+Record = dict[str, Any]
+Rows = Iterator[tuple[int, Record | Malformed]]
 
 
 class Format(NamedTuple):
@@ -48,13 +48,11 @@ def reader(path: Path) -> Callable[[Path, Format], Rows] | None:
 
 def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading, decompressed if it is `.gz` or `.zst`."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        import pyarrow
+    if path.suffix not in COMPRESSED:
+        return path.open("rb")
+    import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | Malformed]]:
@@ -93,7 +91,7 @@ def read_jsonl(path: Path, _: Format = PLAIN) -> Rows:
             yield number, _object(record)
 
 
-def _object(record: Any) -> dict[str, Any] | Malformed:
+def _object(record: Any) -> Record | Malformed:
     if isinstance(record, (dict, Malformed)):
         return record
     return Malformed("not_object", "holds no JSON object")
@@ -117,7 +115,7 @@ def _read_json(path: Path, form: Format) -> Rows:
     yield from ((number, _object(row)) for number, row in enumerate(rows, start=1))
 
 
-def _squad_questions(articles: list[Any]) -> Iterator[dict[str, Any] | Malformed]:
+def _squad_questions(articles: list[Any]) -> Iterator[Record | Malformed]:
     """Yield a record per question of a SQuAD-format file (Rajpurkar et al. 2016)."""
     for article in articles:
         for paragraph in _parts(article, "paragraphs"):
@@ -185,9 +183,9 @@ def _table(path: Path, rows: Iterator[tuple[int, Any]], form: Format) -> Rows:
             names = cells
             twice = next((n for n in names if n and names.count(n) > 1), None)
             if twice:
+                advice = "if that line is no header, name the columns with --columns"
                 raise ConfigError(
-                    f"{path}: the column {twice!r} is there twice in line 1; if that line is no "
-                    "header, name the columns with --columns"
+                    f"{path}: the column {twice!r} is there twice in line 1; {advice}"
                 )
         elif not cells or cells == [""]:
             continue
@@ -202,12 +200,8 @@ def _read_parquet(path: Path, _: Format) -> Rows:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches(1_000):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1_000)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: cannot be read as Parquet ({error})") from None
 
@@ -223,28 +217,20 @@ def _read_text(path: Path, form: Format) -> Rows:
             text = Malformed("too_large", _TOO_LARGE.detail + advice)
         yield 1, text if isinstance(text, Malformed) else {"text": text}
         return
-    block, first = [], 1
-    for number, line in _lines(path):
+    block: list[tuple[int, str]] = []
+    for number, line in itertools.chain(_lines(path), [(0, "")]):  # which ends the last block
         if isinstance(line, Malformed):
             yield number, line
-        elif form.text_rows == "line":
-            if line.strip():
-                yield number, {"text": line}
-        elif line.strip():
-            first = first if block else number
-            block.append(line)
-        elif block:
-            yield first, {"text": "\n".join(block)}
+            continue
+        if line.strip():
+            block.append((number, line))
+        if block and (form.text_rows == "line" or not line.strip()):
+            yield block[0][0], {"text": "\n".join(text for _, text in block)}
             block = []
-    if block:
-        yield first, {"text": "\n".join(block)}
 
 
 def read_parallel(paths: list[Path]) -> Rows:
-    """Yield `source` and `target` from two files whose lines belong together.
-
-    Raises ConfigError: the files do not have the same number of lines.
-    """
+    """Yield `source` and `target` from two files; ConfigError if one has fewer lines."""
     for one, other in itertools.zip_longest(*map(_lines, paths)):
         if one is None or other is None:
             raise ConfigError(

@@ -15,17 +15,14 @@ def holds_split(remote: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         try:
             there, here = f"{remote}/{LEDGER}", f"{folder}/{LEDGER}"
-            CloudDownloader.get(remote).download(there, here, timeout=60)
+            CloudDownloader.direct_download(there, here, timeout=60)
         except Exception:  # each store's client has its own way to say no such object
             return False
     return True
 
 
 def upload_split(folder: Path, remote: str) -> None:
-    """Upload a finished split, its index and ledger last: only then is it there for a reader.
-
-    Raises ConfigError: the store cannot be written to; the split stays in `folder`.
-    """
+    """Upload a finished split, its ledger last, which makes it whole; ConfigError if refused."""
     names = [p.name for p in sorted(folder.iterdir()) if p.name not in (INDEX, LEDGER)]
     try:
         uploader = CloudUploader.get((str(folder), remote), keep_local=True, exist_ok=True)

@@ -34,11 +34,8 @@ def ids_type(vocab_size: int) -> str:
 
 def token_columns(vocab_size: int) -> dict[str, str]:
     """Return the MDS column types of rows of packed documents."""
-    return {
-        "input_ids": ids_type(vocab_size),
-        "loss_mask": "ndarray:uint8",
-        "document_ends": "ndarray:uint32",
-    }
+    others = {"loss_mask": "ndarray:uint8", "document_ends": "ndarray:uint32"}
+    return {"input_ids": ids_type(vocab_size), **others}
 
 
 def sha256_file(path: Path) -> str:
@@ -59,16 +56,12 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
-    """Return the ledger of a split.
-
-    Raises ConfigError, naming the splits that are there, if it is not; DataError if unreadable.
-    """
+    """Return a split's ledger; ConfigError, naming what is there, if none; DataError if broken."""
     if not (folder / LEDGER).is_file():
         found = sorted(p.parent.name for p in folder.parent.glob(f"*/{LEDGER}"))
         there = f"the splits there are: {', '.join(found)}" if found else "no split is there"
-        raise ConfigError(
-            f"{folder}: no converted dataset ({there}); write one with src/convert_dataset.py"
-        )
+        fault = f"{folder}: no converted dataset ({there})"
+        raise ConfigError(f"{fault}; write one with src/convert_dataset.py")
     try:
         ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
         files = [entry.keys() for entry in ledger["files"]]
@@ -93,26 +86,20 @@ def check_split(
     another one, DataError if the ledger is unreadable.
     """
     ledger = read_ledger(folder)
-    wanted = CONVERTED_FOR[task]
-    known = ledger["tokenizer"]
+    wanted, known = CONVERTED_FOR[task], ledger["tokenizer"]
     if ledger["task"] != wanted:
-        fault = f"converted with --task {ledger['task']}, but task {task} reads --task {wanted}"
-        raise ConfigError(f"{folder}: was {fault}")
+        theirs = f"was converted with --task {ledger['task']}"
+        raise ConfigError(f"{folder}: {theirs}, but task {task} reads --task {wanted}")
     if known is None:
         raise ConfigError(f"{folder}: holds raw text; convert it again with --tokenizer")
     if ledger["max_seq_len"] > max_seq_len:
-        raise ConfigError(
-            f"max_seq_len: {max_seq_len} is shorter than the rows of {folder} "
-            f"(--max_seq_len {ledger['max_seq_len']}); raise it or convert again"
-        )
+        rows = f"the rows of {folder} (--max_seq_len {ledger['max_seq_len']})"
+        fault = f"max_seq_len: {max_seq_len} is shorter than {rows}"
+        raise ConfigError(f"{fault}; raise it or convert again")
     if ledger["samples"] < batch:
-        raise ConfigError(
-            f"global_train_batch_size: {batch} samples per batch, but {folder} holds only "
-            f"{ledger['samples']}; lower it or convert more data"
-        )
+        fault = f"{batch} samples per batch, but {folder} holds only {ledger['samples']}"
+        raise ConfigError(f"global_train_batch_size: {fault}; lower it or convert more data")
     if tokenizer_sha256 and tokenizer_sha256 != known["sha256"]:
-        raise ConfigError(
-            f"tokenizer_name: another tokenizer than the {known['name']} that {folder} was "
-            "converted with; token ids would mean other words"
-        )
+        fault = f"another tokenizer than the {known['name']} that {folder} was converted with"
+        raise ConfigError(f"tokenizer_name: {fault}; token ids would mean other words")
     return ledger

@@ -75,12 +75,10 @@ class ShardWriter:
     def reject(self, entry: dict[str, Any]) -> None:
         """Note a row that is not kept, and why."""
         self._rejected.write(json.dumps(entry).encode() + b"\n")
+        self.progress.rejected_bytes = self._rejected.tell()
 
     def write(self, sample: dict[str, Any], number: int, window: Progress) -> None:
-        """Write sample `number` of the split, unless a finished shard holds it already.
-
-        `window` is the progress at the start of the window that the sample comes from.
-        """
+        """Write sample `number` unless a shard has it; `window` is where its window began."""
         if number < self._written:
             return
         finished = len(self._writer.shards)
@@ -89,10 +87,6 @@ class ShardWriter:
             self._rejected.flush()
             journal = {"progress": vars(window), "shards": self._writer.shards}
             write_aside(self._journal, json.dumps(journal))
-
-    def rejected_bytes(self) -> int:
-        """Return the length of what has been noted by `reject`."""
-        return self._rejected.tell()
 
     def finish(self, ledger: dict[str, Any]) -> dict[str, Any]:
         """Write the index, then the ledger, which says that the split is whole; return it."""

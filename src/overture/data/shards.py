@@ -1,7 +1,4 @@
-"""The rows of a local split straight from its shard files, without a loader, and their figures.
-
-Nothing here is trusted: a ledger, an index or a shard that is not what was written is a DataError.
-"""
+"""The rows of a local split straight from its files, and their figures; no file is trusted."""
 
 import json
 from array import array
@@ -75,10 +72,7 @@ class Split:
         return int(self.starts[-1])
 
     def load(self, shard: int) -> np.ndarray:
-        """Return the raw bytes of a shard, [bytes] uint8, mapped from the file where it is there.
-
-        Raises DataError: it is missing or cannot be decompressed.
-        """
+        """Return a shard's raw bytes, [bytes] uint8, from its file or unpacked, else DataError."""
         reader = self.readers[shard]
         path = self.folder / reader.raw_data.basename
         if is_packed := reader.zip_data is not None and not path.is_file():
@@ -88,10 +82,7 @@ class Split:
             return np.frombuffer(decompress(reader.compression, data), "u1") if is_packed else data
 
     def row(self, number: int) -> dict[str, Any]:
-        """Return one row by its number, with that as `sample_id`; cheapest in rising order.
-
-        Raises DataError: its bytes are not a row.
-        """
+        """Return a row, `sample_id` included; cheapest in rising order; DataError if broken."""
         shard = int(np.searchsorted(self.starts, number, "right")) - 1
         if self._loaded[0] != shard:
             self._loaded = shard, self.load(shard)
@@ -130,7 +121,6 @@ class Figures:
             self.add(split.row(int(number)))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Count one row."""
         targets = len(row.get("labels", ()))
         length = targets + len(row["text"] if "text" in row else row["input_ids"])
         self.numbers.append(row["sample_id"])

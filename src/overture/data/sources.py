@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overture.data.embedded import generate_rows
-from overture.data.readers import (
-    PLAIN,
-    READERS,
-    Format,
-    Malformed,
-    Rows,
-    read_jsonl,
-    read_parallel,
-    reader,
-)
+from overture.data.readers import PLAIN, READERS, Format, Malformed, Rows, read_parallel, reader
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
 
@@ -59,8 +50,6 @@ class Source:
 
     def rows(self, start: int, stop: int | None) -> "Source":
         """Return the same source from row start up to row stop."""
-        if (start, stop) == (0, None):
-            return self
         # islice ends before another line, perhaps a broken one, is read.
         return replace(self, read=lambda: itertools.islice(self.read(), start, stop))
 
@@ -74,7 +63,8 @@ class Source:
                     file.write(json.dumps(record, default=str) + "\n")
             os.replace(aside, path)
         fingerprint = {**self.fingerprint, "sha256": sha256_file(path)}
-        return Source(self.name, lambda: _placed("", read_jsonl(path)), fingerprint)
+        jsonl = READERS[".jsonl"]
+        return Source(self.name, lambda: _readable(self.name, jsonl(path, PLAIN)), fingerprint)
 
 
 def open_source(
@@ -84,13 +74,10 @@ def open_source(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Source:
-    """Return the source called `name`.
+    """Return a source: file, folder, pattern, aligned files as `FILE,FILE`, `embedded`, hub name.
 
-    A file, a folder, a pattern, two line-aligned files as `FILE,FILE`, `embedded`, or a hub name.
     In a folder, `split` picks the files of that name (`train.tsv`, `train/*.jsonl`); all of them
-    are `train` where none is called so.
-
-    Raises ConfigError: there is no such file, split or dataset.
+    are `train` where none is called so. Raises ConfigError: no such file, split or dataset.
     """
     if not name:
         raise ConfigError("--dataset is empty: name a file, a folder, a hub dataset or `embedded`")
@@ -99,7 +86,8 @@ def open_source(
     if name == EMBEDDED or is_pair:
         _refuse_choice(name, split, subset, revision)
     if name == EMBEDDED:
-        return Source(name, lambda: _placed("", enumerate(generate_rows(), 1)), {"generated": True})
+        known = {"generated": True}
+        return Source(name, lambda: _readable(name, enumerate(generate_rows(), 1)), known)
     if is_pair:
         if not pair[1].is_file():
             raise ConfigError(f"{pair[1]}: no such file")
@@ -115,7 +103,6 @@ def open_source(
 
 
 def _refuse_choice(name: str, split: str, subset: str | None, revision: str | None) -> None:
-    """Refuse to choose a part of a source that has none."""
     if split != "train":
         raise ConfigError(f"{name}: is not divided: its only split is train, not {split}")
     if subset or revision:
@@ -155,10 +142,8 @@ def _is_called(path: Path, split: str) -> bool:
 def _file_source(name: str, files: list[Path], form: Format) -> Source:
     kinds = {reader(path): path for path in reversed(files)}
     if None in kinds:
-        raise ConfigError(
-            f"{kinds[None]}: no reader for this kind of file; there are: {', '.join(READERS)}, "
-            "each also as .gz and .zst"
-        )
+        known = f"there are: {', '.join(READERS)}, each also as .gz and .zst"
+        raise ConfigError(f"{kinds[None]}: no reader for this kind of file; {known}")
     if form.columns and not kinds.keys() & {READERS[".csv"], READERS[".tsv"]}:
         raise ConfigError(f"--columns names those of csv and tsv files; {name} is none")
     if form.text_rows != "file" and READERS[".txt"] not in kinds:
@@ -175,7 +160,7 @@ def _file_source(name: str, files: list[Path], form: Format) -> Source:
 def _readable(name: str, rows: Rows, file: str = "") -> Iterator[tuple[Place, Any]]:
     """Yield placed rows; a truncated or foreign .gz, or a file gone, is one sentence."""
     try:
-        yield from _placed(file, rows)
+        yield from ((Place(file, line), record) for line, record in rows)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{name}: cannot be read ({error})") from None
 
@@ -187,20 +172,14 @@ def _fingerprint(files: list[Path]) -> dict[str, Any]:
     return {"files": [{"name": p.name, **f} for p, f in zip(files, found, strict=True)]}
 
 
-def _placed(file: str, rows: Rows) -> Iterator[tuple[Place, Any]]:
-    return ((Place(file, line), record) for line, record in rows)
-
-
 def _hub_source(name: str, split: str, subset: str | None, revision: str | None) -> Source:
     import datasets  # slow to import, and only needed here
 
     def read() -> Iterator[tuple[Place, Any]]:
         # The hub's client raises a dozen kinds of error; all mean the same here.
         try:
-            table = datasets.load_dataset(
-                name, subset, split=split, revision=revision, streaming=True
-            )
-            yield from _placed("", enumerate(table, start=1))
+            table = datasets.load_dataset(name, subset, **where, streaming=True)
+            yield from ((Place("", line), record) for line, record in enumerate(table, start=1))
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
@@ -208,5 +187,5 @@ def _hub_source(name: str, split: str, subset: str | None, revision: str | None)
                 "path of a file, or log in with HF_TOKEN if the dataset is gated"
             ) from None
 
-    found = {"subset": subset, "split": split, "revision": revision}
-    return Source(name, read, found, streamed=True)
+    where = {"split": split, "revision": revision}
+    return Source(name, read, {"subset": subset, **where}, streamed=True)

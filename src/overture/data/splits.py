@@ -40,9 +40,8 @@ def draw(
         return Part(source, fields, found, [split], owners)
     held_out = math.ceil(found.rows * test_fraction)
     if held_out == found.rows:
-        raise ConfigError(
-            f"--test_fraction {test_fraction} of {found.rows} rows leaves none to train on"
-        )
+        share = f"--test_fraction {test_fraction} of {found.rows} rows"
+        raise ConfigError(f"{share} leaves none to train on")
     rng = random.Random(seed)
     if "messages" in fields.kinds:  # conversations that begin alike stay together
         openings = list(dict.fromkeys(found.prompts.tolist()))

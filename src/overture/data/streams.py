@@ -36,10 +36,7 @@ class CheckedStream(Stream):
         return shards
 
     def prepare_shard(self, shard: Any) -> int:
-        """Fetch and unpack a shard; return the bytes that it added to the cache.
-
-        Raises DataError: it is missing, out of reach, or not what was written.
-        """
+        """Fetch and unpack a shard, or DataError; return the bytes that it added to the cache."""
         try:
             return super().prepare_shard(shard)
         except DataError:
@@ -116,10 +113,9 @@ class TokenStream(StreamingDataset):
             raise
         except Exception as error:  # whatever the decoding of damaged bytes runs into
             name = self.shards[self.spanner[sample_id][0]].raw_data.basename
-            raise DataError(
-                f"{os.path.join(self.streams[0].local, self.streams[0].split, name)}: sample "
-                f"{sample_id} cannot be read ({_words(error)}); {REMEDY}"
-            ) from error
+            place = os.path.join(self.streams[0].local, self.streams[0].split, name)
+            fault = f"sample {sample_id} cannot be read ({_words(error)})"
+            raise DataError(f"{place}: {fault}; {REMEDY}") from error
         row["sample_id"] = int(sample_id)
         return row
 

@@ -21,10 +21,7 @@ MAX_SHOWN = 100  # faults of one check that are named; all are counted
 
 
 def verify(split: Split, say: Callable[[str], Any] = print) -> Figures:
-    """Check a split, say one line per check and per difference, and return its figures.
-
-    Raises DataError, naming the first thing that differs from what was written.
-    """
+    """Check a split, say checks and faults, return its figures; DataError with the first fault."""
     figures, found = Figures(split), []
     checks = {
         f"{len(split.ledger['files'])} files: size and sha256 of {LEDGER}, and no others": _files,

@@ -42,10 +42,8 @@ class Workspace(contextlib.AbstractContextManager):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise ConfigError(
-                f"{job.out_root}: another conversion is writing there; wait for it, or choose "
-                "another --out_root"
-            ) from None
+            fault = f"{job.out_root}: another conversion is writing there"
+            raise ConfigError(f"{fault}; wait for it, or choose another --out_root") from None
         self.folder = self.home / PARTIAL
         if not job.resume:
             shutil.rmtree(self.home if job.remote else self.folder, ignore_errors=True)
@@ -70,10 +68,7 @@ class Workspace(contextlib.AbstractContextManager):
             ) from None
 
     def bind(self, facts: dict[str, Any]) -> None:
-        """Remember what the conversion depends on; when going on, it must be the same as then.
-
-        Raises ConfigError, naming the first fact that differs.
-        """
+        """Remember what the conversion depends on; going on, ConfigError if it is not as it was."""
         facts = json.loads(json.dumps(facts))
         then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}
         other = next((name for name in facts if then.get(name, facts[name]) != facts[name]), None)
@@ -93,8 +88,8 @@ class Workspace(contextlib.AbstractContextManager):
         """
         if not self.job.resume:
             return None
-        ours = {**facts, "arguments": self.job.identity()}
-        ours["source"] = {"name": source.name, **source.fingerprint}
+        origin = {"name": source.name, **source.fingerprint}
+        ours = {**facts, "arguments": self.job.identity(), "source": origin}
         ours = json.loads(json.dumps(ours))
         for folder in (self.folder / split, self.place(split)):
             if (folder / LEDGER).is_file():
@@ -102,10 +97,8 @@ class Workspace(contextlib.AbstractContextManager):
                 if {name: ledger.get(name) for name in ours} == ours:
                     return ledger
         if not self.job.overwrite and self.place(split).exists():
-            raise ConfigError(
-                f"{self.place(split)} is there already and is not of this conversion; give "
-                "--overwrite to replace it"
-            )
+            fault = f"{self.place(split)} is there already and is not of this conversion"
+            raise ConfigError(f"{fault}; give --overwrite to replace it")
         return None
 
     def place(self, split: str) -> Path:

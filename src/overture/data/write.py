@@ -42,12 +42,13 @@ def write_split(
             writer.write(_sample(row, columns, facts), progress.samples, start)
             progress.samples += 1
             counts["documents"] += len(row)
-            counts["tokens"] += sum(len(d.get(n, ())) for d in row for n in ("input_ids", "labels"))
-            counts["trained"] += sum(map(_learned, row))
+            for document in row:  # of a classifier's, no token is learned
+                labels = len(document.get("labels", ()))
+                counts["tokens"] += len(document.get("input_ids", ())) + labels
+                counts["trained"] += int(np.sum(document.get("loss_mask", 0))) + labels
         progress.row = window.end
         counts.update(window.notes)
         progress.dropped.update(entry["reason"] for entry in window.rejected)
-        progress.rejected_bytes = writer.rejected_bytes()
     counts["left_over"] += len(progress.carry)
     if not progress.samples:
         why = dropped(progress.dropped)
@@ -72,10 +73,8 @@ def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Ite
         for number, reason in encoded.drops:
             place = places[number]
             if reason == "too_long" and job.overflow == "error":
-                raise ConfigError(
-                    f"{rows.part.source.name}: {place} does not fit --max_seq_len "
-                    f"{job.max_seq_len}, and --overflow is error"
-                )
+                fault = f"{place} does not fit --max_seq_len {job.max_seq_len}"
+                raise ConfigError(f"{rows.part.source.name}: {fault}, and --overflow is error")
             window.rejected.append(place.rejected(reason))
         window.documents += encoded.documents
         window.notes.update(encoded.notes)
@@ -127,11 +126,6 @@ def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any])
     return sample
 
 
-def _learned(document: Document) -> int:
-    """Return how many tokens of a document are learned; a classifier's are none."""
-    return int(np.count_nonzero(document.get("loss_mask", 0))) + len(document.get("labels", ()))
-
-
 def _ledger(
     job: Conversion, rows: Any, columns: dict[str, str], facts: dict[str, Any], done: Progress
 ) -> dict[str, Any]:
@@ -156,11 +150,7 @@ def _ledger(
         },
         "documents": counts["documents"],
         "samples": done.samples,
-        "tokens": {
-            "total": counts["tokens"],
-            "trained": counts["trained"],
-            "left_over": counts["left_over"],
-        },
+        "tokens": {"total": counts["tokens"]} | {n: counts[n] for n in ("trained", "left_over")},
         "packing": {"method": method, "utilisation": used},
         "max_seq_len": job.max_seq_len,
         "columns": columns,

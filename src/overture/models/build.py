@@ -1,7 +1,5 @@
 """Model names to models: Hugging Face weights or shapes, wrapped for Composer's Trainer."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,38 +27,23 @@ def load_causal_lm(
 ) -> Any:
     """Return a causal language model of Hugging Face's, with weights or freshly initialised.
 
-    Args:
-        name: hub name, folder, run folder, or without weights also a model type such as `llama`.
-        overrides: keys of the model's own config.
-        tokenizer: decides the vocabulary of a model without weights.
-        max_seq_len: tokens that a row of the data may have.
-
-    Raises:
-        ConfigError: no such model, an override that its config does not know, or a tokenizer
-            with more pieces than the model has embeddings, or fewer positions than max_seq_len.
+    `name` is a hub name, a folder, a run folder, or without weights also a model type such as
+    `llama`, whose vocabulary is then that of the `tokenizer`; `overrides` are keys of the model's
+    own config, `max_seq_len` the tokens that a row may have. Raises ConfigError: no such model, no
+    such key in its config, or too few embeddings for the tokenizer or positions for the rows.
     """
     from transformers import AutoModelForCausalLM
 
     location = locate_model(name)
     config = _model_config(location, pretrained, overrides, tokenizer, trust_remote_code)
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    implementation = choose_attention(attention, model_class)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    options["attn_implementation"] = choose_attention(attention, model_class)
     try:
         if pretrained:
-            model = AutoModelForCausalLM.from_pretrained(
-                location,
-                config=config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=implementation,
-                trust_remote_code=trust_remote_code,
-            )
+            model = AutoModelForCausalLM.from_pretrained(location, config=config, **options)
         else:
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=implementation,
-                trust_remote_code=trust_remote_code,
-            )
+            model = AutoModelForCausalLM.from_config(config, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
     embeddings = model.get_input_embeddings().weight.shape[0]
@@ -79,8 +62,7 @@ def load_causal_lm(
 
 def position_limit(model: Any) -> int:
     """Return how many positions a model knows."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def locate_model(name: str) -> str:
@@ -102,12 +84,9 @@ def _model_config(
 ) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    fresh = not pretrained and location in CONFIG_MAPPING
+    fresh = CONFIG_MAPPING[location] if not pretrained and location in CONFIG_MAPPING else None
     try:
-        if fresh:
-            config = CONFIG_MAPPING[location]()
-        else:
-            config = AutoConfig.from_pretrained(location, trust_remote_code=trust)
+        config = fresh() if fresh else AutoConfig.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         hint = "" if pretrained else nearest(location, CONFIG_MAPPING)
         reason = " ".join(str(error).split())[:200]
@@ -119,15 +98,13 @@ def _model_config(
         if key == "output_router_logits" and value:
             raise ConfigError("model.config.output_router_logits: the router's loss is not used")
         if not hasattr(config, key):
-            raise ConfigError(
-                f"model.config.{key}: {type(config).__name__} has no such key"
-                f"{nearest(key, config.to_dict())}"
-            )
+            hint = nearest(key, config.to_dict())
+            raise ConfigError(f"model.config.{key}: {type(config).__name__} has no such key{hint}")
         setattr(config, key, value)
     if fresh:
         # Made anew, as some defaults follow others: key-value heads are as many as heads.
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = CONFIG_MAPPING[location](**{"vocab_size": len(tokenizer), **ids, **overrides})
+        config = fresh(**{"vocab_size": len(tokenizer), **ids, **overrides})
     return config
 
 
@@ -160,11 +137,7 @@ class CausalLM(HuggingFaceModel):
 
     @torch.no_grad()
     def _prove_logits(self, base: Any) -> None:
-        """Check that what is made of the backbone's states here are the family's own logits.
-
-        Raises:
-            ConfigError: they are not.
-        """
+        """Raise ConfigError unless what is made of the backbone's states are its own logits."""
         was_training, ids = base.training, torch.arange(8, device=base.device)[None]
         base.eval()
         theirs = base(input_ids=ids, use_cache=False).logits
@@ -183,11 +156,7 @@ class CausalLM(HuggingFaceModel):
             )
 
     def compile_backbone(self) -> None:
-        """Let torch.compile make kernels for the backbone; generation goes on without them.
-
-        Raises:
-            ConfigError: there is no C++ compiler for it.
-        """
+        """Compile the backbone, but not for generation; ConfigError without a C++ compiler."""
         if not (shutil.which("g++") or shutil.which("clang++")):
             raise ConfigError("compile: torch.compile needs a C++ compiler; install g++")
         hide_from_compiler()
@@ -196,18 +165,16 @@ class CausalLM(HuggingFaceModel):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which most of the arithmetic is done."""
-        weight = self._parts["head"].weight.dtype
-        return torch.bfloat16 if self._cpu_autocast else weight
+        return torch.bfloat16 if self._cpu_autocast else self._parts["head"].weight.dtype
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
-            hidden = self._parts.get("compiled", self._parts["backbone"])(
+            backbone, starts = self._parts["backbone"], batch["document_starts"]
+            hidden = self._parts.get("compiled", backbone)(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
-                attention_mask=document_mask(
-                    self._parts["backbone"], batch["document_starts"], sum(batch["num_spans"])
-                ),
+                attention_mask=document_mask(backbone, starts, sum(batch["num_spans"])),
                 use_cache=False,
             )[0]
             count = sum(batch["num_labels"])
@@ -224,7 +191,6 @@ class CausalLM(HuggingFaceModel):
         return outputs["loss"] / max(len(outputs["token_losses"]), 1)
 
     def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
-        """Return the outputs of `forward`, made if need be."""
         return outputs if outputs is not None else self.forward(batch)
 
     def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
@@ -244,19 +210,14 @@ class CausalLM(HuggingFaceModel):
 
 def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
     """Return (weights in matrix products, those of the head, layers, attention width)."""
-    embeddings, head = (
-        x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    weights = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
-    weights -= embeddings.numel()  # looked up, not multiplied
-    if head is not embeddings:
-        weights -= head.numel()
+    head = model.get_output_embeddings().weight
+    apart = {id(head), id(model.get_input_embeddings().weight)}  # looked up, or counted apart
+    sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in apart}
+    weights = sum(size for name, size in sizes.items() if "lora_" not in name)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if experts:  # only some of them see a token
         idle = 1 - config.num_experts_per_tok / experts
-        weights -= int(
-            idle * sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-        )
+        weights -= int(idle * sum(size for name, size in sizes.items() if ".experts." in name))
     heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model
     head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     return weights, head.numel(), config.num_hidden_layers, heads * head_size

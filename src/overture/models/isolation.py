@@ -1,7 +1,5 @@
 """The proof on the model itself that packed documents stay apart and nothing sees ahead."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

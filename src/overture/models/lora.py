@@ -5,8 +5,6 @@ that takes longer than the adapters' arithmetic. Here the adapters are rounded t
 base for the products, as autocast would do, added in place, and their gradients are float32 again.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The gradient of the hidden states is made in the forward pass, while the logits 
 hand, so that no logits are ever kept: memory does not grow with vocabulary times length.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,41 +1,37 @@
-"""Answers to held-out prompts before and after training: shown, and scored by exact match."""
-
-from __future__ import annotations
+"""Greedy answers to held-out prompts before and after training, and how many are exactly right."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from composer.utils import dist
+from tqdm import tqdm
 
 from overture.config.schema import GenerationConfig
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
-from overture.generate import greedy_answers, held_out_prompts, is_exact
 
 
 class HeldOutAnswers:
-    """Asks the model the first prompts of the eval split; ranks share the work.
+    """Asks the model the first prompts of the eval split `dataset`, which is an instruct one.
 
-    Args:
-        dataset: the eval split, an instruct one.
-        tokenizer: turns ids into text.
-        config: how many prompts, and how long an answer may be.
-        positions: of the model; prompts that leave no room for an answer are passed over.
+    Ranks share the work. Prompts that leave no room for an answer in the model's `positions` are
+    passed over; ConfigError if all of them are.
     """
 
     def __init__(
         self, dataset: Any, tokenizer: Any, config: GenerationConfig, positions: int
     ) -> None:
-        self.tokenizer = tokenizer
-        self.config = config
+        self.tokenizer, self.config = tokenizer, config
         longest = positions - config.max_new_tokens
         pairs = held_out_prompts(dataset, config.num_prompts, longest)
         if not pairs:
-            raise ConfigError(
-                f"generation.max_new_tokens: {config.max_new_tokens} leave no room for a prompt in "
-                f"the model's {positions} positions"
-            )
+            fault = f"{config.max_new_tokens} leave no room for a prompt"
+            where = f"in the model's {positions} positions"
+            raise ConfigError(f"generation.max_new_tokens: {fault} {where}")
         self._ids = [prompt for prompt, _ in pairs]
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
         self.expected = tokenizer.batch_decode([answer for _, answer in pairs])
@@ -45,37 +41,77 @@ class HeldOutAnswers:
     def ask(self, model: Any, title: str) -> list[str]:
         """Return the model's greedy answers, in the order of the prompts, on every rank."""
         rank, ranks = dist.get_global_rank(), dist.get_world_size()
-        mine = greedy_answers(
-            model,
-            self.tokenizer,
-            self._ids[rank::ranks],
-            self.config.max_new_tokens,
-            self.config.batch_size,
-            title,
-        )
+        mine, limits = self._ids[rank::ranks], (self.config.max_new_tokens, self.config.batch_size)
         answers = [""] * len(self._ids)
-        for share, part in enumerate(dist.all_gather_object(mine)):
+        found = greedy_answers(model, self.tokenizer, mine, *limits, title)
+        for share, part in enumerate(dist.all_gather_object(found)):
             answers[share::ranks] = part
         return answers
 
     def write(self, path: Path) -> dict[str, float]:
         """Write one line per prompt and return the exact-match scores."""
-        rows = []
-        for row in zip(self.prompts, self.expected, self.before, self.after, strict=True):
-            prompt, expected, before, after = row
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "expected": expected,
-                    "before": before,
-                    "after": after,
-                    "exact_before": is_exact(before, expected),
-                    "exact_after": is_exact(after, expected),
-                }
-            )
+        columns = (self.prompts, self.expected, self.before, self.after)
+        names = ("prompt", "expected", "before", "after")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        scores: dict[str, float] = {}
+        for when in ("before", "after"):
+            for row in rows:
+                row[f"exact_{when}"] = is_exact(row[when], row["expected"])
+            scores[f"exact_match_{when}"] = sum(r[f"exact_{when}"] for r in rows) / len(rows)
         write_aside(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        return {
-            "exact_match_before": sum(r["exact_before"] for r in rows) / len(rows),
-            "exact_match_after": sum(r["exact_after"] for r in rows) / len(rows),
-            "exact_match_prompts": len(rows),
-        }
+        return {**scores, "exact_match_prompts": len(rows)}
+
+
+def held_out_prompts(
+    dataset: Any, count: int, longest: int = 2**31
+) -> list[tuple[list[int], list[int]]]:
+    """Return (prompt ids, answer ids without EOS) of a split, of prompts of up to `longest`."""
+    pairs = []
+    for index in range(dataset.num_samples):
+        row = dataset[index]
+        borders = row["document_ends"][:-1]
+        documents = (np.split(row[name], borders) for name in ("input_ids", "loss_mask"))
+        for ids, mask in zip(*documents, strict=True):
+            prompt, answer = ids[mask == 0].tolist(), ids[mask == 1].tolist()
+            if len(prompt) <= longest:
+                pairs.append((prompt, answer[:-1]))
+            if len(pairs) == count:
+                return pairs
+    return pairs
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], longest: int, batch: int, title: str
+) -> list[str]:
+    """Return the greedy continuation of each prompt, up to `longest` tokens, as text."""
+    was_training = model.training
+    model.eval()
+    answers = [""] * len(prompts)
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    greedy |= {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
+    # Prompts of like length together: less padding, and the answers go back to their places.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    try:
+        for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
+            given = tokenizer.pad(
+                {"input_ids": [prompts[i] for i in numbers]},
+                padding_side="left",  # so that answers start together
+                return_attention_mask=True,
+                return_tensors="pt",
+            ).to(model.device)
+            out = model.generate(**given, max_new_tokens=longest, **greedy)
+            texts = tokenizer.batch_decode(
+                out[:, given["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            for i, text in zip(numbers, texts, strict=True):
+                answers[i] = text
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def is_exact(answer: str, expected: str) -> bool:
+    """Return whether two answers are the same but for white space at their ends."""
+    return answer.strip() == expected.strip()

@@ -1,7 +1,5 @@
 """Composer's own callbacks, algorithms and loggers, by the names of the config."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -20,52 +18,36 @@ CALLBACKS = {
     "runtime_estimator": RuntimeEstimator,
 }
 ALGORITHMS = {"gradient_clipping": GradientClipping}
-# name -> (class, package to install)
-LOGGERS: dict[str, tuple[Any, str]] = {
-    "tensorboard": (TensorboardLogger, "tensorboard"),
-    "wandb": (WandBLogger, "wandb"),
-    "mlflow": (MLFlowLogger, "mlflow"),
-}
+# Each is named like the package that it needs.
+LOGGERS = {"tensorboard": TensorboardLogger, "wandb": WandBLogger, "mlflow": MLFlowLogger}
 
 
 def build_callbacks(config: Config) -> list[Callback]:
     """Return the Composer callbacks that the config switches on."""
-    return [
-        CALLBACKS[name](**options) for name, options in _switched_on(config.callbacks, CALLBACKS)
-    ]
+    return [CALLBACKS[name](**options) for name, options in _set(config.callbacks, CALLBACKS)]
 
 
 def build_algorithms(config: Config) -> list[Algorithm]:
     """Return the Composer algorithms that the config switches on."""
-    return [
-        ALGORITHMS[name](**options) for name, options in _switched_on(config.algorithms, ALGORITHMS)
-    ]
+    return [ALGORITHMS[name](**options) for name, options in _set(config.algorithms, ALGORITHMS)]
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:
-    """Return the loggers that the config switches on.
-
-    Raises:
-        ConfigError: the package of a logger is not installed.
-    """
+    """Return the loggers that the config switches on; ConfigError if one's package is missing."""
     built = []
-    for name, options in _switched_on(config.loggers, LOGGERS):
-        logger, package = LOGGERS[name]
+    for name, options in _set(config.loggers, LOGGERS):
         if name == "tensorboard":
             options["log_dir"] = options["log_dir"] or f"{config.run_folder}/tensorboard"
         if name == "wandb":
-            options = {**options, "name": config.run_name}
+            options["name"] = config.run_name
         try:
-            built.append(logger(**options))
+            built.append(LOGGERS[name](**options))
         except ImportError:
-            raise ConfigError(f"loggers.{name}: needs `pip install {package}`") from None
+            raise ConfigError(f"loggers.{name}: needs `pip install {name}`") from None
     return built
 
 
-def _switched_on(section: Any, known: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    for name in known:
-        options = getattr(section, name)
-        if options is not None:
-            rows.append((name, dataclasses.asdict(options)))
-    return rows
+def _set(section: Any, known: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, options) of what is set in a section of the config."""
+    found = {name: getattr(section, name) for name in known}
+    return [(name, dataclasses.asdict(options)) for name, options in found.items() if options]

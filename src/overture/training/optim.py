@@ -1,7 +1,5 @@
 """Optimizers and learning-rate schedules by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -19,6 +17,10 @@ OPTIMIZERS = {
     "adamw": lambda groups, **kwargs: torch.optim.AdamW(groups, fused=True, **kwargs),
     "decoupled_adamw": DecoupledAdamW,
 }
+DECAYS = {
+    "linear_decay_with_warmup": LinearWithWarmupScheduler,
+    "cosine_with_warmup": CosineAnnealingWithWarmupScheduler,
+}
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -28,12 +30,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[config.name](
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-    )
+    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    return OPTIMIZERS[config.name]([group for group in groups if group["params"]], **options)
 
 
 def build_scheduler(config: SchedulerConfig) -> Any:
@@ -41,6 +39,4 @@ def build_scheduler(config: SchedulerConfig) -> Any:
     if config.name == "constant_with_warmup":
         return ConstantWithWarmupScheduler(t_warmup=config.t_warmup)
     alpha_f = 0.1 if config.alpha_f is None else config.alpha_f
-    if config.name == "linear_decay_with_warmup":
-        return LinearWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=alpha_f)
-    return CosineAnnealingWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=alpha_f)
+    return DECAYS[config.name](t_warmup=config.t_warmup, alpha_f=alpha_f)
