@@ -77,3 +77,13 @@ def test_ledger_agrees_with_the_index(smoke):
         ledger = json.loads(path.read_text())
         index = json.loads((path.parent / "index.json").read_text())
         assert ledger["samples"] == sum(shard["samples"] for shard in index["shards"])
+
+
+def test_resume_is_proven_on_a_config(run_door, smoke):
+    done = run_door("src/check_setup.py", "yamls/smoke/finetune.yaml", "lora.dropout=0.1",
+                    "--prove_resume")  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.splitlines()[-1] == "identical: losses and weights"
+    assert "killed at step" in done.stdout
+    done = run_door("src/check_setup.py", "yamls/smoke/finetune.yaml")
+    assert (done.returncode, "go together" in done.stderr) == (2, True)

@@ -11,7 +11,17 @@ SRC = Path(__file__).parents[1] / "src"
 LAYERS = [
     {"errors", "config", "flops", "data.schema", "__init__"},
     {"data", "models", "callbacks"},
-    {"training", "generate", "export", "check", "report", "tokenizer", "data.convert"},
+    {
+        "training",
+        "generate",
+        "export",
+        "check",
+        "report",
+        "tokenizer",
+        "data.convert",
+        "checkpoint",
+        "prove_resume",
+    },
 ]
 APART = {"data", "models", "callbacks"}  # these never import each other
 HEAVY = {"torch", "composer", "streaming", "transformers", "peft", "datasets"}
@@ -106,7 +116,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 1000
+DEBT = 1100
 
 
 def test_sizes():

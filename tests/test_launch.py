@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,18 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from runs import curve, records
+
 ROOT = Path(__file__).parents[1]
 SMOKE = "yamls/smoke/finetune.yaml"
 COMPOSER = str(Path(sys.executable).parent / "composer")
-
-
-def losses(folder: Path) -> dict[tuple[str, int], float]:
-    found = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        value = record.get("loss", record.get("cross_entropy"))
-        found[record["kind"], record["step"]] = value
-    return found
 
 
 def test_config_error_comes_through_the_launcher(run_door, smoke):
@@ -60,7 +54,7 @@ def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(run_door, smo
         assert done.returncode == 3, done.stderr
         assert "loss target missed" in done.stdout
         folders.append(folder)
-    one, two = map(losses, folders)
+    one, two = map(curve, folders)
     assert one.keys() == two.keys()
     assert len(one) >= 5
     # The test split holds 11 samples or so: two ranks see one of them twice, and must not count it.
@@ -80,19 +74,118 @@ def test_killed_run_goes_on_with_the_same_command(smoke, tmp_path):
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (folder / "checkpoints/latest-rank0.pt").exists():
+    while time.monotonic() < deadline and not list(folder.glob("checkpoints/ba*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    first = os.readlink(folder / "checkpoints" / "latest-rank0.pt")
+    start = max(int(p.name[2:]) for p in folder.glob("checkpoints/ba*"))
     assert not (folder / "result.json").exists()
     lines_before = (folder / "metrics.jsonl").read_text().count('"train"')
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["steps"]) == ("completed", 60)
-    start = int(first.split("-ba")[1].split("-")[0])
     lines = (folder / "metrics.jsonl").read_text().count('"train"')
     assert lines - lines_before == 60 - start  # it began after the checkpoint, not at the start
-    assert [s for k, s in losses(folder) if k == "train"] == list(range(1, 61))
+    assert [s for k, s in curve(folder) if k == "train"] == list(range(1, 61))
+
+
+TWO = (
+    "model.dtype=float32", "global_train_batch_size=4", "device_train_microbatch_size=2",
+    "lora.dropout=0.1", "eval_first=false", "max_duration=40ba", "eval_interval=20ba",
+    "save_interval=4ba",
+)  # fmt: skip
+
+
+def start(ranks: int, folder: Path, *options: str) -> subprocess.Popen:
+    """Start a run under the launcher, in a process group of its own."""
+    command = [COMPOSER, "-n", str(ranks), "finetune.py", SMOKE, f"run_folder={folder}", *TWO]
+    return subprocess.Popen(
+        [*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    log = folder / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count('"train"') >= step):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.dist
+def test_two_ranks_killed_go_on_bit_for_bit_and_one_rank_takes_over(smoke, tmp_path):
+    whole, parts, single = (tmp_path / name for name in ("whole", "parts", "single"))
+    said, _ = start(2, whole).communicate(timeout=200)
+    assert len(curve(whole)) == 42, said
+    process = start(2, parts)
+    wait_for(parts, 10, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shutil.copytree(parts, single)
+    said, _ = start(2, parts).communicate(timeout=200)
+    assert curve(parts) == curve(whole), said
+    saved = max(int(path.name[2:]) for path in single.glob("checkpoints/ba*"))
+    process = start(1, single, "device_train_microbatch_size=2")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    # The same global batches; dropout is drawn by other ranks, so losses are only alike. The 123
+    # rows make 30 batches of four on one rank; two ranks repeat one and make 31.
+    ours, theirs = curve(single), curve(whole)
+    assert ours.keys() == theirs.keys()
+    assert ours["train", saved + 1] == pytest.approx(theirs["train", saved + 1], abs=0.01)
+    tokens = [
+        [r["tokens"] for r in records(f, "train") if r["step"] <= 30] for f in (single, whole)
+    ]
+    assert tokens[0][-10:] == tokens[1][-10:]
+    assert saved < 20
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("whom", ["launcher", "group", "rank"])
+def test_signal_to_two_ranks_saves_and_leaves_nobody_behind(smoke, tmp_path, whom):
+    folder = tmp_path / "run"
+    process = start(2, folder, "max_duration=400ba", "save_interval=400ba", "eval_interval=400ba")
+    wait_for(folder, 3, process)
+    ranks = [int(x) for x in subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()]  # fmt: skip
+    began = time.monotonic()
+    if whom == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        os.kill(process.pid if whom == "launcher" else ranks[-1], signal.SIGTERM)
+    while any(alive(rank) for rank in ranks):
+        assert time.monotonic() - began < 25
+        time.sleep(0.1)
+    process.wait(timeout=30)
+    assert len(list(folder.glob("checkpoints/ba*"))) == 1
+    assert json.loads((folder / "result.json").read_text())["status"] == "preempted"
+    if whom == "rank":  # the launcher is alive to pass the code on
+        assert process.returncode == 75
+
+
+@pytest.mark.dist
+def test_dead_rank_ends_the_run(smoke, tmp_path):
+    process = start(2, tmp_path / "run", "max_duration=4000ba", "eval_interval=4000ba")
+    wait_for(tmp_path / "run", 3, process)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    began = time.monotonic()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0
+    assert not any(alive(int(rank)) for rank in ranks)
+    assert b"Traceback" not in said
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
+    except FileNotFoundError:
+        return False

@@ -1,10 +1,7 @@
 """What can be known before training: is the data there, and does the machine work."""
 
-from __future__ import annotations
-
 import importlib
 import platform
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,13 +57,12 @@ def check_environment() -> Iterator[tuple[str, bool, str]]:
         return
     import torch
 
+    from overture.callbacks.throughput import measured_peak
+    from overture.training.cores import processor
+
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    yield (
-        "CPU",
-        True,
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-    )
+    yield "CPU", True, f"{processor()}, {torch.get_num_threads()} threads"
     for device in devices[1:]:
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
@@ -75,17 +71,12 @@ def check_environment() -> Iterator[tuple[str, bool, str]]:
         for dtype in (torch.float32, torch.bfloat16):
             label = f"{device} {str(dtype).removeprefix('torch.')}"
             try:
-                yield label, True, f"{_matrix_product(device, dtype) / 1e9:,.0f} GFLOP/s"
+                yield label, True, f"{measured_peak(dtype, device) / 1e9:,.0f} GFLOP/s"
             except RuntimeError as error:
                 yield label, False, str(error).splitlines()[0]
         fine = _tiny_training_step(device)
-        yield (
-            f"{device} model",
-            fine,
-            "forward and backward give finite gradients"
-            if fine
-            else ("forward and backward do not give finite gradients"),
-        )
+        finding = f"forward and backward {'give' if fine else 'do not give'} finite gradients"
+        yield f"{device} model", fine, finding
     for name, purpose in OPTIONAL.items():
         fine, finding = _import(name)
         yield name, True, finding if fine else f"not installed (optional: {purpose})"
@@ -97,27 +88,6 @@ def _import(name: str) -> tuple[bool, str]:
     except Exception as error:  # a broken wheel can raise anything at import
         return False, f"cannot be imported: {error}"
     return True, str(getattr(module, "__version__", "present"))
-
-
-def _matrix_product(device: Any, dtype: Any, size: int = 1024, repeats: int = 10) -> float:
-    """Return the FLOP/s of square matrix products."""
-    import torch
-
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    for repeat in range(repeats + 3):
-        if repeat == 3:  # warmed up
-            _wait(device)
-            start = time.perf_counter()
-        a @ a
-    _wait(device)
-    return repeats * 2 * size**3 / (time.perf_counter() - start)
-
-
-def _wait(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _tiny_training_step(device: Any) -> bool:

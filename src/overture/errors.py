@@ -5,8 +5,6 @@ verification, 5 stopped by a guard, 75 preempted (run the same command again to 
 Any other exception is a bug of ours and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import difflib
 import io
 import os
@@ -17,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
 EXIT_TARGET_MISSED = 3
+EXIT_GUARD = 5
 EXIT_PREEMPTED = 75
 
 
@@ -41,7 +40,17 @@ class DataError(OvertureError):
 class GuardError(OvertureError):
     """Training was stopped because going on would have wasted or spoilt the run."""
 
-    exit_code = 5
+    exit_code = EXIT_GUARD
+
+
+class Preempted(OvertureError):
+    """The run was asked to stop; `batch` is the step that was saved, None if there was none."""
+
+    exit_code = EXIT_PREEMPTED
+
+    def __init__(self, batch: int | None) -> None:
+        saved = "nothing was to be saved yet" if batch is None else f"saved at step {batch}"
+        super().__init__(f"stopped as asked, {saved}; the same command goes on from there")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -64,8 +73,10 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
         # Mostly every rank meets the same error. Rank zero goes first: the launcher then ends the
         # others and returns its code. If rank zero was fine, this rank speaks for itself.
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            if isinstance(error, Preempted):  # rank zero says so; of two codes the launcher
+                return EXIT_DONE  # would make one of its own
             time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, Preempted) else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,7 +1,5 @@
 """A trained model as a folder in Hugging Face format, safetensors only."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -9,8 +9,6 @@ with the backward pass (PaLM, arXiv 2204.02311, appendix B). The output head cou
 only, since there are no other logits.
 """
 
-from __future__ import annotations
-
 # Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name.
 BF16_PEAK = {
     "H200": 989e12,

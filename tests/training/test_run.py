@@ -1,5 +1,6 @@
 """The recipe for real: Composer's Trainer on real shards, its run folder, its exit codes."""
 
+import fcntl
 import json
 import math
 import shutil
@@ -8,54 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from overture.config.load import load_config
 from overture.errors import ConfigError, DataError
-from overture.training.run import train
-
-FINETUNE = """
-task: instruct
-max_seq_len: 128
-tokenizer_name: {smoke}/tokenizer
-data_local: {data}
-model:
-  name: llama
-  pretrained: false
-  config: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
-           num_key_value_heads: 2}}
-train_loader: {{dataset: {{split: train, shuffle: true}}, drop_last: true}}
-eval_loader: {{dataset: {{split: test}}}}
-optimizer: {{lr: 1.0e-2}}
-max_duration: 8ba
-eval_interval: 4ba
-eval_first: true
-global_train_batch_size: 4
-device_train_microbatch_size: 4
-device_eval_batch_size: 4
-progress_bar: false
-"""
-
-
-@pytest.fixture
-def run(tmp_path, smoke, monkeypatch):
-    """Train from the YAML above with overrides; returns (exit code, run folder)."""
-    path = tmp_path / "tiny.yaml"
-
-    def go(*overrides: str, data: Path = smoke / "instruct", tasks=("instruct",)):
-        path.write_text(FINETUNE.format(smoke=smoke, data=data))
-        config = load_config([str(path), *overrides], tasks)
-        return train(config, command="python finetune.py tiny.yaml"), tmp_path / config.run_folder
-
-    monkeypatch.chdir(tmp_path)
-    return go
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
-
-
-def result(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
+from runs import records, result
 
 
 def test_completed_run_leaves_everything_another_tool_needs(run, smoke):
@@ -163,7 +118,7 @@ def test_lora_saves_adapters_only(run):
     saved = load_file(folder / "hf" / "adapter_model.safetensors")
     assert saved
     assert all("lora_" in name for name in saved)
-    checkpoint = next((folder / "checkpoints").glob("ep*.pt"))
+    checkpoint = next((folder / "checkpoints").glob("ba*")) / "state.pt"
     state = torch.load(checkpoint, weights_only=False)["state"]["model"]
     assert state
     assert all("lora_" in name for name in state)
@@ -239,8 +194,7 @@ def test_late_mistake_does_not_lock_the_run_name(run):
 def test_load_path_brings_weights_but_no_clock_and_no_outcome(run):
     _, first = run("run_name=first", "callbacks.loss_target.cross_entropy=6.9")
     assert result(first)["status"] == "target_reached"
-    checkpoint = first / "checkpoints" / "latest-rank0.pt"
-    options = [f"load_path={checkpoint}", "load_weights_only=true", "max_duration=1ba"]
+    options = [f"load_path={first}", "load_weights_only=true", "max_duration=1ba"]
     code, second = run("run_name=second", "callbacks.loss_target.cross_entropy=0.01", *options)
     assert code == 3
     outcome = result(second)
@@ -267,3 +221,14 @@ def test_run_that_died_after_its_last_step_is_finished_by_the_same_command(run):
 def test_more_tokens_than_positions(run):
     with pytest.raises(ConfigError, match="max_seq_len: 128, but llama has 64 positions"):
         run("model.config.max_position_embeddings=64")
+
+
+def test_two_processes_do_not_train_into_one_folder(run, tmp_path):
+    folder = tmp_path / "runs" / "shared"
+    folder.mkdir(parents=True)
+    other = (folder / ".lock").open("w")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match=r"run_folder: another process trains into runs/shared"):
+        run("run_name=shared", "max_duration=1ba")
+    other.close()
+    assert run("run_name=shared", "max_duration=1ba")[0] == 0

@@ -1,7 +1,5 @@
 """Stop as soon as the eval loss is at or below a target, and measure the time it took."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from composer.core import Callback, State

@@ -1,7 +1,5 @@
 """The run folder: a line of metrics per step and eval, and the clock of time to train."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

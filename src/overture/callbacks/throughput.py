@@ -1,7 +1,5 @@
 """Tokens per second that mean something: real and label tokens, padding, waiting, utilisation."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from typing import Any
@@ -112,9 +110,9 @@ class Throughput(Callback):
         self._seconds = state["seconds"]
 
 
-def measured_peak(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return the FLOP/s that this process reaches in large matrix products on `cpu` or `cuda`."""
-    size = 2048 if device == "cpu" else 8192
+def measured_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Return the FLOP/s that this process reaches in large matrix products on a device."""
+    size = 2048 if torch.device(device).type == "cpu" else 8192
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):

@@ -1,7 +1,5 @@
 """The CPU: its name, its threads and its memory allocator, chosen once and said."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """Library chatter and idle work off: what is printed is ours, or somebody can act on it."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from typing import Any

@@ -1,8 +1,9 @@
 """The recipe: config in, trained model and run folder out. Reads top to bottom."""
 
-from __future__ import annotations
-
 import math
+import re
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from composer import Trainer
 from composer.utils import dist, reproducibility
 
+from overture.callbacks.guards import FiniteGuard, GradientGuard, SpikeGuard, Watchdog
 from overture.callbacks.loss_target import LossTarget
 from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
+from overture.checkpoint import STATE
 from overture.config.schema import Config, LoaderConfig
 from overture.data.cache import open_cache
 from overture.data.loaders import build_loader
-from overture.data.schema import check_split
-from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError
+from overture.data.schema import INDEX, check_split, sha256_file
+from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
 from overture.export import save_model
 from overture.models.attention import describe_attention
 from overture.models.build import CausalLM, load_causal_lm, position_limit
@@ -29,8 +32,31 @@ from overture.training.answers import HeldOutAnswers
 from overture.training.cores import use_cores
 from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
 from overture.training.optim import build_optimizer, build_scheduler
+from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
-from overture.training.run_folder import begin_run, refuse_finished_run, write_result
+from overture.training.resume import (
+    Checkpointer,
+    ExactResume,
+    check_facts,
+    check_room,
+    find_checkpoint,
+    find_load_path,
+    foreign_state,
+    model_fingerprint,
+)
+from overture.training.run_folder import (
+    begin_run,
+    end_run,
+    refuse_finished_run,
+    write_failure,
+    write_result,
+)
+
+# What torch says, in any line of ours, of another process that is gone.
+LOST = {
+    r"DataLoader worker": "a worker of the loader died",
+    r"closed by peer|reset by peer|NCCL|remote process exited": "another rank ended",
+}
 
 
 def train(config: Config, command: str) -> int:
@@ -42,14 +68,26 @@ def train(config: Config, command: str) -> int:
 
     Raises:
         ConfigError: something named in the config does not exist or does not fit.
-        DataError: shards are not what they were.
+        DataError: shards or a checkpoint are not what they were.
+        GuardError: going on would have spoilt the run.
+        Preempted: a signal asked the run to stop; it is saved.
     """
+    request = StopRequest()
+    try:
+        return _train(config, command, request)
+    finally:
+        request.close()
+        end_run()
+
+
+def _train(config: Config, command: str, request: StopRequest) -> int:
     quiet_libraries()
     device = _choose_device(config)
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     dist.initialize_dist(device, timeout=300)
     reproducibility.seed_all(config.seed)
     run_folder = refuse_finished_run(config)
+    found = find_checkpoint(config)
     say = print if dist.get_global_rank() == 0 else _silent
 
     # Model: base weights, then adapters.
@@ -57,8 +95,14 @@ def train(config: Config, command: str) -> int:
         config.tokenizer_name or config.model.name, config.model.trust_remote_code
     )
     network = _build_network(config, tokenizer, device, packed=_is_packed(config, tokenizer))
+    facts = _facts(config, tokenizer, network)
+    if found:
+        check_facts(found[1]["facts"], facts, config.resume.allow)
+        say(f"going on from {found[0]}")
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
+    if not trained:
+        raise ConfigError(f"trainable: {config.trainable}: no parameter would be trained")
     say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
     say(describe_attention(network, device))
     if device == "cpu":
@@ -90,7 +134,14 @@ def train(config: Config, command: str) -> int:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
     training = _loader(config, config.train_loader, tokenizer, per_rank)
-    begin_run(config, command)  # from here on there is a run; what failed before left nothing
+    check_room(config, network)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    start = found[0] / STATE if found else find_load_path(config) if config.load_path else None
+    # From here on there is a run; what failed before left nothing.
+    begin_run(config, command, resumed=found is not None)
+    exact = ExactResume()
+    finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, run_folder)
+    spikes = SpikeGuard(stop=config.guards.loss_spike == "stop")
     trainer = Trainer(
         model=model,
         train_dataloader=training,
@@ -101,11 +152,17 @@ def train(config: Config, command: str) -> int:
         schedulers=build_scheduler(config.scheduler),
         algorithms=build_algorithms(config),
         callbacks=[
+            exact,
             *build_callbacks(config),
+            GradientGuard(),
+            finite,
             clock,
             throughput,  # before the log, which reads its figures
             log,
+            spikes,
             *([target] if target else []),
+            Watchdog(config.guards.timeout, run_folder, partial(write_failure, run_folder, config)),
+            Checkpointer(config, facts, request),  # last, as it keeps the state of the others
         ],
         loggers=build_loggers(config),
         run_name=config.run_name,
@@ -115,36 +172,34 @@ def train(config: Config, command: str) -> int:
         # The mean over the label tokens of the global batch, however it is divided.
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
-        save_folder=config.save_folder or str(run_folder / "checkpoints"),
-        save_interval=config.save_interval,
-        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-        load_path=config.load_path,
-        load_weights_only=config.load_weights_only,
-        # Clock, counts and outcome of another run are not ours. An autoresume restores them.
-        load_ignore_keys=["state/callbacks"],
-        autoresume=config.autoresume,
+        load_path=str(start) if start else None,
+        load_weights_only=config.load_weights_only and not found,
+        load_ignore_keys=None if found else partial(foreign_state, trained=names, path=start),
+        load_strict_model_weights=config.trainable == "all",  # adapters are saved by themselves
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
     quiet_trainer(trainer)
+    exact.rng, trainer._rng_state = trainer._rng_state, None
+    due = found is not None and found[1]["evaluation_due"]  # it was broken off
     try:
-        if config.eval_first and trainer.state.timestamp.batch == 0:
-            trainer.eval()
-        if trainer.state.timestamp >= trainer.state.max_duration:
-            # The last part of this run got to the end of training, but not of this function.
-            if evaluation is not None and not (target and target.reached):
-                trainer.eval()
-        elif not (target and target.reached):
-            trainer.fit()
+        request.training = True
+        _fit(trainer, config.eval_first, due, target)
         seconds = clock.seconds()
+        request.training = False
+        if request.asked:  # too late for a batch to end
+            raise Preempted(trainer.state.timestamp.batch.value)
     except Exception as error:
-        write_result(
-            run_folder, {"run_name": config.run_name, "status": "failed", "error": str(error)}
-        )
-        raise
-    finally:
-        trainer.close()
+        for pattern, said in LOST.items():
+            if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
+                reason = str(error).strip().splitlines()[0][:200]
+                error = GuardError(f"{said} ({reason}); the same command goes on")
+        write_failure(run_folder, config, str(error), preempted=isinstance(error, Preempted))
+        with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
+            trainer.close()
+        raise error from None
+    trainer.close()
 
     # Outcome: model, answers, result.json, report.
     if dist.get_global_rank() == 0:
@@ -153,6 +208,7 @@ def train(config: Config, command: str) -> int:
         answers.after = answers.ask(network, "answers after training")
     steps = trainer.state.timestamp.batch.value
     result = _result(config, log, throughput, target, seconds, steps)
+    result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
     if dist.get_global_rank() == 0:
         if answers:
             result["metrics"] = answers.write(run_folder / "generations.jsonl")
@@ -161,6 +217,20 @@ def train(config: Config, command: str) -> int:
         print("\n".join([*summary_lines(result), f"report: {page}"]))
     dist.barrier()
     return _exit_code(target, log)
+
+
+def _fit(trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | None) -> None:
+    """Train to the end, with an evaluation before it, or one that is `due` from an earlier part."""
+    state = trainer.state
+    if due or (eval_first and state.timestamp.batch == 0):
+        trainer.eval()
+    if target and target.reached:
+        return
+    if state.timestamp < state.max_duration:
+        trainer.fit()
+    elif state.evaluators and not due:
+        # The last part of this run got to the end of training, but not of its evaluation.
+        trainer.eval()
 
 
 def _choose_device(config: Config) -> str:
@@ -258,6 +328,18 @@ def _is_packed(config: Config, tokenizer: Any) -> bool:
             )
             packed = packed or ledger["packing"]["method"] == "best_fit"
     return packed
+
+
+def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
+    """Return by content what a run must find again when it goes on."""
+    loaders = (config.train_loader, config.eval_loader)
+    splits = [loader.dataset.split for loader in loaders if loader is not None]
+    return {
+        # The index of a split holds the hashes of its shards.
+        "dataset": {s: sha256_file(Path(config.data_local) / s / INDEX) for s in splits},
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "model": model_fingerprint(network),
+    }
 
 
 def _exit_code(target: LossTarget | None, log: RunLog) -> int:

@@ -1,0 +1,223 @@
+"""Guards: what would waste or spoil a run silently stops it, with a reason."""
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from overture.errors import EXIT_GUARD, GuardError
+
+STACKS = "stacks"  # files of the run folder: stacks-<process>.txt
+
+
+class FiniteGuard(Callback):
+    """Catches a loss or gradient that is not finite before the optimizer steps on it.
+
+    Composer's NaNMonitor looks at the loss alone, misses Inf, and comes a step late.
+
+    Args:
+        policy: `stop`, or `skip` the step.
+        most: how many steps in all may be skipped.
+        folder: the run folder; the samples of a bad batch are noted in `bad_batch.json`.
+    """
+
+    def __init__(self, policy: Literal["stop", "skip"], most: int, folder: Path) -> None:
+        self.policy, self.most, self.path = policy, most, folder / "bad_batch.json"
+        self.skipped = 0
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Refuse a batch without a label on any rank: its mean loss would be 0 / 0."""
+        self._ids, self._bad = state.batch["sample_ids"], torch.zeros((), device=_device(state))
+        labels = sum(state.batch["num_labels"])
+        if dist.get_world_size() > 1:
+            every = torch.tensor(labels, device=_device(state))
+            dist.all_reduce(every, reduce_operation="SUM")
+            labels = every.item()
+        if not labels:
+            self._stop(state, "the batch has no label tokens, so nothing could be learned from it")
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Look at a microbatch's loss, without waiting for the device."""
+        self._bad += ~state.loss.detach().isfinite()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Look at the gradients of all microbatches, after the ranks have added theirs up."""
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        scaled = state.scaler is not None and state.scaler.is_enabled()  # it skips such steps
+        loss_bad = self._bad.clone()
+        if gradients and not scaled:
+            self._bad += ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(self._bad, reduce_operation="SUM")
+        if not self._bad.item():
+            return
+        what = "the loss" if loss_bad.item() else "a gradient"
+        if self.policy == "stop" or self.skipped >= self.most:
+            after = f" after {self.skipped} skipped steps" if self.skipped else ""
+            self._stop(state, f"{what} is not finite{after}")
+        self.skipped += 1
+        self._note(state, f"{what} is not finite; step skipped")
+        for parameter in state.model.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.skipped = state["skipped"]
+
+    def _note(self, state: State, reason: str) -> None:
+        ids = dist.all_gather_object(self._ids.tolist())
+        if dist.get_global_rank() == 0:
+            step = state.timestamp.batch.value + 1
+            samples = [number for each in ids for number in each]
+            record = {"step": step, "reason": reason, "sample_ids": samples}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _stop(self, state: State, reason: str) -> None:
+        self._note(state, reason)
+        raise GuardError(
+            f"step {state.timestamp.batch.value + 1}: {reason}; its samples are in {self.path}, "
+            "the last checkpoint is from before it"
+        )
+
+
+class GradientGuard(Callback):
+    """Refuses to train on when a parameter that is to be trained is out of the gradient's reach.
+
+    The first step shows no gradient for half of every LoRA adapter, as the other half is zero.
+    """
+
+    STEPS = 2
+
+    def __init__(self) -> None:
+        self._reached: set[str] = set()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Note who has a gradient, and after two steps who has had none."""
+        if state.timestamp.batch.value >= self.STEPS or getattr(self, "_done", False):
+            return
+        trained = {n: p for n, p in state.model.named_parameters() if p.requires_grad}
+        self._reached |= {n for n, p in trained.items() if p.grad is not None and p.grad.any()}
+        if state.timestamp.batch.value == self.STEPS - 1:
+            # An expert waits until a token is sent to it.
+            missing = [n for n in trained if n not in self._reached and ".experts." not in n]
+            if missing and len(self._reached):
+                raise GuardError(
+                    f"{len(missing)} of {len(trained)} trained tensors got no gradient in "
+                    f"{self.STEPS} steps, so they would never learn: {', '.join(missing[:3])}; "
+                    "train others (trainable, lora.target_modules)"
+                )
+
+
+class Watchdog(Callback):
+    """Ends a run that has finished no batch for a while, with the stacks of all its threads.
+
+    Args:
+        timeout: seconds; 0 never ends it.
+        folder: the run folder.
+        report: told the reason, before the process ends with exit code 5.
+    """
+
+    def __init__(self, timeout: float, folder: Path, report: Callable[[str], None]) -> None:
+        self.timeout, self.folder, self.report = timeout, folder, report
+        self._beat = time.monotonic()
+        self._over = threading.Event()
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Begin to watch."""
+        self._beat = time.monotonic()
+        if self.timeout:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Note that it goes on."""
+        self._beat = time.monotonic()
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """Note that it goes on."""
+        self._beat = time.monotonic()
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Watch no longer."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(self.timeout / 4, 5)):
+            if time.monotonic() - self._beat > self.timeout:
+                self._end()
+
+    def _end(self) -> None:
+        with (self.folder / f"{STACKS}-{os.getpid()}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGUSR2)  # a loader's worker prints its own
+        time.sleep(1)
+        reason = (
+            f"no batch was finished for {self.timeout:g} seconds (guards.timeout); what every "
+            f"thread was doing is in {self.folder}/{STACKS}-*.txt, what loaders did, above"
+        )
+        self.report(reason)
+        print(f"error: {reason}", flush=True)
+        os._exit(EXIT_GUARD)
+
+
+class SpikeGuard(Callback):
+    """Notices a training loss far above the recent ones.
+
+    Far is six standard deviations and a tenth above the mean of the last 50 steps.
+
+    Args:
+        stop: end the run at the first one, rather than mark it in the log.
+    """
+
+    WINDOW, LEAST = 50, 20
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self.steps: list[int] = []
+        self._recent: deque[float] = deque(maxlen=self.WINDOW)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Compare the step's loss with those before it."""
+        loss, step = state.total_loss_dict["loss/train/total"], state.timestamp.batch.value
+        if len(self._recent) >= self.LEAST:
+            mean, spread = statistics.fmean(self._recent), statistics.pstdev(self._recent)
+            if loss > max(mean + 6 * spread, 1.1 * mean):
+                self.steps.append(step)
+                said = f"step {step}: loss {loss:.4g} after a mean of {mean:.4g}: a spike"
+                if self.stop:
+                    raise GuardError(f"{said}; guards.loss_spike=mark would go on")
+                if dist.get_global_rank() == 0:
+                    print(f"warning: {said}", flush=True)
+        if math.isfinite(loss):  # not of a step that was skipped
+            self._recent.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"steps": self.steps, "recent": list(self._recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.steps, self._recent = state["steps"], deque(state["recent"], maxlen=self.WINDOW)
+
+
+def _device(state: State) -> torch.device:
+    return next(state.model.parameters()).device

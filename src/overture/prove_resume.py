@@ -1,0 +1,84 @@
+"""The proof on a user's own config, in miniature, that a kill changes nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from overture.config.schema import Config
+from overture.data.schema import sha256_file
+from overture.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "save_interval=2ba", "eval_first=false", "eval_loader=null", "generation=null",
+    "callbacks.loss_target=null", "save_folder=null", "progress_bar=false",
+    "console_log_interval=null", "scheduler.t_warmup=0ba",
+)  # fmt: skip
+
+
+def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Iterator[str]:
+    """Train for some steps, and again with a kill -9 in between; yield what is seen.
+
+    Args:
+        config: of the command line below, read.
+        arguments: `FILE.yaml a.b=c ...`; what is evaluated, generated or logged is left out.
+        steps: of the first attempt; twice as many as long as the kill comes too late.
+
+    Raises:
+        ConfigError: the run fails by itself, or is over before it can be killed.
+    """
+    door = "finetune.py" if config.task == "instruct" else "main.py"
+    with tempfile.TemporaryDirectory() as name:
+        for attempt in range(4):
+            count = steps * 2**attempt
+            whole, parts = (Path(name, f"{kind}{attempt}") for kind in ("whole", "parts"))
+            options = [*arguments, *SMALL, f"max_duration={count}ba", f"eval_interval={count}ba"]
+            command = [sys.executable, door, *options]
+            _finish([*command, f"run_folder={whole}"])
+            yield f"{count} steps without an interruption"
+            step = _kill([*command, f"run_folder={parts}"], parts, count // 2)
+            if step is not None:
+                break
+        else:
+            raise ConfigError(f"{count} steps were over before the run could be killed")
+        saved = sorted(int(p.name[2:]) for p in (parts / "checkpoints").glob("ba*"))
+        yield f"killed at step {step}, with checkpoints of steps {saved}"
+        _finish([*command, f"run_folder={parts}"])
+        losses = [_losses(folder) for folder in (whole, parts)]
+        for number in range(1, count + 1):
+            if losses[0].get(number) != losses[1].get(number):
+                yield f"differs at step {number}: {losses[0].get(number)}, {losses[1].get(number)}"
+                return
+        weights = [sha256_file(next((f / "hf").glob("*.safetensors"))) for f in (whole, parts)]
+        same = weights[0] == weights[1]
+        yield "identical: losses and weights" if same else f"differs in the weights at step {count}"
+
+
+def _finish(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"the run fails by itself: {done.stderr.strip()[-500:]}")
+
+
+def _kill(command: list[str], folder: Path, after: int) -> int | None:
+    """Return the step that a process was killed after, None if it was over before."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(_losses(folder)) < after:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return None if (folder / "result.json").exists() else len(_losses(folder))
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    return {record["step"]: record["loss"] for record in records}

@@ -1,0 +1,52 @@
+"""Signals that ask a run to stop: finish the batch, save, and exit 75."""
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist, get_device
+
+from overture.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class StopRequest:
+    """Whether this run was asked to stop, by SIGTERM, SIGUSR1 or Ctrl-C.
+
+    While `training` is set the request waits for the end of the batch; before and after, there is
+    nothing to finish and Preempted is raised at once. A second Ctrl-C stops without saving.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.training = False
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        parent = Path(f"/proc/{os.getppid()}/cmdline")
+        if parent.exists() and b"composer" in parent.read_bytes():
+            # The launcher dies of these signals and would leave its ranks behind.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if not self.training:
+            raise Preempted(None)
+        print(f"{signal.Signals(number).name}: saving after this batch ...", flush=True)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Return whether any rank was asked; all ranks must call it at the same time."""
+        if dist.get_world_size() == 1:
+            return self.asked
+        asked = get_device().tensor_to_device(torch.tensor(int(self.asked)))
+        dist.all_reduce(asked, reduce_operation="MAX")
+        return bool(asked.item())

@@ -1,0 +1,268 @@
+"""Going on from a checkpoint as if nothing had happened, bit for bit.
+
+Composer 0.32 alone does not: when the dataset finds its own place again, the state of the random
+numbers is never restored, so that dropout differs; and a checkpoint at the end of an epoch keeps
+that epoch's number for the data, so that the next one repeats its order.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, reproducibility
+from omegaconf import OmegaConf
+
+from overture.checkpoint import (
+    STATE,
+    RemoteFolder,
+    change_manifest,
+    checkpoint_to_load,
+    keep_newest,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from overture.config.load import dump_config
+from overture.config.schema import Config
+from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
+from overture.training.preemption import StopRequest
+
+# Settings of the terminal, of loggers and of where and how often to save do not change a result.
+FREE = (
+    "progress_bar", "console_log_interval", "loggers", "guards", "resume", "save_interval",
+    "save_num_checkpoints_to_keep", "load_unverified", "run_folder", "save_folder",
+)  # fmt: skip
+
+
+def local_folder(config: Config) -> Path:
+    """Return where the checkpoints of a run are on this machine."""
+    if config.save_folder and "://" not in config.save_folder:
+        return Path(config.save_folder)
+    return Path(config.run_folder) / "checkpoints"
+
+
+def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest whole checkpoint of this run and its manifest, the same on every rank.
+
+    Raises:
+        ConfigError: it is of a run with another config, or autoresume is off.
+    """
+
+    if config.save_folder and "://" in config.save_folder and dist.get_local_rank() == 0:
+        RemoteFolder(config.save_folder).fetch_newest(local_folder(config))  # on every node
+
+    def look() -> tuple[Path, dict[str, Any]] | None:
+        found = newest_checkpoint(local_folder(config))
+        if found is None:
+            return None
+        remedy = f"choose another run_name, or delete {config.run_folder}"
+        changed = changed_keys(found[1]["config"], dump_config(config))
+        changed = [key for key in changed if key not in config.resume.allow]
+        if changed:
+            raise ConfigError(
+                f"run_name: {config.run_name} was begun with another config "
+                f"({', '.join(changed)} changed); {remedy}, or let it change: "
+                f"resume.allow=[{','.join(changed)}]"
+            )
+        if not config.autoresume:
+            raise ConfigError(f"autoresume: false, but {config.run_name} has checkpoints; {remedy}")
+        return found
+
+    return on_rank_zero(look)
+
+
+def find_load_path(config: Config) -> Path:
+    """Return the state file that load_path means, downloaded and verified."""
+    cache = Path(tempfile.gettempdir()) / f"overture-{config.run_name}"
+    return on_rank_zero(
+        lambda: checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
+    )
+
+
+def on_rank_zero(function: Any) -> Any:
+    """Return on every rank what a function returns on rank zero, or raise its error on all."""
+    answer: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer = [function()]
+        except OvertureError as error:
+            answer = [error]
+        except Exception as error:  # a bug of ours, or an object store's own kind
+            dist.broadcast_object_list([GuardError(f"rank zero failed: {error}")])
+            raise
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], OvertureError):
+        raise answer[0]
+    return answer[0]
+
+
+def changed_keys(before: str, now: str) -> list[str]:
+    """Return the top-level keys in which two dumped configs differ, but for those that are free."""
+    old, new = (OmegaConf.to_container(OmegaConf.create(text)) for text in (before, now))
+    return [k for k in sorted({*old, *new}) if k not in FREE and old.get(k) != new.get(k)]
+
+
+def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -> None:
+    """Compare what a run was begun with, by content, with what is there now.
+
+    Raises:
+        DataError: the dataset, the tokenizer or the model is another one under the same name.
+    """
+    changed = [key for key in now if before.get(key) != now[key] and key not in allow]
+    if changed:
+        raise DataError(
+            f"the {' and the '.join(changed)} of this run is not what it was begun with, though "
+            f"its name is the same; begin a new run, or set resume.allow=[{','.join(changed)}]"
+        )
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Return a sha256 over names, shapes and types of all parameters, and the content of those
+    that are frozen, which no checkpoint of adapters holds.
+    """
+    rows = [
+        (n, *p.shape, p.dtype, p.requires_grad or p.detach().view(torch.uint8).sum().item())
+        for n, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def foreign_state(state_dict: dict[str, Any], trained: set[str], path: Path) -> None:
+    """Take from another run's state what is not ours: its clock, its counts and its outcome.
+
+    Raises:
+        ConfigError: it lacks weights that are to be trained, as that of another model would.
+    """
+    state_dict["state"].pop("callbacks", None)
+    missing = sorted(trained - set(state_dict["state"]["model"]))
+    if missing:
+        raise ConfigError(
+            f"load_path: {path}: has not {len(missing)} of the {len(trained)} tensors that are "
+            f"to be trained ({missing[0]}, ...), so it is of another model"
+        )
+
+
+def check_room(config: Config, model: torch.nn.Module) -> None:
+    """Compare what the checkpoints will take with what is free where they go.
+
+    Raises:
+        GuardError: it is not enough for those that are kept and the one that is being written.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    one = sum(p.numel() * (p.element_size() + 8) for p in trained)  # Adam keeps two float32 each
+    count = max(config.save_num_checkpoints_to_keep, 1) + 1
+    place = local_folder(config).absolute()
+    free = shutil.disk_usage(next(p for p in [place, *place.parents] if p.exists())).free
+    if free < count * one:
+        raise GuardError(
+            f"save_folder: {place}: {count} checkpoints take {count * one / 2**30:.1f} GiB, but "
+            f"{free / 2**30:.1f} GiB are free; name another one or lower "
+            "save_num_checkpoints_to_keep"
+        )
+
+
+class Checkpointer(Callback):
+    """Saves at an interval, at the end, and when the run is asked to stop; all of it or nothing.
+
+    Args:
+        config: `save_folder`, `save_interval` and `save_num_checkpoints_to_keep` are used.
+        facts: for the manifest, by content: see `check_facts`.
+        request: set by a signal; then the batch is finished, saved, and Preempted raised.
+    """
+
+    def __init__(self, config: Config, facts: dict[str, Any], request: StopRequest) -> None:
+        self.folder, self.keep = local_folder(config), config.save_num_checkpoints_to_keep
+        remote = config.save_folder if config.save_folder and "://" in config.save_folder else None
+        self.remote = RemoteFolder(remote) if remote and dist.get_global_rank() == 0 else None
+        self.facts = {"config": dump_config(config), "facts": facts}
+        self.request = request
+        self._is_due = create_interval_scheduler(config.save_interval)
+        self._saved = -1
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if it is time, or if the run is to stop."""
+        due, stop = self._is_due(state, Event.BATCH_CHECKPOINT), self.request.agreed()
+        if due or stop:
+            self.save(state)
+        if stop:
+            raise Preempted(state.timestamp.batch.value)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if it is time."""
+        if self._is_due(state, Event.EPOCH_CHECKPOINT):
+            self.save(state)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """Break off a long evaluation if the run is to stop; it is begun again on the way on."""
+        if self.request.agreed():
+            batch = state.timestamp.batch.value or None
+            if batch:
+                self.save(state, evaluation_due=True)
+            raise Preempted(batch)
+
+    def save(self, state: State, evaluation_due: bool = False) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            GuardError: weights are not finite, or the disk is full or out of order; the last
+                checkpoint is still there.
+        """
+        batch = state.timestamp.batch.value
+        if batch == self._saved:  # while the evaluation of this very step goes on
+            place = self.folder / f"ba{batch}"
+            return on_rank_zero(lambda: change_manifest(place, evaluation_due=evaluation_due))
+        trained = [p.detach() for p in state.model.parameters() if p.requires_grad]
+        if not torch.stack(torch._foreach_norm(trained)).isfinite().all():
+            raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")
+        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        if state.timestamp.batch_in_epoch == 0:
+            # Streaming still counts the epoch that is over.
+            content["state"]["dataset_state"]["train"]["epoch"] = state.timestamp.epoch.value
+        facts = {**self.facts, "evaluation_due": evaluation_due}
+
+        def write() -> None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                place = write_checkpoint(
+                    self.folder, batch, lambda f: torch.save(content, f / STATE), facts
+                )
+                if self.remote:
+                    self.remote.upload(place)
+                keep_newest(self.folder, self.keep)
+            except (OSError, RuntimeError) as error:  # torch's writer wraps the system's
+                raise GuardError(
+                    f"step {batch}: the checkpoint cannot be written to {self.folder} "
+                    f"({' '.join(str(error).split())[:150]}); free space or name another "
+                    "save_folder, then run the same command again: the last one is whole"
+                ) from None
+
+        on_rank_zero(write)
+        self._saved = batch
+
+
+class ExactResume(Callback):
+    """Restores the random numbers where the first batch after a resume is about to be made.
+
+    Making the loader's iterator draws from them too, hence not earlier; at the start of an epoch
+    not later either.
+    """
+
+    def __init__(self) -> None:
+        self.rng: list[dict[str, Any]] | None = None
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """Restore before the loader begins an epoch."""
+        self._restore()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Restore after the loader has begun in the middle of one."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self.rng is not None:
+            reproducibility.load_rng_state(self.rng)
+            self.rng = None

@@ -1,0 +1,44 @@
+"""A tiny run of the recipe, in this process."""
+
+from pathlib import Path
+
+import pytest
+
+from overture.config.load import load_config
+from overture.training.run import train
+
+FINETUNE = """
+task: instruct
+max_seq_len: 128
+tokenizer_name: {smoke}/tokenizer
+data_local: {data}
+model:
+  name: llama
+  pretrained: false
+  config: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 2}}
+train_loader: {{dataset: {{split: train, shuffle: true}}, drop_last: true}}
+eval_loader: {{dataset: {{split: test}}}}
+optimizer: {{lr: 1.0e-2}}
+max_duration: 8ba
+eval_interval: 4ba
+eval_first: true
+global_train_batch_size: 4
+device_train_microbatch_size: 4
+device_eval_batch_size: 4
+progress_bar: false
+"""
+
+
+@pytest.fixture
+def run(tmp_path, smoke, monkeypatch):
+    """Train from the YAML above with overrides; returns (exit code, run folder)."""
+    path = tmp_path / "tiny.yaml"
+
+    def go(*overrides: str, data: Path = smoke / "instruct", tasks=("instruct",)):
+        path.write_text(FINETUNE.format(smoke=smoke, data=data))
+        config = load_config([str(path), *overrides], tasks)
+        return train(config, command="python finetune.py tiny.yaml"), tmp_path / config.run_folder
+
+    monkeypatch.chdir(tmp_path)
+    return go

@@ -1,0 +1,225 @@
+"""Faults injected into real runs: each is met before it does harm, in a sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Callback
+
+from overture.errors import ConfigError, GuardError
+from overture.models.build import CausalLM
+from overture.training import run as recipe
+from runs import records, result
+
+ROOT = Path(__file__).parents[2]
+SMOKE = "yamls/smoke/finetune.yaml"
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Let something happen in the state of the Trainer at an event of a step."""
+
+    def arrange(step: int, event: str, fault) -> None:
+        def happen(self, state, logger):
+            if state.timestamp.batch.value == step - (event != "batch_end"):
+                fault(state)
+
+        callback = type("Fault", (Callback,), {event: happen})
+        build = recipe.build_callbacks
+        monkeypatch.setattr(recipe, "build_callbacks", lambda config: [*build(config), callback()])
+
+    return arrange
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_gradient_that_is_not_finite_stops_before_the_step(run, at_step, value):
+    def spoil(state):
+        next(p for p in state.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+
+    at_step(5, "after_backward", spoil)
+    with pytest.raises(GuardError, match=r"step 5: a gradient is not finite; its samples are in"):
+        run("run_name=bad", "save_interval=2ba")
+    folder = Path("runs/bad")
+    assert result(folder)["status"] == "failed"
+    bad = json.loads((folder / "bad_batch.json").read_text())
+    assert bad["step"] == 5
+    assert len(set(bad["sample_ids"])) == 4
+    state = torch.load(folder / "checkpoints" / "ba4" / "state.pt", weights_only=False)["state"]
+    assert all(p.isfinite().all() for p in state["model"].values())
+    assert [r["step"] for r in records(folder, "train")] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def losses_times(monkeypatch):
+    """Multiply the training losses of some steps by a factor."""
+    loss, calls = CausalLM.loss, []
+
+    def arrange(factor: float, *steps: int) -> None:
+        calls.clear()
+
+        def spoiled(self, outputs, batch):
+            calls.append(0)
+            return loss(self, outputs, batch) * (factor if len(calls) in steps else 1.0)
+
+        monkeypatch.setattr(CausalLM, "loss", spoiled)
+
+    return arrange
+
+
+def test_loss_that_is_not_finite_is_skipped_as_often_as_allowed(run, losses_times):
+    losses_times(float("inf"), 3, 5)
+    code, folder = run("run_name=skips", "guards.non_finite=skip", "guards.max_skips=2")
+    assert code == 0
+    assert result(folder)["guards"]["skipped_steps"] == 2
+    lines = (folder / "bad_batch.json").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 5]
+    losses_times(float("inf"), 3, 5)
+    with pytest.raises(GuardError, match=r"step 5: the loss is not finite after 1 skipped steps"):
+        run("run_name=few", "guards.non_finite=skip", "guards.max_skips=1")
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, at_step):
+    def spoil(state):
+        with torch.no_grad():
+            next(p for p in state.model.parameters() if p.requires_grad).view(-1)[0] = torch.nan
+
+    at_step(4, "batch_end", spoil)  # where the guard of gradients does not look
+    with pytest.raises(GuardError, match=r"step 4: weights are not finite any more"):
+        run("run_name=nan", "save_interval=2ba", "eval_interval=8ba")
+    assert [p.name for p in Path("runs/nan/checkpoints").iterdir()] == ["ba2"]
+
+
+def test_batch_without_labels_is_named(run, monkeypatch):
+    build = recipe._loader
+
+    def loader(*args):
+        spec = build(*args)
+        collate = spec.dataloader.collate_fn
+
+        def emptied(rows):
+            batch = collate(rows)
+            batch["labels"].fill_(-100)
+            return {**batch, "num_labels": [0] * len(rows)}
+
+        spec.dataloader.collate_fn = emptied
+        return spec
+
+    monkeypatch.setattr(recipe, "_loader", loader)
+    with pytest.raises(GuardError, match=r"step 1: the batch has no label tokens"):
+        run("run_name=empty", "eval_first=false", "eval_loader=null")
+
+
+def test_adapter_out_of_reach_of_the_gradient(run, monkeypatch):
+    build = recipe._build_network
+
+    def cut(*args, **kwargs):
+        network = build(*args, **kwargs)
+        layer = network.base_model.model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda module, inputs, output: output.detach())
+        return network
+
+    monkeypatch.setattr(recipe, "_build_network", cut)
+    with pytest.raises(GuardError, match=r"trained tensors got no gradient in 2 steps.*_proj"):
+        run("run_name=cut", "trainable=lora", "lora.r=4")
+
+
+def test_nothing_to_train(run, monkeypatch):
+    build = recipe._build_network
+    frozen = lambda *args, **kwargs: build(*args, **kwargs).requires_grad_(False)  # noqa: E731
+    monkeypatch.setattr(recipe, "_build_network", frozen)
+    with pytest.raises(ConfigError, match="no parameter would be trained"):
+        run("run_name=none")
+
+
+def test_spike_is_marked_or_stops(run, losses_times):
+    options = ("max_duration=26ba", "eval_loader=null", "eval_first=false", "optimizer.lr=1e-4")
+    losses_times(3.0, 24)
+    code, folder = run("run_name=marked", *options)
+    assert code == 0
+    assert result(folder)["guards"]["loss_spikes"] == [24]
+    losses_times(3.0, 24)
+    with pytest.raises(GuardError, match=r"step 24: loss .*: a spike; guards\.loss_spike=mark"):
+        run("run_name=stopped", *options, "guards.loss_spike=stop")
+
+
+def test_hang_ends_with_the_stacks_of_all_threads(smoke, tmp_path):
+    program = f"""
+import sys, time
+sys.path[:0] = ["src"]
+from composer import Callback
+from overture.training import run
+class Hang(Callback):
+    def batch_start(self, state, logger):
+        if state.timestamp.batch.value == 2:
+            time.sleep(1000)
+run.build_callbacks = lambda config: [Hang()]
+import runpy
+sys.argv = ["finetune.py", "{SMOKE}", "run_folder={tmp_path}/run", "guards.timeout=4",
+            "eval_first=false", "train_loader.num_workers=1"]
+runpy.run_path("finetune.py", run_name="__main__")
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 5, done.stderr
+    assert time.monotonic() - began < 60
+    assert "no batch was finished for 4 seconds (guards.timeout)" in done.stdout
+    stacks = next((tmp_path / "run").glob("stacks-*.txt")).read_text()
+    assert "in batch_start" in stacks or "in happen" in stacks
+    assert "most recent call first" in done.stderr  # of the worker
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    """Start a run of many steps as a process, and wait for the third."""
+    command = [sys.executable, "finetune.py", SMOKE, f"run_folder={folder}", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline, log = time.monotonic() + 120, folder / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count('"train"') >= 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_and_the_same_command_goes_on(smoke, tmp_path, number):
+    folder = tmp_path / "run"
+    options = ("max_duration=100ba", "save_interval=100ba", "eval_interval=100ba")
+    process = start(folder, *options)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert time.monotonic() - began < 25
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert f"stopped as asked, saved at step {saved.name[2:]}; the same command" in said.decode()
+    assert result(folder)["status"] == "preempted"
+    if number != signal.SIGTERM:
+        return
+    process = start(folder, *options)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert result(folder)["steps"] == 100
+    steps = [r["step"] for r in records(folder, "train")]
+    assert steps == list(range(1, 101))  # none was done twice
+
+
+def test_dead_worker_of_the_loader(smoke, tmp_path):
+    options = ("max_duration=2000ba", "eval_interval=2000ba", "save_interval=2000ba")
+    process = start(tmp_path / "run", *options, "train_loader.num_workers=2")
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 5, said
+    assert b"a worker of the loader died" in said
+    assert b"Traceback" not in said

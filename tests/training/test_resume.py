@@ -1,0 +1,281 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit; what has changed is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Callback
+from moto.server import ThreadedMotoServer
+
+from overture.checkpoint import MANIFEST, STATE
+from overture.errors import ConfigError, DataError, GuardError
+from overture.training import run as recipe
+from runs import curve, result
+
+# 24 rows a batch make epochs of five steps of the smoke data; 16 steps are more than three.
+OPTIONS = (
+    "global_train_batch_size=24", "device_train_microbatch_size=8", "max_duration=16ba",
+    "trainable=lora", "lora.r=4", "lora.dropout=0.1", "model.dtype=bfloat16", "eval_interval=5ba",
+    "eval_first=false",
+)  # fmt: skip
+
+
+class Power(Exception):
+    """The power went out."""
+
+
+class Outage(Callback):
+    """Breaks off a run at the end of a step, before that step is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def batch_end(self, state, logger):
+        if state.timestamp.batch.value == self.step:
+            raise Power
+
+
+@pytest.fixture
+def broken(run, monkeypatch):
+    """Train, with the power going out at some steps, and go on by the same command each time."""
+
+    def go(name, *options, at=(), between=lambda folder: None, finish=True) -> Path:
+        build = recipe.build_callbacks
+        for step in at:
+            monkeypatch.setattr(
+                recipe, "build_callbacks", lambda config, step=step: [*build(config), Outage(step)]
+            )
+            with pytest.raises(Power):
+                run(*OPTIONS, *options, f"run_name={name}")
+            between(Path("runs") / name)
+            monkeypatch.setattr(recipe, "build_callbacks", build)
+        if not finish:
+            return Path("runs") / name
+        code, folder = run(*OPTIONS, *options, f"run_name={name}")
+        assert code == 0
+        return folder
+
+    return go
+
+
+def final_state(folder: Path) -> dict:
+    newest = max((folder / "checkpoints").glob("ba*"), key=lambda path: int(path.name[2:]))
+    return torch.load(newest / STATE, weights_only=False)["state"]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert curve(one) == curve(other)
+    states = [final_state(folder) for folder in (one, other)]
+    for part in ("model", "optimizers"):
+        flat = [dict(leaves(state[part])) for state in states]
+        assert flat[0].keys() == flat[1].keys()
+        assert len(flat[0]) > 10
+        for name, value in flat[0].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(flat[1][name])), name
+    names = [path.name for path in (one / "hf").iterdir()]
+    weights = next(name for name in names if name.endswith(".safetensors"))
+    assert (one / "hf" / weights).read_bytes() == (other / "hf" / weights).read_bytes()
+
+
+def leaves(tree, path=""):
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}/{key}")
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from leaves(value, f"{path}/{number}")
+    elif isinstance(tree, torch.Tensor | int | float):
+        yield path, tree
+
+
+def steps_per_epoch(smoke: Path) -> int:
+    index = json.loads((smoke / "instruct" / "train" / "index.json").read_text())
+    return sum(shard["samples"] for shard in index["shards"]) // 24
+
+
+def test_bit_for_bit_wherever_it_breaks_off(broken, smoke):
+    epoch = steps_per_epoch(smoke)
+    assert 3 <= epoch <= 7  # so that 16 steps reach into the third epoch
+    whole = broken("whole", "save_interval=16ba")
+    assert len(curve(whole)) == 16 + 4
+    # Within an epoch, at its end, at the next one's start, twice, with and without workers.
+    for number, (at, save, workers) in enumerate(
+        [
+            ((3,), "2ba", 0),
+            ((epoch + 1,), f"{epoch}ba", 2),  # saved at the last batch of an epoch
+            ((epoch + 1,), "1ep", 0),  # saved after its end
+            ((2 * epoch + 1,), "1ep", 2),
+            ((2, epoch, 2 * epoch + 2), "1ba", 0),
+        ]
+    ):
+        parts = broken(
+            f"parts{number}", f"save_interval={save}", f"train_loader.num_workers={workers}", at=at
+        )
+        assert_same(whole, parts)
+
+
+def test_weights_of_full_training_too_and_what_the_log_counts(broken):
+    options = ("trainable=all", "lora=null", "model.dtype=float32", "max_duration=5ba",
+               "model.config.attention_dropout=0.1")  # fmt: skip
+    whole = broken("whole", *options)
+    parts = broken("parts", *options, "save_interval=2ba", at=(3, 5))
+    assert_same(whole, parts)
+    for key in ("steps", "tokens_seen", "label_tokens_seen", "eval_cross_entropy"):
+        assert result(parts)[key] == result(whole)[key]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "manifest", "missing", "empty"])
+def test_broken_checkpoint_is_set_aside_and_an_earlier_one_is_used(broken, damage, capsys):
+    def between(folder: Path) -> None:
+        newest = folder / "checkpoints" / "ba4"
+        state = newest / STATE
+        if damage == "flip":
+            content = bytearray(state.read_bytes())
+            content[len(content) // 2] ^= 4
+            state.write_bytes(content)
+        elif damage == "cut":
+            state.write_bytes(state.read_bytes()[:-7])
+        elif damage == "manifest":
+            (newest / MANIFEST).write_text("{")
+        elif damage == "missing":
+            state.unlink()
+        else:
+            shutil.rmtree(newest)
+            newest.mkdir()
+        # What a kill leaves while a checkpoint is written.
+        (folder / "checkpoints" / ".ba5.123").mkdir()
+        (folder / "checkpoints" / ".ba5.123" / STATE).write_bytes(b"half")
+
+    options = ("max_duration=7ba", "eval_interval=7ba", "save_interval=2ba")
+    whole = broken("whole", *options)
+    parts = broken("parts", *options, at=(5,), between=between)
+    assert_same(whole, parts)
+    said = capsys.readouterr().out
+    assert "ba4" in said
+    assert "set aside as broken-ba4-0; going back to an earlier checkpoint" in said
+    assert "going on from runs/parts/checkpoints/ba2" in said
+    assert (parts / "checkpoints" / "broken-ba4-0").is_dir()
+    assert not list((parts / "checkpoints").glob(".ba*"))
+
+
+def test_as_many_are_kept_as_was_asked(broken):
+    folder = broken("kept", "max_duration=5ba", "save_interval=1ba")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["ba4", "ba5"]
+
+
+def test_changes_are_refused_by_name_unless_allowed(broken, run, smoke, tmp_path):
+    options = ("max_duration=6ba", "save_interval=2ba", "run_name=begun")
+
+    def resume(*changes: str, **more):
+        return run(*OPTIONS, *options, *changes, **more)
+
+    data = tmp_path / "data"
+    shutil.copytree(smoke / "instruct", data)
+    broken("begun", *options, at=(3,), finish=False)
+    for change, key in {
+        "seed=3": "seed", "global_train_batch_size=8": "global_train_batch_size",
+        "lora.r=8": "lora", "optimizer.lr=1": "optimizer",
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"begun with another config \({key} changed\).*"
+                           rf"resume\.allow=\[{key}\]"):  # fmt: skip
+            resume(change)
+    with pytest.raises(ConfigError, match=r"data_local changed"):
+        resume(data=data)
+    with pytest.raises(ConfigError, match=r"autoresume: false, but begun has checkpoints"):
+        resume("autoresume=false", "resume.allow=[autoresume]")
+    code, folder = resume("optimizer.lr=0.5", "resume.allow=[optimizer]", "progress_bar=false")
+    assert code == 0
+    assert result(folder)["steps"] == 6
+
+
+def test_other_data_under_the_same_name_is_refused(broken, run, smoke, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(smoke / "instruct", data)
+    options = (f"data_local={data}", "max_duration=4ba", "save_interval=2ba")
+    broken("begun", *options, at=(3,), finish=False)
+    for split in ("train", "test"):
+        shutil.rmtree(data / split)
+        shutil.copytree(smoke / "instruct" / "test", data / split)
+    with pytest.raises(DataError, match=r"the dataset of this run is not what it was begun with"):
+        run(*OPTIONS, *options, "run_name=begun", "global_train_batch_size=2",
+            "device_train_microbatch_size=2",
+            "resume.allow=[global_train_batch_size,device_train_microbatch_size]")  # fmt: skip
+
+
+def test_checkpoints_of_others_need_a_word(run, tmp_path):
+    _, first = run("run_name=first", "max_duration=1ba", "eval_first=false")
+    foreign = tmp_path / "foreign.pt"
+    shutil.copy(first / "checkpoints" / "ba1" / STATE, foreign)
+    options = ("run_name=second", "load_weights_only=true", "max_duration=1ba")
+    with pytest.raises(ConfigError, match=r"pickle.*load_unverified=true"):
+        run(*options, f"load_path={foreign}")
+    with pytest.raises(ConfigError, match=r"load_path: nowhere: no checkpoint is there"):
+        run(*options, "load_path=nowhere")
+    code, second = run(*options, f"load_path={foreign}", "load_unverified=true")
+    assert code == 0
+    start = result(first)["eval_cross_entropy"]
+    assert result(second)["eval_cross_entropy_before"] == pytest.approx(start, abs=1e-5)
+    state = first / "checkpoints" / "ba1" / STATE
+    state.write_bytes(state.read_bytes() + b"x")
+    with pytest.raises(DataError, match=r"state\.pt: .* bytes, but .* were written"):
+        run("run_name=third", "load_weights_only=true", f"load_path={state}")
+
+
+def test_full_disk_leaves_the_last_checkpoint_and_one_sentence(broken, monkeypatch):
+    save = torch.save
+
+    def full(content, path, **options):
+        if "ba4" in str(path):
+            Path(path).write_bytes(b"part")
+            raise OSError(28, "No space left on device")
+        save(content, path, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    options = ("max_duration=6ba", "save_interval=2ba", "eval_interval=6ba")
+    with pytest.raises(GuardError, match=r"step 4: the checkpoint cannot be written .*No space"):
+        broken("full", *options)
+    folder = Path("runs/full")
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["ba2"]
+    assert result(folder)["status"] == "failed"
+    monkeypatch.setattr(torch, "save", save)
+    assert_same(broken("whole", *options), broken("full", *options))
+
+
+def test_too_little_room_is_found_before_training(run, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(GuardError, match=r"save_folder: .*runs/tight/checkpoints: 3 checkpoints"):
+        run("run_name=tight")
+    assert not Path("runs/tight").exists()
+
+
+def test_object_store_holds_what_a_fresh_machine_needs(broken, monkeypatch, tmp_path):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="runs")
+        options = ("max_duration=7ba", "eval_interval=7ba", "save_interval=2ba")
+        whole = broken("whole", *options)
+
+        def between(folder: Path) -> None:
+            shutil.rmtree(folder)  # the machine is gone
+            body = b"not what was stored"
+            client.put_object(Bucket="runs", Key="there/parts/ba4/state.pt", Body=body)
+
+        parts = broken("parts", *options, "save_folder=s3://runs/there/{run_name}", at=(5,),
+                       between=between)  # fmt: skip
+        late = {key: value for key, value in curve(whole).items() if key[1] > 2}
+        assert {k: v for k, v in curve(parts).items() if k[1] > 2} == late
+        loaded = ("load_path=s3://runs/there/parts", "load_weights_only=true")
+        assert result(broken("third", *options, *loaded))["status"] == "completed"
+    finally:
+        server.stop()
