@@ -2,9 +2,11 @@
 # Run:   docker run --rm --gpus all --shm-size 8g -e HF_TOKEN -v "$PWD/data:/overture/data" \
 #          -v "$PWD/runs:/overture/runs" -v "$HOME/.cache/huggingface:/home/overture/.cache/huggingface" \
 #          overture composer finetune.py yamls/finetune/dolly-llama-3.2-1b.yaml
-# torch's wheels carry CUDA 12.6 themselves; the base gives the driver hooks and a compiler.
-# This image has not been built where the kit is developed.
-FROM nvidia/cuda:12.6.3-base-ubuntu24.04
+# torch's wheels carry CUDA 12.6 themselves; the base gives the driver hooks and the compilers that
+# flash-attn (where no wheel fits) and torch.compile need. --build-arg GPU=0 leaves out flash-attn,
+# liger-kernel and bitsandbytes; attention on CUDA then takes the varlen kernel that torch carries.
+# This image has not been built where the kit is developed, and no CUDA kernel of it has been run.
+FROM nvidia/cuda:12.6.3-devel-ubuntu24.04
 
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc g++ git make \
@@ -12,10 +14,15 @@ RUN apt-get update \
 
 # The code belongs to root and cannot be changed from inside; data/ and runs/ are the user's.
 WORKDIR /overture
-COPY requirements.txt ./
+COPY requirements.txt requirements-gpu.txt ./
+ARG GPU=1
+# Compiled modules: without them importing Composer takes more than twice as long.
 RUN python3 -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir uv \
- && /opt/venv/bin/uv pip install --no-cache --python /opt/venv/bin/python -r requirements.txt
+ && /opt/venv/bin/pip install --no-cache-dir uv setuptools wheel packaging ninja psutil \
+ && /opt/venv/bin/uv pip install --no-cache --compile-bytecode --python /opt/venv/bin/python \
+      -r requirements.txt \
+ && if [ "$GPU" = 1 ]; then /opt/venv/bin/uv pip install --no-cache --compile-bytecode \
+      --no-build-isolation --python /opt/venv/bin/python -r requirements-gpu.txt; fi
 COPY . .
 RUN useradd --create-home overture \
  && mkdir -p data runs \
