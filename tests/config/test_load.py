@@ -223,3 +223,15 @@ def _bare_python(run_door) -> float:
     start = time.monotonic()
     run_door("-c", "import omegaconf")
     return time.monotonic() - start
+
+
+def test_environment_is_read_for_places_alone(yaml, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("HF_TOKEN", "s3cr3t")
+    assert load(yaml, "data_local=${oc.env:SCRATCH}/x").data_local == "/scratch/me/x"
+    assert load(yaml, "data_local=${oc.env:TMPDIR,/tmp}/x").data_local.endswith("/x")
+    message = refusal(yaml, "run_name=${oc.env:HF_TOKEN}")
+    assert "oc.env:HF_TOKEN is not read; allowed: HOME" in message
+    assert "s3cr3t" not in message
+    monkeypatch.delenv("JOB_ID", raising=False)
+    assert "oc.env:JOB_ID is not set" in refusal(yaml, "run_name=${oc.env:JOB_ID}")

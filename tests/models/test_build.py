@@ -1,5 +1,6 @@
 """Models by name; our loss equals the family's own; packed documents are apart."""
 
+import json
 import shutil
 
 import pytest
@@ -303,3 +304,16 @@ def test_compile_without_a_compiler_is_refused(tokenizer, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"compile: .*install g\+\+"):
         CausalLM(build("llama", tokenizer), tokenizer, None).compile_backbone()
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation_internal", "auto_map"])
+def test_config_that_names_code_is_refused_unless_trusted(tokenizer, tmp_path, key):
+    build("llama", tokenizer).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    value = {"AutoConfig": "x.Y"} if key == "auto_map" else "somebody/kernels"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ConfigError, match=rf"config\.json has {key}, which can run code"):
+        load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+    with pytest.raises(ConfigError, match=r"model\.config\._attn_implementation_internal"):
+        overrides = {"_attn_implementation_internal": "somebody/kernels"}
+        load_causal_lm("llama", False, "float32", "auto", overrides, tokenizer)

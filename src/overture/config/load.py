@@ -22,6 +22,11 @@ from overture.config.schema import Config
 from overture.errors import ConfigError, nearest
 
 _SECRET_KEY = re.compile(r"(?:^|[_.-])(?:token|key|secret|password)s?$", re.IGNORECASE)
+# What a YAML may read of the environment: places and job numbers.
+_ENVIRONMENT = (
+    "HOME", "USER", "TMPDIR", "SCRATCH", "HF_HOME", "SLURM_JOB_ID", "SLURM_TMPDIR", "JOB_ID",
+    "OVERTURE_DATA",
+)  # fmt: skip
 _URL_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
@@ -108,6 +113,7 @@ def _merge(path: str, overrides: list[str]) -> dict[str, Any]:
     try:
         tree = OmegaConf.load(path)
         if OmegaConf.is_dict(tree):
+            OmegaConf.register_resolver("oc.env", _environment, replace=True)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
             return OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
@@ -115,6 +121,15 @@ def _merge(path: str, overrides: list[str]) -> dict[str, Any]:
     except Exception as error:  # the YAML parser's own errors carry line and column
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     raise ConfigError(f"{path}: expected keys and values at the top level")
+
+
+def _environment(name: str, *default: str) -> str:
+    """Return a variable of the environment for `${oc.env:NAME}`, if it holds no secret."""
+    if name not in _ENVIRONMENT:
+        raise ValueError(f"oc.env:{name} is not read; allowed: {', '.join(_ENVIRONMENT)}")
+    if name not in os.environ and not default:
+        raise ValueError(f"oc.env:{name} is not set")
+    return os.environ.get(name, *default)
 
 
 def _build(cls: type, data: Any, prefix: str, problems: list[Problem]) -> Any:

@@ -82,10 +82,12 @@ def locate_model(name: str) -> str:
 def _model_config(
     location: str, pretrained: bool, overrides: dict[str, Any], tokenizer: Any, trust: bool
 ) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     fresh = CONFIG_MAPPING[location] if not pretrained and location in CONFIG_MAPPING else None
     try:
+        if not fresh:
+            _refuse_hidden_code(PretrainedConfig.get_config_dict(location)[0], location, trust)
         config = fresh() if fresh else AutoConfig.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         hint = "" if pretrained else nearest(location, CONFIG_MAPPING)
@@ -97,7 +99,7 @@ def _model_config(
     for key, value in overrides.items():
         if key == "output_router_logits" and value:
             raise ConfigError("model.config.output_router_logits: the router's loss is not used")
-        if not hasattr(config, key):
+        if key.startswith("_") or not hasattr(config, key):
             hint = nearest(key, config.to_dict())
             raise ConfigError(f"model.config.{key}: {type(config).__name__} has no such key{hint}")
         setattr(config, key, value)
@@ -106,6 +108,16 @@ def _model_config(
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = fresh(**{"vocab_size": len(tokenizer), **ids, **overrides})
     return config
+
+
+def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> None:
+    """Refuse a config.json that names code to fetch and run (CVE-2026-4372 by the first key)."""
+    for key in ("_attn_implementation_internal", "auto_map"):
+        if key in content and not trust:
+            raise ConfigError(
+                f"model.name: {location}: its config.json has {key}, which can run code of its "
+                "maker's; set model.trust_remote_code=true once you have read it"
+            )
 
 
 class CausalLM(HuggingFaceModel):
