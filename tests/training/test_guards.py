@@ -125,8 +125,13 @@ def test_adapter_out_of_reach_of_the_gradient(run, monkeypatch):
         return network
 
     monkeypatch.setattr(recipe, "_build_network", cut)
-    with pytest.raises(GuardError, match=r"trained tensors got no gradient in 2 steps.*_proj"):
+    with pytest.raises(GuardError, match=r"trained tensors got no gradient in 4 steps.*_proj"):
         run("run_name=cut", "trainable=lora", "lora.r=4")
+
+
+def test_warm_up_from_zero_is_no_fault(run):
+    options = ("trainable=lora", "lora.r=4", "scheduler.t_warmup=3ba")
+    assert run("run_name=warm", *options)[0] == 0
 
 
 def test_nothing_to_train(run, monkeypatch):

@@ -102,24 +102,27 @@ class FiniteGuard(Callback):
 class GradientGuard(Callback):
     """Refuses to train on when a parameter that is to be trained is out of the gradient's reach.
 
-    The first step shows no gradient for half of every LoRA adapter, as the other half is zero.
+    The first steps show no gradient for half of every LoRA adapter: the other half is zero, and
+    stays so while a warm-up begins with a learning rate of zero.
     """
 
-    STEPS = 2
+    STEPS = 4
 
     def __init__(self) -> None:
         self._reached: set[str] = set()
+        self._from_the_start = False
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Note who has a gradient, and after two steps who has had none."""
-        if state.timestamp.batch.value >= self.STEPS or getattr(self, "_done", False):
+        """Note who has a gradient, and after some steps who has had none."""
+        self._from_the_start |= state.timestamp.batch.value == 0
+        if state.timestamp.batch.value >= self.STEPS or not self._from_the_start:
             return
         trained = {n: p for n, p in state.model.named_parameters() if p.requires_grad}
         self._reached |= {n for n, p in trained.items() if p.grad is not None and p.grad.any()}
         if state.timestamp.batch.value == self.STEPS - 1:
             # An expert waits until a token is sent to it.
             missing = [n for n in trained if n not in self._reached and ".experts." not in n]
-            if missing and len(self._reached):
+            if missing:
                 raise GuardError(
                     f"{len(missing)} of {len(trained)} trained tensors got no gradient in "
                     f"{self.STEPS} steps, so they would never learn: {', '.join(missing[:3])}; "
