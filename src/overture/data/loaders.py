@@ -2,6 +2,7 @@
 
 import faulthandler
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from streaming import StreamingDataLoader
 from overture.data.collate import TokenCollator, count_tokens
 from overture.data.leftovers import remove_leftovers
 from overture.data.streams import TokenStream
-from overture.errors import ConfigError, DataError
+from overture.errors import ConfigError, DataError, GuardError
 
 
 class GuardedLoader(StreamingDataLoader):
@@ -21,6 +22,9 @@ class GuardedLoader(StreamingDataLoader):
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
+        except (ConnectionError, EOFError) as error:  # it was sending a batch
+            name = type(error).__name__
+            raise GuardError(f"a worker of the loader died ({name}); run it again") from None
         except DataError as error:
             # torch puts the worker's traceback before the message; and its own traceback, which
             # holds itself in a circle, would keep the workers alive for ten seconds.
@@ -59,7 +63,7 @@ def build_loader(
     collate = TokenCollator(max_seq_len, pad_token_id)
     loader = GuardedLoader(
         dataset, batch_size, collate_fn=collate, num_workers=num_workers, drop_last=drop_last,
-        worker_init_fn=_show_stacks if num_workers else None,
+        worker_init_fn=_begin_worker if num_workers else None,
     )  # fmt: skip
     return DataSpec(
         loader,
@@ -69,8 +73,16 @@ def build_loader(
     )
 
 
-def _show_stacks(worker: int) -> None:
-    """Let a worker print its stacks when the watchdog asks, and leave Ctrl-C to its parent."""
+def _begin_worker(worker: int) -> None:
+    """Let a worker print its stacks when the watchdog asks, leave Ctrl-C to its parent, and say
+    nothing of batches that nobody fetches any more.
+    """
+
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
