@@ -172,7 +172,7 @@ class Watchdog(Callback):
             faulthandler.dump_traceback(file)
         for child in psutil.Process().children():
             child.send_signal(signal.SIGUSR2)  # a loader's worker prints its own
-        time.sleep(1)
+        time.sleep(2)
         reason = (
             f"no batch was finished for {self.timeout:g} seconds (guards.timeout); what every "
             f"thread was doing is in {self.folder}/{STACKS}-*.txt, what loaders did, above"

@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -191,6 +192,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         if request.asked:  # too late for a batch to end
             raise Preempted(trainer.state.timestamp.batch.value)
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
         for pattern, said in LOST.items():
             if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
                 reason = str(error).strip().splitlines()[0][:200]
