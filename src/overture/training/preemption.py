@@ -26,7 +26,8 @@ class StopRequest:
         self.asked = self.training = False
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         parent = Path(f"/proc/{os.getppid()}/cmdline")
-        if parent.exists() and b"composer" in parent.read_bytes():
+        self._launched = parent.exists() and b"composer" in parent.read_bytes()
+        if self._launched:
             # The launcher dies of these signals and would leave its ranks behind.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -39,9 +40,11 @@ class StopRequest:
         print(f"{signal.Signals(number).name}: saving after this batch ...", flush=True)
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Give the signals back; a rank that is ending anyway lets the launcher's SIGTERM pass."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._launched:  # which kills after 30 seconds; Composer's handler raises in any line
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def agreed(self) -> bool:
         """Return whether any rank was asked; all ranks must call it at the same time."""
