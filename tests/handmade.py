@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from streaming import MDSWriter
+
+from overture.data.schema import seal, unseal
 
 IDS, BYTES, ENDS = "ndarray:uint16", "ndarray:uint8", "ndarray:uint32"
 COLUMNS = {
@@ -76,14 +77,14 @@ def write(
         else {"name": tokenizer, "vocab_size": 1024, "eos_token_id": 0},
         "columns": columns,
     }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps({**content, **ledger}))
+    (folder / "dataset.json").write_text(seal({**content, **ledger}))
     sign(folder)
     return folder
 
 
 def sign(folder: Path, **changes: Any) -> None:
     """Make the ledger's list of files true again, and change entries of the ledger."""
-    ledger = json.loads((folder / "dataset.json").read_text()) | changes
+    ledger = unseal(folder / "dataset.json") | changes
     ledger["files"] = [
         {
             "name": path.name,
@@ -93,7 +94,7 @@ def sign(folder: Path, **changes: Any) -> None:
         for path in sorted(folder.iterdir())
         if path.name != "dataset.json"
     ]
-    (folder / "dataset.json").write_text(json.dumps(ledger))
+    (folder / "dataset.json").write_text(seal(ledger))
 
 
 def talk(*texts, system=None):

@@ -6,7 +6,6 @@ and loads whatever bears the name, flipped bits included. Here a checkpoint is a
 must be the same for a run to go on. It is written aside, brought to the disk, and renamed.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import overture
-from overture.data.schema import sha256_file, write_aside
+from overture.data.schema import seal, sha256_file, unseal, write_aside
 from overture.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -42,7 +41,7 @@ def write_checkpoint(
         sizes = {path.name: path.stat().st_size for path in _files(aside)}
         files = {n: {"bytes": s, "sha256": sha256_file(aside / n)} for n, s in sizes.items()}
         manifest = {"overture": overture.__version__, "batch": batch, "files": files, **facts}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_aside(aside / MANIFEST, seal(manifest))
         for path in [*_files(aside), aside]:
             _to_disk(path)
     except BaseException:
@@ -57,8 +56,7 @@ def write_checkpoint(
 
 def change_manifest(folder: Path, **facts: Any) -> None:
     """Replace some facts in the manifest of a checkpoint."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    write_aside(folder / MANIFEST, json.dumps({**manifest, **facts}, indent=1) + "\n")
+    write_aside(folder / MANIFEST, seal({**unseal(folder / MANIFEST), **facts}))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -69,13 +67,13 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = unseal(path)
         recorded = {name: (row["bytes"], row["sha256"]) for name, row in manifest["files"].items()}
         int(manifest["batch"])
     except FileNotFoundError:
         raise DataError(f"{folder}: no {MANIFEST}, so it is no checkpoint of this kit") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise DataError(f"{path}: cannot be read as a manifest") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"{path}: unreadable ({error})") from None
     if STATE not in recorded or any(Path(name).name != name for name in recorded):
         raise DataError(f"{path}: names files that no checkpoint has")
     for name, (size, digest) in recorded.items():

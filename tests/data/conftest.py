@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.data.schema import read_ledger, sha256_file
+from overture.data.schema import read_ledger, seal, sha256_file
 from overture.data.shards import Split
 
 
@@ -38,7 +38,7 @@ def write_split(smoke, tmp_path) -> Callable[..., Path]:
             {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(folder.iterdir())
         ]
-        (folder / "dataset.json").write_text(json.dumps(ledger))
+        (folder / "dataset.json").write_text(seal(ledger))
         return folder
 
     return write

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from overture.data.integrity import read_index, verify_split
-from overture.data.schema import read_ledger
+from overture.data.schema import read_ledger, seal
 from overture.errors import DataError
 
 
@@ -152,12 +152,23 @@ def test_index_that_is_no_index(tmp_path, text):
         read_index(tmp_path / "index.json")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": []}', '{"files": [3]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, {"files": []}, {"files": [3]}])
 def test_unsound_ledger(write_split, text):
     folder = write_split()
-    (folder / "dataset.json").write_text(text)
+    (folder / "dataset.json").write_text(text if isinstance(text, str) else seal(text))
     with pytest.raises(DataError, match=r"dataset\.json: unreadable"):
         verify(folder)
+
+
+def test_any_changed_bit_of_a_ledger_is_found(write_split):
+    ledger = write_split() / "dataset.json"
+    content = ledger.read_bytes()
+    for bit in range(0, 8 * len(content), 7):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        ledger.write_bytes(changed)
+        with pytest.raises(DataError, match=r"dataset\.json: unreadable"):
+            read_ledger(ledger.parent)
 
 
 def test_no_torch_is_needed():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import handmade
+from overture.data.schema import seal, unseal
 from overture.data.shards import Split
 from overture.data.verify import verify
 from overture.errors import DataError
@@ -211,8 +212,8 @@ def test_malformed_json(split, name, content):
 )  # fmt: skip
 def test_malformed_entries(split, change):
     folder = split()
-    ledger = json.loads((folder / "dataset.json").read_text()) | change
-    (folder / "dataset.json").write_text(json.dumps(ledger))
+    ledger = unseal(folder / "dataset.json") | change
+    (folder / "dataset.json").write_text(seal(ledger))
     with pytest.raises(DataError, match=r"dataset\.json|shard"):
         verify(Split(folder), lambda line: None)
 

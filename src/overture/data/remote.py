@@ -9,13 +9,17 @@ from streaming.base.storage.upload import CloudUploader
 from overture.data.schema import INDEX, LEDGER
 from overture.errors import ConfigError
 
+# Seconds that a store may keep silent. Its client asks up to five times itself, so that an answer
+# comes within a minute, where Streaming's own would take six.
+SILENCE = 10
+
 
 def holds_split(remote: str) -> bool:
     """Return whether a ledger is at `remote`, which is what makes a split whole there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             there, here = f"{remote}/{LEDGER}", f"{folder}/{LEDGER}"
-            CloudDownloader.direct_download(there, here, timeout=60)
+            CloudDownloader.direct_download(there, here, timeout=SILENCE)
         except Exception:  # each store's client has its own way to say no such object
             return False
     return True

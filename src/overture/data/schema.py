@@ -55,6 +55,27 @@ def write_aside(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def seal(record: dict[str, Any]) -> str:
+    """Return JSON text that holds its own sha256, so that `unseal` finds any changed bit in it."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return f'{text[:-2]},\n "sha256": "{digest}"\n}}\n'
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Return the record of a file that `seal` wrote; ValueError if it is not what was written."""
+    content = path.read_bytes()
+    try:
+        record = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict) or not record.pop("sha256", None):
+        raise ValueError("it does not hold its own sha256")
+    if seal(record).encode(errors="backslashreplace") != content:
+        raise ValueError("it was changed since it was written")
+    return record
+
+
 def read_ledger(folder: Path) -> dict[str, Any]:
     """Return a split's ledger; ConfigError, naming what is there, if none; DataError if broken."""
     if not (folder / LEDGER).is_file():
@@ -63,7 +84,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
         fault = f"{folder}: no converted dataset ({there})"
         raise ConfigError(f"{fault}; write one with src/convert_dataset.py")
     try:
-        ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
+        ledger = unseal(folder / LEDGER)
         files = [entry.keys() for entry in ledger["files"]]
         if not all({"name", "sha256"} <= keys for keys in files) or "task" not in ledger:
             raise ValueError("keys are missing")

@@ -15,7 +15,7 @@ from typing import Any
 
 from streaming import MDSWriter
 
-from overture.data.schema import LEDGER, sha256_file, write_aside
+from overture.data.schema import LEDGER, seal, sha256_file, write_aside
 from overture.errors import DataError
 
 REJECTED = "rejected.jsonl"
@@ -103,7 +103,7 @@ class ShardWriter:
                     "check the disk and convert again without --resume"
                 )
         ledger["files"] = [{"name": n, "bytes": s, "sha256": d} for n, (s, d) in files.items()]
-        write_aside(self.place / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
+        write_aside(self.place / LEDGER, seal(ledger))
         return ledger
 
 

@@ -14,6 +14,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 
 from overture.data.integrity import REMEDY, ShardFile, find_fault, read_index
+from overture.data.remote import SILENCE
 from overture.data.schema import INDEX
 from overture.errors import ConfigError, DataError
 
@@ -76,7 +77,8 @@ class TokenStream(StreamingDataset):
     def __init__(
         self, *, local: str, split: str | None = None, remote: str | None = None, **more: Any
     ) -> None:
-        stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False)
+        patience = {"download_retry": 1, "download_timeout": SILENCE}  # clients retry themselves
+        stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False, **patience)
         self._failed: set[int] = set()
         try:
             super().__init__(streams=[stream], **more)
