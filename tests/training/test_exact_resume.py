@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from overture.checkpoint import MANIFEST, STATE
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
-from runs import curve, result
+from runs import assert_same, curve, result
 
 # 24 rows a batch make epochs of five steps of the smoke data; 16 steps are more than three.
 OPTIONS = (
@@ -58,36 +58,6 @@ def broken(run, monkeypatch):
         return folder
 
     return go
-
-
-def final_state(folder: Path) -> dict:
-    newest = max((folder / "checkpoints").glob("ba*"), key=lambda path: int(path.name[2:]))
-    return torch.load(newest / STATE, weights_only=False)["state"]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    assert curve(one) == curve(other)
-    states = [final_state(folder) for folder in (one, other)]
-    for part in ("model", "optimizers"):
-        flat = [dict(leaves(state[part])) for state in states]
-        assert flat[0].keys() == flat[1].keys()
-        assert len(flat[0]) > 10
-        for name, value in flat[0].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(flat[1][name])), name
-    names = [path.name for path in (one / "hf").iterdir()]
-    weights = next(name for name in names if name.endswith(".safetensors"))
-    assert (one / "hf" / weights).read_bytes() == (other / "hf" / weights).read_bytes()
-
-
-def leaves(tree, path=""):
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from leaves(value, f"{path}/{key}")
-    elif isinstance(tree, list | tuple):
-        for number, value in enumerate(tree):
-            yield from leaves(value, f"{path}/{number}")
-    elif isinstance(tree, torch.Tensor | int | float):
-        yield path, tree
 
 
 def steps_per_epoch(smoke: Path) -> int:
