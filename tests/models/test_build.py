@@ -156,6 +156,25 @@ def test_gradients_of_lora_reach_every_adapter_and_nothing_else(tokenizer):
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
+def test_a_loss_lets_go_of_its_graph_once_it_has_given_its_gradients(tokenizer):
+    model, batch = CausalLM(build("llama", tokenizer), tokenizer, None), packed_batch(tokenizer)
+    weights = list(model.parameters())
+    count = sum(batch["num_labels"])
+    expected = torch.autograd.grad(model(batch)["loss"] / count, weights)
+    outputs = model(batch)
+    loss = model.loss(outputs, batch)
+    value, again = loss.item(), model.loss(model(batch), batch)
+    total = torch.zeros(1).add_(loss.mean())  # as Composer has it
+    (3 * total).backward()
+    assert (loss.grad_fn, loss.item()) == (None, value)
+    assert not any(tensor.requires_grad for tensor in outputs.values())
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, 3 * gradient)
+    again.backward()  # that of another loss is still there
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, 4 * gradient)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora_equals_that_of_peft(tokenizer, dtype):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

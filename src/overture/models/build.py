@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from composer.models import HuggingFaceModel, huggingface
@@ -199,8 +200,22 @@ class CausalLM(HuggingFaceModel):
         return {"loss": total, "token_losses": losses, "rows": rows}
 
     def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:
-        """Return the mean over the label tokens of a microbatch; 0 where it has none."""
-        return outputs["loss"] / max(len(outputs["token_losses"]), 1)
+        """Return the mean over the label tokens of a microbatch; 0 where it has none.
+
+        A loss is good for one backward pass, and takes itself out of `outputs`: it lets go of its
+        graph then, as Composer holds both until the next step has replaced them. The small pieces
+        of an old graph would keep the freed blocks between them from being joined for the next.
+        """
+        loss = outputs.pop("loss") / max(len(outputs["token_losses"]), 1)
+        if loss.requires_grad:
+            kept = ref(loss)  # not the loss, which would hold itself in a circle
+
+            def let_go(_: Tensor) -> None:
+                if kept() is not None:
+                    kept().detach_()
+
+            loss.register_hook(let_go)
+        return loss
 
     def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
         return outputs if outputs is not None else self.forward(batch)
