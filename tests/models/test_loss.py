@@ -77,6 +77,22 @@ def test_half_precision_sums_in_float32():
     assert half.item() == pytest.approx(exact.item(), rel=2e-3)
 
 
+def test_a_chunk_of_logits_exists_once_in_float32(monkeypatch):
+    """The shares take the place of the logits, to the same bits as beside them."""
+    made, torchs = [], torch._softmax
+
+    def softmax(logits: torch.Tensor, *rest: object, out: torch.Tensor) -> None:
+        expected = torchs(logits.clone(), *rest)
+        torchs(logits, *rest, out=out)
+        made.append(out.data_ptr() == logits.data_ptr() and torch.equal(out, expected))
+
+    monkeypatch.setattr(torch, "_softmax", softmax)
+    head = torch.nn.Linear(16, 1031, bias=False).bfloat16()
+    cross_entropy_at(10 * torch.randn(256, 16).bfloat16(), head, torch.arange(256))
+    assert made
+    assert all(made)
+
+
 def test_memory_does_not_grow_with_vocabulary_times_length():
     """The logits of these labels alone would fill 1.6 GB."""
     head = torch.nn.Linear(16, 100_000, bias=False).requires_grad_(False)

@@ -81,7 +81,9 @@ class _CrossEntropy(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=exact) if wanted[2] else None
         # Made once: new memory of this size would cost more than the arithmetic in it.
         narrow = rows.new_empty(chunk, len(weight))
-        logits, shares = (torch.empty_like(narrow, dtype=exact) for _ in range(2))
+        logits = torch.empty_like(narrow, dtype=exact)
+        # On a CPU, where the kernel goes element by element, in the place of the logits.
+        shares = torch.empty_like(logits) if softcap or kind != "cpu" else logits
         with torch.autocast(kind, enabled=False):
             for begin in range(0, len(rows), chunk):
                 part, ids = rows[begin : begin + chunk], targets[begin : begin + chunk, None]
@@ -92,12 +94,12 @@ class _CrossEntropy(torch.autograd.Function):
                     logits *= scale
                 if softcap:
                     logits.div_(softcap).tanh_().mul_(softcap)
-                torch._softmax(logits, -1, False, out=shares)
                 # log(sum(exp)) from the greatest logit and its share, which is never small.
                 most, place = logits.max(-1, keepdim=True)
-                losses[begin : begin + chunk] = (
-                    most - shares.gather(1, place).log() - logits.gather(1, ids)
-                )[:, 0]
+                truth = logits.gather(1, ids)
+                torch._softmax(logits, -1, False, out=shares)
+                logsum = most - shares.gather(1, place).log()
+                losses[begin : begin + chunk] = (logsum - truth)[:, 0]
                 if not any(wanted):
                     continue
                 step = shares  # of the loss along the logits: what is predicted less the truth
