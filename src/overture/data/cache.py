@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from composer.utils import dist
-from streaming.base.storage.download import CloudDownloader
 
 from overture.data.integrity import damaged, verified_index
-from overture.data.remote import SILENCE
+from overture.data.remote import fetch
 from overture.data.schema import CACHE_MARK, INDEX, LEDGER, read_ledger, write_aside
 from overture.errors import ConfigError, OvertureError
 
@@ -44,7 +43,7 @@ def open_cache(remote: str, local: str, split: str, say: Callable[[str], Any] = 
 def _refresh(source: str, folder: Path, aside: Path, say: Callable[[str], Any]) -> None:
     for name in (LEDGER, INDEX):
         try:
-            CloudDownloader.direct_download(f"{source}/{name}", str(aside / name), SILENCE)
+            fetch(f"{source}/{name}", aside / name)
         except Exception as error:  # each store's client raises its own kinds
             text = " ".join(str(error).split())[:200]
             raise ConfigError(f"data_remote: {source}/{name} cannot be read ({text})") from None

@@ -1,7 +1,13 @@
 """Finished splits to object stores (s3://, gs://, ...), through Streaming's own uploaders."""
 
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import CloudUploader
@@ -9,17 +15,46 @@ from streaming.base.storage.upload import CloudUploader
 from overture.data.schema import INDEX, LEDGER
 from overture.errors import ConfigError
 
-# Seconds that a store may keep silent. Its client asks up to five times itself, so that an answer
-# comes within a minute, where Streaming's own would take six.
-SILENCE = 10
+SILENCE = 15  # seconds in which nothing arrives from S3
+
+
+def fetch(remote: str, local: Path, download: Callable[[], Any] | None = None) -> None:
+    """Download a file, by `download` if given; raises what each store's client raises.
+
+    Also TimeoutError where S3 is silent: its client asks so often, and waits a minute each time,
+    that a run would stand still for a quarter of an hour.
+    """
+    download = download or partial(CloudDownloader.direct_download, remote, str(local))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            download()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    arrived, since = 0, time.monotonic()
+    while thread.is_alive():
+        thread.join(0.5)
+        now = 0
+        for part in local.parent.glob(f"{local.name}*"):  # the client's own name begins so
+            with suppress(FileNotFoundError):
+                now += part.stat().st_size
+        if now != arrived:
+            arrived, since = now, time.monotonic()
+        elif remote.startswith("s3://") and time.monotonic() - since > SILENCE:
+            raise TimeoutError(f"nothing arrived for {SILENCE} seconds")
+    if failures:
+        raise failures[0]
 
 
 def holds_split(remote: str) -> bool:
     """Return whether a ledger is at `remote`, which is what makes a split whole there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            there, here = f"{remote}/{LEDGER}", f"{folder}/{LEDGER}"
-            CloudDownloader.direct_download(there, here, timeout=SILENCE)
+            fetch(f"{remote}/{LEDGER}", Path(folder, LEDGER))
         except Exception:  # each store's client has its own way to say no such object
             return False
     return True

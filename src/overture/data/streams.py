@@ -7,6 +7,7 @@ private parts to mend that is all in this file; tests/data/test_streams.py watch
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 
 from overture.data.integrity import REMEDY, ShardFile, find_fault, read_index
-from overture.data.remote import SILENCE
+from overture.data.remote import fetch
 from overture.data.schema import INDEX
 from overture.errors import ConfigError, DataError
 
@@ -55,9 +56,10 @@ class CheckedStream(Stream):
         place = Path(self.local, self.split, to_basename or from_basename)
         arriving = place.with_name(place.name + ".part")
         recorded = self._recorded.get(from_basename)
+        download = partial(super()._download_file, from_basename, arriving.name)
         for _ in range(2):  # once more where it arrives damaged
             arriving.unlink(missing_ok=True)  # or a part of an earlier run would pass as fetched
-            super()._download_file(from_basename, arriving.name)
+            fetch(self._source(from_basename), arriving, download)
             fault = find_fault(arriving, recorded) if recorded else ""
             if not fault:
                 os.replace(arriving, place)
@@ -77,8 +79,7 @@ class TokenStream(StreamingDataset):
     def __init__(
         self, *, local: str, split: str | None = None, remote: str | None = None, **more: Any
     ) -> None:
-        patience = {"download_retry": 1, "download_timeout": SILENCE}  # clients retry themselves
-        stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False, **patience)
+        stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False)
         self._failed: set[int] = set()
         try:
             super().__init__(streams=[stream], **more)
