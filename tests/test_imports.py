@@ -78,7 +78,7 @@ def test_directions(name, path):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.schema", "config.load", "config.rules", "errors", "flops"]
+    "name", ["config.schema", "config.load", "config.rules", "config.secrets", "errors", "flops"]
 )
 def test_config_needs_no_heavy_library(name):
     path = SRC / "overture" / (name.replace(".", "/") + ".py")

@@ -12,6 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+
+from overture.config.secrets import learn, redact
 
 EXIT_DONE = 0
 EXIT_TARGET_MISSED = 3
@@ -63,10 +66,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def exit_on_error(function: Callable[[], int | None]) -> int:
-    """Run a door's main function; print an OvertureError as one sentence and return its code."""
+    """Run a door's main function; print an OvertureError as one sentence and return its code.
+
+    From here on nothing that this process prints, or a library logs, shows a secret.
+    """
+    given = [*os.environ.items(), *(("", argument) for argument in sys.argv)]
+    for named in [*given, *(argument.partition("=")[::2] for argument in sys.argv)]:
+        learn(*named)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII only is no error
             stream.reconfigure(errors="backslashreplace")
+            stream.write = partial(_write_redacted, stream.write)
     try:
         return function() or EXIT_DONE
     except OvertureError as error:
@@ -84,3 +94,7 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `... | head` is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+
+
+def _write_redacted(write: Callable[[str], int], text: str) -> int:
+    return write(redact(text))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from overture.config.load import command_line, dump_config, load_config, redact
+from overture.config.load import command_line, dump_config, load_config
 from overture.config.schema import Config
 from overture.errors import ConfigError
 
@@ -175,18 +175,19 @@ def test_override_with_dashes(yaml):
     assert "without dashes" in refusal(yaml, "--optimizer.lr")
 
 
-def test_secrets_are_redacted_and_other_keys_are_not():
-    tree = {
-        "api_key": "s3cr3t",
-        "hub": {"token": "s3cr3t", "tokenizer_name": "gpt2"},
-        "tracking_uri": "https://me:s3cr3t@example.org/x",
-        "target_modules": ["k_proj", "key_value"],
-    }
-    shown = redact(tree)
-    assert "s3cr3t" not in str(shown)
-    assert shown["hub"]["tokenizer_name"] == "gpt2"
-    assert shown["target_modules"] == ["k_proj", "key_value"]
-    assert shown["tracking_uri"] == "https://***@example.org/x"
+def test_dumped_config_holds_no_secret(yaml):
+    uri = "https://me:s3cr3t@example.org/x"
+    shown = dump_config(load(yaml, f"loggers.mlflow.tracking_uri={uri}", "tokenizer_name=gpt2"))
+    assert "s3cr3t" not in shown
+    assert "tracking_uri: https://***@example.org/x" in shown
+    assert "tokenizer_name: gpt2" in shown
+
+
+def test_secret_that_would_be_exported_with_the_model_is_refused(yaml):
+    message = refusal(yaml, "model.config.task_specific_params.api_key=s3cr3t-of-mine")
+    assert "model.config: api_key holds a secret" in message
+    assert "s3cr3t" not in message
+    load(yaml, "model.config.bos_token_id=1", "model.config.num_key_value_heads=2")
 
 
 def test_command_line_redacts_and_quotes(monkeypatch):

@@ -6,7 +6,6 @@ imported: the answer to a typo should take less than a second.
 
 import dataclasses
 import os
-import re
 import shlex
 import types
 import typing
@@ -19,20 +18,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from overture.config.rules import Problem, contradictions
 from overture.config.schema import Config
+from overture.config.secrets import learn, redact
 from overture.errors import ConfigError, nearest
 
-_SECRET_KEY = re.compile(r"(?:^|[_.-])(?:token|key|secret|password)s?$", re.IGNORECASE)
 # What a YAML may read of the environment: places and job numbers.
 _ENVIRONMENT = (
     "HOME", "USER", "TMPDIR", "SCRATCH", "HF_HOME", "SLURM_JOB_ID", "SLURM_TMPDIR", "JOB_ID",
     "OVERTURE_DATA",
 )  # fmt: skip
-_URL_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
     """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong."""
     adopt_hub_token()
+    for named in os.environ.items():
+        learn(*named)
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise ConfigError("usage: composer main.py|finetune.py FILE.yaml [key.sub=value ...]")
     path, *overrides = arguments
@@ -44,8 +44,16 @@ def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
         is_set_here = any(f"{o.split('=')[0]}.".startswith(key) for o in overrides)
         return f"command line (over {path})" if is_set_here else path
 
+    def exported(text: str, key: str) -> str:
+        if redact(text, key) != text:
+            fault = f"{key} holds a secret, which would stand in every copy of the model"
+            problems.append(("model.config", f"{fault}; leave it out"))
+        return text
+
     problems: list[Problem] = []
     config = _build(Config, data, "", problems)
+    if not problems:
+        _each_text(config.model.config, exported)
     if not problems:
         _each_text(config, lambda text, _: text.replace("{run_name}", config.run_name))
         problems = contradictions(config, tasks, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -56,7 +64,7 @@ def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the resolved config as YAML text, secrets replaced by `***`."""
-    return OmegaConf.to_yaml(OmegaConf.create(redact(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_each_text(dataclasses.asdict(config), redact)))
 
 
 def adopt_hub_token() -> None:
@@ -68,15 +76,6 @@ def adopt_hub_token() -> None:
 def local_rank() -> int:
     """Return which of this node's training processes this one is."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """Return a copy of a config tree in which no secret is left: by key name, and in URLs."""
-
-    def hide(text: str, key: str) -> str:
-        return "***" if _SECRET_KEY.search(key) else _URL_CREDENTIALS.sub("://***@", text)
-
-    return _each_text(value, hide, key)
 
 
 def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
@@ -97,7 +96,7 @@ def command_line(arguments: list[str]) -> str:
     shown = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        shown.append(key + equals + redact(value, key) if equals else argument)
+        shown.append(redact(key) + equals + redact(value, key))
     return shlex.join(launcher + shown)
 
 
@@ -115,7 +114,8 @@ def _merge(path: str, overrides: list[str]) -> dict[str, Any]:
         if OmegaConf.is_dict(tree):
             OmegaConf.register_resolver("oc.env", _environment, replace=True)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
-            return OmegaConf.to_container(tree, resolve=True)
+            tree = OmegaConf.to_container(tree, resolve=True)
+            return _each_text(tree, lambda text, key: learn(key, text))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # the YAML parser's own errors carry line and column

@@ -14,6 +14,7 @@ from composer.utils import dist
 import overture
 from overture.config.load import dump_config
 from overture.config.schema import Config
+from overture.config.secrets import redact
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
 from overture.training.cores import processor
@@ -84,7 +85,7 @@ def environment(command: str) -> dict[str, Any]:
 def write_failure(folder: Path, config: Config, why: str, preempted: bool = False) -> None:
     """Write the result.json of a run that did not come to its end."""
     status = "preempted" if preempted else "failed"
-    write_result(folder, {"run_name": config.run_name, "status": status, "error": why})
+    write_result(folder, {"run_name": config.run_name, "status": status, "error": redact(why)})
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
