@@ -49,6 +49,15 @@ def test_batch_larger_than_the_split(config):
         check_data(config("global_train_batch_size=4096"))
 
 
+def test_split_without_a_label(config, tmp_path):
+    ledger = tmp_path / "data" / "test" / "dataset.json"
+    content = json.loads(ledger.read_text())
+    content["tokens"]["trained"] = 0
+    ledger.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"data/test: none of its tokens is a label, so there is"):
+        check_data(config())
+
+
 def test_missing_checkpoint(config):
     with pytest.raises(ConfigError, match=r"load_path: no/such\.pt: no such file"):
         check_data(config("load_path=no/such.pt"))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -279,6 +280,24 @@ def test_tokenizer_that_does_not_fit(tokenizer, tmp_path):
     small.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"has 100 embeddings, but the tokenizer .* 1,024 pieces"):
         load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+
+
+def test_tokenizer_that_grew(tokenizer, tmp_path, smoke):
+    build("llama", tokenizer).save_pretrained(tmp_path / "model")
+    load = partial(load_causal_lm, str(tmp_path / "model"), True, "float32", "auto", {})
+    grown = load_tokenizer(str(smoke / "tokenizer"))
+    load(grown)
+    grown.add_special_tokens({"pad_token": "<a new one>"})
+    with pytest.raises(ConfigError, match=r"has 1,024 embeddings, but the tokenizer .* 1,025 piec"):
+        load(grown)
+
+
+def test_tokenizer_that_cannot_pad(smoke, tmp_path):
+    bare = load_tokenizer(str(smoke / "tokenizer"))
+    bare.pad_token = bare.eos_token = bare.bos_token = None
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no token for padding and none for the end"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_wrong_lora_target(tokenizer):

@@ -120,6 +120,9 @@ def check_split(
     if ledger["samples"] < batch:
         fault = f"{batch} samples per batch, but {folder} holds only {ledger['samples']}"
         raise ConfigError(f"global_train_batch_size: {fault}; lower it or convert more data")
+    if not ledger["tokens"]["trained"]:
+        fault = f"{folder}: none of its tokens is a label, so there is nothing to learn or measure"
+        raise ConfigError(f"{fault}; convert again, with responses and a longer --max_seq_len")
     if tokenizer_sha256 and tokenizer_sha256 != known["sha256"]:
         fault = f"another tokenizer than the {known['name']} that {folder} was converted with"
         raise ConfigError(f"tokenizer_name: {fault}; token ids would mean other words")

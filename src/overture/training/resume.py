@@ -6,6 +6,7 @@ that epoch's number for the data, so that the next one repeats its order.
 """
 
 import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 from omegaconf import OmegaConf
 
 from overture.checkpoint import (
+    MANIFEST,
     STATE,
     RemoteFolder,
     change_manifest,
@@ -75,12 +77,17 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     return on_rank_zero(look)
 
 
-def find_load_path(config: Config) -> Path:
-    """Return the state file that load_path means, downloaded and verified."""
+def find_load_path(config: Config, model: str) -> Path:
+    """Return the state file that load_path means, downloaded, verified, and of a like `model`."""
     cache = Path(tempfile.gettempdir()) / f"overture-{config.run_name}"
-    return on_rank_zero(
-        lambda: checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
-    )
+
+    def look() -> Path:
+        state = checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
+        if (state.parent / MANIFEST).is_file() and "model" not in config.resume.allow:
+            check_base(state.parent / MANIFEST, model)
+        return state
+
+    return on_rank_zero(look)
 
 
 def on_rank_zero(function: Any) -> Any:
@@ -120,14 +127,32 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
         )
 
 
+def check_base(record: Path, model: str) -> None:
+    """Compare a model's fingerprint with that of the one that weights were trained in.
+
+    Args:
+        record: the manifest of a checkpoint, or `trained_on.json` beside exported adapters.
+        model: as `model_fingerprint` makes it.
+
+    Raises:
+        DataError: it is another one, in which adapters would mean something else.
+    """
+    if json.loads(record.read_text(encoding="utf-8"))["facts"]["model"] != model:
+        raise DataError(
+            f"{record}: was trained in another model than this one: trained tensors or frozen "
+            "weights differ; use its base model, dtype and lora, or set resume.allow=[model]"
+        )
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Return a sha256 over names, shapes and types of all parameters, and the content of those
-    that are frozen, which no checkpoint of adapters holds.
+    that are frozen under adapters, which no checkpoint of adapters holds.
     """
-    rows = [
-        (n, *p.shape, p.dtype, p.requires_grad or p.detach().view(torch.uint8).sum().item())
-        for n, p in model.named_parameters()
-    ]
+    rows = []
+    for name, p in model.named_parameters():
+        is_trained = p.requires_grad or "lora_" in name  # also where adapters are only used
+        content = is_trained or p.detach().view(torch.uint8).sum().item()
+        rows.append((name, *p.shape, p.dtype, content))
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 

@@ -137,7 +137,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     training = _loader(config, config.train_loader, tokenizer, per_rank)
     check_room(config, network)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    start = found[0] / STATE if found else find_load_path(config) if config.load_path else None
+    start = found[0] / STATE if found else None
+    if config.load_path and not found:
+        start = find_load_path(config, facts["model"])
     # From here on there is a run; what failed before left nothing.
     begin_run(config, command, resumed=found is not None)
     exact = ExactResume()
@@ -205,7 +207,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Outcome: model, answers, result.json, report.
     if dist.get_global_rank() == 0:
-        save_model(network, tokenizer, run_folder / "hf")
+        save_model(
+            network, tokenizer, run_folder / "hf", {"base": config.model.name, "facts": facts}
+        )
     if answers:
         answers.after = answers.ask(network, "answers after training")
     steps = trainer.state.timestamp.batch.value

@@ -1,0 +1,49 @@
+"""Adapters know the base that they were trained on: by a checkpoint, and by the exported folder."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from overture.errors import DataError
+from overture.training.resume import check_base, model_fingerprint
+
+LORA = (
+    "trainable=lora", "lora.r=4", "model.pretrained=true", "model.config.num_hidden_layers=1",
+    "max_duration=2ba", "eval_loader=null", "eval_first=false",
+)  # fmt: skip
+
+
+@pytest.fixture
+def bases(tmp_path, smoke):
+    """A base model, and one that differs in a single weight."""
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=4, num_key_value_heads=2)
+    )  # fmt: skip
+    network.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        network.model.layers[0].mlp.down_proj.weight[3, 5] += 1
+    network.save_pretrained(tmp_path / "other")
+    return tmp_path / "base", tmp_path / "other"
+
+
+def test_adapters_on_another_base_are_refused(run, bases):
+    base, other = bases
+
+    _, first = run(*LORA, f"model.name={base}", "run_name=first")
+    more = (*LORA, f"load_path={first}", "load_weights_only=true")
+    assert run(*more, f"model.name={base}", "run_name=same")[0] == 0
+    with pytest.raises(DataError, match=r"ba2/manifest\.json: was trained in another model"):
+        run(*more, f"model.name={other}", "run_name=wrong")
+    allowed = run(*more, f"model.name={other}", "run_name=allowed", "resume.allow=[model]")
+    assert allowed[0] == 0
+
+    def exported(folder):
+        network = AutoModelForCausalLM.from_pretrained(folder)
+        return model_fingerprint(PeftModel.from_pretrained(network, first / "hf"))
+
+    check_base(first / "hf" / "trained_on.json", exported(base))
+    with pytest.raises(DataError, match=r"trained_on\.json: was trained in another model"):
+        check_base(first / "hf" / "trained_on.json", exported(other))
