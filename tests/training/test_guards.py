@@ -153,10 +153,8 @@ def test_spike_is_marked_or_stops(run, losses_times):
         run("run_name=stopped", *options, "guards.loss_spike=stop")
 
 
-def test_hang_ends_with_the_stacks_of_all_threads(smoke, tmp_path):
-    program = f"""
-import sys, time
-sys.path[:0] = ["src"]
+HANGS = {
+    "in_the_main_process": """
 from composer import Callback
 from overture.training import run
 class Hang(Callback):
@@ -164,9 +162,27 @@ class Hang(Callback):
         if state.timestamp.batch.value == 2:
             time.sleep(1000)
 run.build_callbacks = lambda config: [Hang()]
+""",
+    "in_a_worker": """
+from overture.data.collate import TokenCollator
+def sleeps_on_its_fourth(self, rows, count=[], make=TokenCollator.__call__):
+    count.append(1)
+    time.sleep(1000 * (len(count) == 4))
+    return make(self, rows)
+TokenCollator.__call__ = sleeps_on_its_fourth
+""",
+}
+
+
+@pytest.mark.parametrize("where", HANGS)
+def test_hang_ends_with_the_stacks_of_all_threads_and_workers(smoke, tmp_path, where):
+    program = f"""
+import sys, time
+sys.path[:0] = ["src"]
+{HANGS[where]}
 import runpy
 sys.argv = ["finetune.py", "{SMOKE}", "run_folder={tmp_path}/run", "guards.timeout=4",
-            "eval_first=false", "train_loader.num_workers=1"]
+            "eval_first=false", "train_loader.num_workers=2"]
 runpy.run_path("finetune.py", run_name="__main__")
 """
     began = time.monotonic()
@@ -176,9 +192,15 @@ runpy.run_path("finetune.py", run_name="__main__")
     assert done.returncode == 5, done.stderr
     assert time.monotonic() - began < 60
     assert "no batch was finished for 4 seconds (guards.timeout)" in done.stdout
-    stacks = next((tmp_path / "run").glob("stacks-*.txt")).read_text()
-    assert "in batch_start" in stacks or "in happen" in stacks
-    assert "most recent call first" in done.stderr  # of the worker
+    (file,) = (tmp_path / "run").glob("stacks-*.txt")
+    assert str(file) in done.stdout
+    assert "most recent call first" not in done.stdout + done.stderr
+    ours, *workers = file.read_text().split("\nworker ")
+    assert len(workers) == 2
+    assert all("in _worker_loop" in stacks for stacks in workers)
+    assert ("in batch_start" in ours) == (where == "in_the_main_process")
+    asleep = ["in sleeps_on_its_fourth" in stacks for stacks in workers]
+    assert asleep == [where == "in_a_worker"] * 2
     assert result(tmp_path / "run")["status"] == "failed"
 
 

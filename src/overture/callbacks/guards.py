@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import math
+import multiprocessing
 import os
 import signal
 import statistics
@@ -11,17 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-import psutil
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from overture.errors import EXIT_GUARD, GuardError
-
-STACKS = "stacks"  # files of the run folder: stacks-<process>.txt
 
 
 class FiniteGuard(Callback):
@@ -135,12 +133,15 @@ class Watchdog(Callback):
 
     Args:
         timeout: seconds; 0 never ends it.
-        folder: the run folder.
+        path: a file for the stacks.
+        workers: an open file, into which the loaders' workers write theirs on SIGUSR2.
         report: told the reason, before the process ends with exit code 5.
     """
 
-    def __init__(self, timeout: float, folder: Path, report: Callable[[str], None]) -> None:
-        self.timeout, self.folder, self.report = timeout, folder, report
+    def __init__(
+        self, timeout: float, path: Path, workers: IO[bytes], report: Callable[[str], None]
+    ) -> None:
+        self.timeout, self.path, self.workers, self.report = timeout, path, workers, report
         self._beat = time.monotonic()
         self._over = threading.Event()
 
@@ -168,18 +169,26 @@ class Watchdog(Callback):
                 self._end()
 
     def _end(self) -> None:
-        with (self.folder / f"{STACKS}-{os.getpid()}.txt").open("w") as file:
-            faulthandler.dump_traceback(file)
-        for child in psutil.Process().children():
-            child.send_signal(signal.SIGUSR2)  # a loader's worker prints its own
-        time.sleep(2)
         reason = (
             f"no batch was finished for {self.timeout:g} seconds (guards.timeout); what every "
-            f"thread was doing is in {self.folder}/{STACKS}-*.txt, what loaders did, above"
+            f"thread and every worker of a loader was doing is in {self.path}"
         )
-        self.report(reason)
-        print(f"error: {reason}", flush=True)
-        os._exit(EXIT_GUARD)
+        children = multiprocessing.active_children()
+        try:
+            with self.path.open("wb", buffering=0) as file:
+                faulthandler.dump_traceback(file)
+                for child in children:
+                    self.workers.write(f"\nworker {child.pid}:\n".encode())
+                    os.kill(child.pid, signal.SIGUSR2)
+                    time.sleep(0.5)
+                self.workers.seek(0)
+                file.write(self.workers.read())
+            self.report(reason)
+            print(f"error: {reason}", flush=True)
+        finally:
+            for child in children:  # a sleeping one would outlive this process
+                child.kill()
+            os._exit(EXIT_GUARD)
 
 
 class SpikeGuard(Callback):

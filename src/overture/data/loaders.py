@@ -4,7 +4,8 @@ import faulthandler
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import IO, Any
 
 from composer import DataSpec
 from composer.utils import dist
@@ -43,8 +44,10 @@ def build_loader(
     batch_size: int,
     num_workers: int,
     drop_last: bool,
+    stacks: IO[bytes] | None = None,
 ) -> DataSpec:
-    """Return the loader of one split; `batch_size` is rows per rank.
+    """Return the loader of one split; `batch_size` is rows per rank. On SIGUSR2 workers write what
+    they are doing to `stacks`, an open file, or to the terminal.
 
     The order of samples is fixed by the seed and the same on any number of ranks of one node; at
     the end of an epoch Streaming repeats a sample where the ranks would not come out even. Raises
@@ -63,7 +66,7 @@ def build_loader(
     collate = TokenCollator(max_seq_len, pad_token_id)
     loader = GuardedLoader(
         dataset, batch_size, collate_fn=collate, num_workers=num_workers, drop_last=drop_last,
-        worker_init_fn=_begin_worker if num_workers else None,
+        worker_init_fn=partial(_begin_worker, stacks) if num_workers else None,
     )  # fmt: skip
     return DataSpec(
         loader,
@@ -73,8 +76,8 @@ def build_loader(
     )
 
 
-def _begin_worker(worker: int) -> None:
-    """Let a worker print its stacks when the watchdog asks, leave Ctrl-C to its parent, and say
+def _begin_worker(stacks: IO[bytes] | None, worker: int) -> None:
+    """Let a worker write its stacks when the watchdog asks, leave Ctrl-C to its parent, and say
     nothing of batches that nobody fetches any more.
     """
 
@@ -83,6 +86,6 @@ def _begin_worker(worker: int) -> None:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = show
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, stacks or sys.stderr, all_threads=True)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,12 +1,14 @@
 """The recipe: config in, trained model and run folder out. Reads top to bottom."""
 
 import math
+import os
 import re
 import signal
+import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from composer import Trainer
@@ -110,9 +112,10 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         say(use_cores())
 
     # Held-out data, and what the model makes of it before training.
-    evaluation = None
+    workers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, stacks of those of the loaders
+    loader, evaluation = partial(_loader, config, tokenizer, workers), None
     if config.eval_loader is not None:
-        evaluation = _loader(config, config.eval_loader, tokenizer, config.device_eval_batch_size)
+        evaluation = loader(config.eval_loader, config.device_eval_batch_size)
     model = CausalLM(
         network, tokenizer, evaluation.num_samples if evaluation else None, cpu_autocast
     )
@@ -134,7 +137,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
-    training = _loader(config, config.train_loader, tokenizer, per_rank)
+    training = loader(config.train_loader, per_rank)
     check_room(config, network)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
@@ -164,7 +167,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             log,
             spikes,
             *([target] if target else []),
-            Watchdog(config.guards.timeout, run_folder, partial(write_failure, run_folder, config)),
+            Watchdog(
+                config.guards.timeout,
+                run_folder / f"stacks-{os.getpid()}.txt",
+                workers,
+                partial(write_failure, run_folder, config),
+            ),
             Checkpointer(config, facts, request),  # last, as it keeps the state of the others
         ],
         loggers=build_loggers(config),
@@ -301,7 +309,9 @@ def _result(
     }
 
 
-def _loader(config: Config, loader: LoaderConfig, tokenizer: Any, batch_size: int) -> Any:
+def _loader(
+    config: Config, tokenizer: Any, workers: IO[bytes], loader: LoaderConfig, batch_size: int
+) -> Any:
     """Return the DataSpec of one of the config's loaders; `batch_size` is rows per rank."""
     seed = loader.dataset.shuffle_seed
     return build_loader(
@@ -315,6 +325,7 @@ def _loader(config: Config, loader: LoaderConfig, tokenizer: Any, batch_size: in
         batch_size,
         loader.num_workers,
         loader.drop_last,
+        workers,
     )
 
 
