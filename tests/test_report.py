@@ -113,6 +113,7 @@ def folder(tmp_path):
 
 def test_every_curve_has_its_points(folder):
     page = Page(build_report(folder))
+    assert "Events" not in page.text and page.all("line", "event") == []
     assert len(page.curve("train loss")) == 20
     assert len(page.curve("eval cross-entropy")) == len(page.all("circle", "dots")) == 3
     assert len(page.curve("all tokens")) == len(page.curve("label tokens")) == 20
@@ -199,6 +200,23 @@ def test_a_killed_and_resumed_run(folder):
     assert len(page.curve("train loss")) == 3 and "nan" not in page.text.lower()
     assert "Unreadable lines of metrics.jsonl, skipped: 2." in page.text
     assert "Training records without a finite loss, not drawn: 1." in page.text
+
+
+def test_events_are_marked_in_the_loss_chart_and_listed(folder):
+    events = [(24, "a spike"), (24, "a spike"), (40, HOSTILE), (40, "resumed"), (900, "too late")]
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, what in events:
+            file.write(json.dumps({"kind": "event", "step": step, "what": what}) + "\n")
+        file.write('{"kind": "event"}\n')
+    (folder / "result.json").write_text(json.dumps(RESULT | {"status": "failed", "error": "why"}))
+    page = Page(build_report(folder))
+    marks = page.all("line", "event")
+    assert [mark["x1"] for mark in marks] == ["30.000%", "50.000%", "50.000%"]  # of 80 steps
+    assert all(mark["x1"] == mark["x2"] for mark in marks)
+    assert "Events" in page.text and "step 24: a spike" in page.text and "step 40:" in page.text
+    assert {"24", "40", "900"} <= set(page.values())
+    assert len(page.all("table", "events")) == 1
+    assert page.all("p", "bad") and "why" in page.text
 
 
 def test_only_result_json_is_required(tmp_path):

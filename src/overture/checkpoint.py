@@ -90,16 +90,18 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def newest_checkpoint(parent: Path, ours: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest whole checkpoint and its manifest.
 
-    Broken ones are named, and set aside if they are `ours`.
+    Broken ones are named, in `set_aside` of the manifest too, and set aside if they are `ours`.
     """
+    broken = []
     for folder in sorted(numbered(parent), key=_batch, reverse=True):
         try:
-            return folder, read_checkpoint(folder)
+            return folder, {**read_checkpoint(folder), "set_aside": broken}
         except DataError as error:
             if ours:
                 aside = folder.with_name(f"broken-{folder.name}-{len([*parent.glob('broken-*')])}")
                 folder.rename(aside)
                 error = f"{error}; set aside as {aside.name}"
+            broken.append(str(error))
             print(f"{error}; going back to an earlier checkpoint", flush=True)
     return None
 

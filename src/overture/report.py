@@ -25,6 +25,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     train: list[dict] = field(default_factory=list)
     evals: list[dict] = field(default_factory=list)
+    events: list[tuple[int, str]] = field(default_factory=list)  # step, what
     generations: list[dict] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     config: str = ""
@@ -72,6 +73,8 @@ def load_run(folder: Path) -> Run:
     for kind, kept in {"train": run.train, "eval": run.evals}.items():
         found = (r for r in metrics if r.get("kind") == kind and _finite(r.get("step")))
         kept += sorted({r["step"]: r for r in found}.values(), key=lambda record: record["step"])
+    events = [r for r in metrics if r.get("kind") == "event" and _finite(r.get("step"))]
+    run.events = sorted({(r["step"], str(r.get("what"))) for r in events})
     run.generations = _records(folder / "generations.jsonl", run.notes)
     if lost := sum(not _finite(record.get("loss")) for record in run.train):
         run.notes.append(f"Training records without a finite loss, not drawn: {lost}.")
@@ -135,7 +138,7 @@ def _ticks(low: float, high: float, least: float = 0.0) -> list[tuple[float, str
     return [(i * step, f"{i * step:,.6g}") for i in span]
 
 
-def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=False) -> dict | None:
+def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=False, events=()):
     """Returns what the template draws a line chart of, None without points: its round figures,
     and `x` and `y`, which place a step and a value in it. A curve is (name, classes, points)."""
     curves = [curve for curve in curves if curve[2]]
@@ -153,6 +156,7 @@ def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fa
         "rows": rows,
         "columns": [tick for tick in _ticks(left, right, least=1.0) if left <= tick[0] <= right],
         "target": target if _finite(target) else None,
+        "events": [event for event in events if left <= event[0] <= right],
         "x": lambda step: f"{100 * (step - left) / (right - left):.3f}",
         "y": lambda value: f"{100 * (high - value) / (high - low):.3f}",
     }
@@ -164,8 +168,9 @@ def _charts(run: Run) -> list[dict | None]:
     every = ("all tokens", "strong", _points(run.train, "tokens_per_second"))
     label = ("label tokens", "faint", _points(run.train, "label_tokens_per_second"))
     rate = ("learning rate", "strong", _points(run.train, "learning_rate"))
+    marks = {"target": run.result.get("target"), "events": run.events}
     return [
-        _chart("Loss", "cross-entropy (nats per token)", [loss, held], run.result.get("target")),
+        _chart("Loss", "cross-entropy (nats per token)", [loss, held], **marks),
         _chart("Throughput", "tokens per second", [every, label], from_zero=True),
         _chart("Schedule", "learning rate", [rate], from_zero=True),
     ]

@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from overture.checkpoint import MANIFEST, STATE
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
-from runs import assert_same, curve, result
+from runs import assert_same, curve, records, result
 
 # 24 rows a batch make epochs of five steps of the smoke data; 16 steps are more than three.
 OPTIONS = (
@@ -126,6 +126,11 @@ def test_broken_checkpoint_is_set_aside_and_an_earlier_one_is_used(broken, damag
     assert "ba4" in said
     assert "set aside as broken-ba4-0; going back to an earlier checkpoint" in said
     assert "going on from runs/parts/checkpoints/ba2" in said
+    broken_off, resumed = records(parts, "event")
+    assert broken_off["step"] == resumed["step"] == 2
+    assert broken_off["what"].endswith("set aside as broken-ba4-0")
+    assert resumed["what"] == "resumed"
+    assert "step 2: resumed" in (parts / "report.html").read_text()
     assert (parts / "checkpoints" / "broken-ba4-0").is_dir()
     assert not list((parts / "checkpoints").glob(".ba*"))
 

@@ -79,6 +79,9 @@ def test_loss_that_is_not_finite_is_skipped_as_often_as_allowed(run, losses_time
     assert result(folder)["guards"]["skipped_steps"] == 2
     lines = (folder / "bad_batch.json").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 5]
+    told = [(r["step"], r["what"]) for r in records(folder, "event")]
+    assert told == [(step, "the loss is not finite; step skipped") for step in (3, 5)]
+    assert "step 5: the loss is not finite; step skipped" in (folder / "report.html").read_text()
     losses_times(float("inf"), 3, 5)
     with pytest.raises(GuardError, match=r"step 5: the loss is not finite after 1 skipped steps"):
         run("run_name=few", "guards.non_finite=skip", "guards.max_skips=1")
@@ -148,6 +151,9 @@ def test_spike_is_marked_or_stops(run, losses_times):
     code, folder = run("run_name=marked", *options)
     assert code == 0
     assert result(folder)["guards"]["loss_spikes"] == [24]
+    (event,) = records(folder, "event")
+    assert event["step"] == 24 and "a spike" in event["what"]
+    assert f"step 24: {event['what']}" in (folder / "report.html").read_text()
     losses_times(3.0, 24)
     with pytest.raises(GuardError, match=r"step 24: loss .*: a spike; guards\.loss_spike=mark"):
         run("run_name=stopped", *options, "guards.loss_spike=stop")

@@ -19,6 +19,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from overture.callbacks.run_log import RunLog
 from overture.errors import EXIT_GUARD, GuardError
 
 
@@ -30,11 +31,12 @@ class FiniteGuard(Callback):
     Args:
         policy: `stop`, or `skip` the step.
         most: how many steps in all may be skipped.
-        folder: the run folder; the samples of a bad batch are noted in `bad_batch.json`.
+        log: is told; beside it the samples of a bad batch are noted in `bad_batch.json`.
     """
 
-    def __init__(self, policy: Literal["stop", "skip"], most: int, folder: Path) -> None:
-        self.policy, self.most, self.path = policy, most, folder / "bad_batch.json"
+    def __init__(self, policy: Literal["stop", "skip"], most: int, log: RunLog) -> None:
+        self.policy, self.most, self.log = policy, most, log
+        self.path = log.path.with_name("bad_batch.json")
         self.skipped = 0
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
@@ -85,6 +87,7 @@ class FiniteGuard(Callback):
         if dist.get_global_rank() == 0:
             step = state.timestamp.batch.value + 1
             samples = [number for each in ids for number in each]
+            self.log.note(step, reason)
             record = {"step": step, "reason": reason, "sample_ids": samples}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -197,13 +200,14 @@ class SpikeGuard(Callback):
     Far is six standard deviations and a tenth above the mean of the last 50 steps.
 
     Args:
-        stop: end the run at the first one, rather than mark it in the log.
+        stop: end the run at the first one.
+        log: is told of each.
     """
 
     WINDOW, LEAST = 50, 20
 
-    def __init__(self, stop: bool) -> None:
-        self.stop = stop
+    def __init__(self, stop: bool, log: RunLog) -> None:
+        self.stop, self.log = stop, log
         self.steps: list[int] = []
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
 
@@ -214,11 +218,12 @@ class SpikeGuard(Callback):
             mean, spread = statistics.fmean(self._recent), statistics.pstdev(self._recent)
             if loss > max(mean + 6 * spread, 1.1 * mean):
                 self.steps.append(step)
-                said = f"step {step}: loss {loss:.4g} after a mean of {mean:.4g}: a spike"
+                said = f"loss {loss:.4g} after a mean of {mean:.4g}: a spike"
+                self.log.note(step, said)
                 if self.stop:
-                    raise GuardError(f"{said}; guards.loss_spike=mark would go on")
+                    raise GuardError(f"step {step}: {said}; guards.loss_spike=mark would go on")
                 if dist.get_global_rank() == 0:
-                    print(f"warning: {said}", flush=True)
+                    print(f"warning: step {step}: {said}", flush=True)
         if math.isfinite(loss):  # not of a step that was skipped
             self._recent.append(loss)
 

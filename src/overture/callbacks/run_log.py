@@ -42,8 +42,8 @@ class RunClock(Callback):
 class RunLog(Callback):
     """Appends to `metrics.jsonl`; only rank zero writes.
 
-    A train record is written per step, an eval record per evaluation. After a resume steps may
-    occur twice: the last record of a step holds.
+    A train record is written per step, an eval record per evaluation, an event record for what
+    guards did or a resume met. After a resume steps may occur twice: the last record of one holds.
     """
 
     def __init__(self, run_folder: Path, clock: RunClock, throughput: Throughput) -> None:
@@ -85,6 +85,10 @@ class RunLog(Callback):
                 "perplexity": _finite(perplexity),
             }
         )
+
+    def note(self, step: int, what: str) -> None:
+        """Record an event."""
+        self._append({"kind": "event", "step": step, "what": what})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has to keep."""

@@ -145,9 +145,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         start = find_load_path(config, facts["model"])
     # From here on there is a run; what failed before left nothing.
     begin_run(config, command, resumed=found is not None)
+    for event in [*found[1]["set_aside"], "resumed"] if found else []:
+        log.note(found[1]["batch"], event)
     exact = ExactResume()
-    finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, run_folder)
-    spikes = SpikeGuard(stop=config.guards.loss_spike == "stop")
+    finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, log)
+    spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
     trainer = Trainer(
         model=model,
         train_dataloader=training,
