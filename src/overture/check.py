@@ -14,13 +14,10 @@ from overture.errors import ConfigError
 
 NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
 OPTIONAL = {
-    "flash_attn": "faster attention on CUDA",
-    "liger_kernel": "fused kernels on CUDA",
-    "bitsandbytes": "4- and 8-bit base models on CUDA",
-    "wandb": "logging to Weights & Biases",
-    "mlflow": "logging to MLflow",
-    "tensorboard": "logging to TensorBoard",
-}
+    "flash_attn": "faster attention on CUDA", "liger_kernel": "fused kernels on CUDA",
+    "bitsandbytes": "4- and 8-bit base models on CUDA", "wandb": "logging to Weights & Biases",
+    "mlflow": "logging to MLflow", "tensorboard": "logging to TensorBoard",
+}  # fmt: skip
 
 
 def check_data(config: Config) -> None:

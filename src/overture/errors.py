@@ -76,7 +76,7 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII only is no error
             stream.reconfigure(errors="backslashreplace")
-            stream.write = partial(_write_redacted, stream.write)
+            stream.write = partial(lambda write, text: write(redact(text)), stream.write)
     try:
         return function() or EXIT_DONE
     except OvertureError as error:
@@ -94,7 +94,3 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `... | head` is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
-
-
-def _write_redacted(write: Callable[[str], int], text: str) -> int:
-    return write(redact(text))

@@ -1,5 +1,6 @@
 """Strict merging: what is accepted, and the sentence for everything that is not."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_dumped_config_loads_again_to_the_same(yaml, tmp_path):
         ("eval_interval=0ba", ["eval_interval: '0ba' is none that can be used"]),
         ("scheduler.t_warmup=100tok", ["scheduler.t_warmup: 100tok and max_duration 3ep are in"]),
         ("run_name=../x", ["run_name: '../x' must be letters"]),
+        ("run_name=null", ["run_name: expected text, got None"]),
         ("eval_loader.drop_last=true", ["eval_loader.drop_last: would leave samples out"]),
         ("load_weights_only=true", ["load_weights_only: needs a load_path"]),
         ("save_num_checkpoints_to_keep=0", ["save_num_checkpoints_to_keep: must be at least 1"]),
@@ -236,3 +238,11 @@ def test_environment_is_read_for_places_alone(yaml, monkeypatch):
     assert "s3cr3t" not in message
     monkeypatch.delenv("JOB_ID", raising=False)
     assert "oc.env:JOB_ID is not set" in refusal(yaml, "run_name=${oc.env:JOB_ID}")
+
+
+def test_nothing_where_a_value_must_be_is_one_sentence(yaml):
+    for field in dataclasses.fields(Config):
+        if "None" not in str(field.type):
+            assert f"{field.name}: expected" in refusal(yaml, f"{field.name}=null") or (
+                "unknown value None" in refusal(yaml, f"{field.name}=null")
+            ), field.name

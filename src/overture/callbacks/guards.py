@@ -75,11 +75,9 @@ class FiniteGuard(Callback):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.skipped = state["skipped"]
 
     def _note(self, state: State, reason: str) -> None:
@@ -149,21 +147,17 @@ class Watchdog(Callback):
         self._over = threading.Event()
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Begin to watch."""
         self._beat = time.monotonic()
         if self.timeout:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Note that it goes on."""
         self._beat = time.monotonic()
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        """Note that it goes on."""
         self._beat = time.monotonic()
 
     def close(self, state: State, logger: Logger) -> None:
-        """Watch no longer."""
         self._over.set()
 
     def _watch(self) -> None:
@@ -228,11 +222,9 @@ class SpikeGuard(Callback):
             self._recent.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
         return {"steps": self.steps, "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.steps, self._recent = state["steps"], deque(state["recent"], maxlen=self.WINDOW)
 
 

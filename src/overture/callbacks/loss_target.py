@@ -42,7 +42,6 @@ class LossTarget(Callback):
             state.stop_training()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
         return {"target": self.target, "seconds_to_train": self.seconds_to_train}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -31,11 +31,9 @@ class RunClock(Callback):
         return self._before + time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
         return {"seconds": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self._before = state["seconds"]
 
 
@@ -55,20 +53,12 @@ class RunLog(Callback):
         self._writes = dist.get_global_rank() == 0
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Record a training step."""
-        self._append(
-            {
-                "kind": "train",
-                "step": state.timestamp.batch.value,
-                "seconds": round(self.clock.seconds(), 3),
-                "loss": _finite(state.total_loss_dict["loss/train/total"]),
-                "learning_rate": state.schedulers[0].get_last_lr()[0],
-                **self.throughput.figures(),
-            }
-        )
+        loss = _finite(state.total_loss_dict["loss/train/total"])
+        rate = state.schedulers[0].get_last_lr()[0]
+        figures = {"loss": loss, "learning_rate": rate, **self.throughput.figures()}
+        self._append("train", state.timestamp.batch.value, figures)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Record an evaluation."""
         loss = eval_cross_entropy(state)
         self.first_eval = loss if self.first_eval is None else self.first_eval
         self.last_eval = loss
@@ -76,30 +66,23 @@ class RunLog(Callback):
         logger.log_metrics(
             {"metrics/eval/cross_entropy": loss, "metrics/eval/perplexity": perplexity}
         )
-        self._append(
-            {
-                "kind": "eval",
-                "step": state.timestamp.batch.value,
-                "seconds": round(self.clock.seconds(), 3),
-                "cross_entropy": _finite(loss),
-                "perplexity": _finite(perplexity),
-            }
-        )
+        figures = {"cross_entropy": _finite(loss), "perplexity": _finite(perplexity)}
+        self._append("eval", state.timestamp.batch.value, figures)
 
     def note(self, step: int, what: str) -> None:
         """Record an event."""
-        self._append({"kind": "event", "step": step, "what": what})
+        self._append("event", step, {"what": what})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
         return {"first_eval": self.first_eval, "last_eval": self.last_eval}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.first_eval, self.last_eval = state["first_eval"], state["last_eval"]
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, kind: str, step: int, more: dict[str, Any]) -> None:
         if self._writes:
+            seconds = round(self.clock.seconds(), 3)
+            record = {"kind": kind, "step": step, "seconds": seconds, **more}
             # Opened anew each time: a kill then loses no line, and a step takes far longer.
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -42,7 +42,6 @@ class Throughput(Callback):
             self._peak = measured_peak(model.compute_dtype) * dist.get_world_size()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Start waiting."""
         self._asked = time.monotonic()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
@@ -58,7 +57,6 @@ class Throughput(Callback):
         )
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Begin with the model."""
         self._began = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -101,11 +99,9 @@ class Throughput(Callback):
         return self.tokens / self._seconds, self.label_tokens / self._seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
         return {"tokens": self.tokens, "labels": self.label_tokens, "seconds": self._seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.tokens, self.label_tokens = state["tokens"], state["labels"]
         self._seconds = state["seconds"]
 

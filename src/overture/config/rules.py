@@ -14,46 +14,38 @@ def _written(pattern: str, examples: str) -> tuple[Callable, str]:
     return re.compile(pattern).fullmatch, "{!r} is none that can be used here; write " + examples
 
 
-_AT_LEAST_ONE = (lambda n: n >= 1, "must be at least 1")
-_ABOVE_ZERO = (lambda n: n > 0, "must be above 0")
-_NOT_NEGATIVE = (lambda n: n >= 0, "must not be negative")
 _INTERVAL = _written(
     r"[1-9]\d*(ep|ba|sp|tok)|0?\.\d*[1-9]\d*dur|1(\.0)?dur", "1ep, 50ba or 0.25dur"
 )
+_AT_LEAST_ONE = (
+    "global_train_batch_size", "device_eval_batch_size", "lora.r", "callbacks.throughput.window",
+    "generation.num_prompts", "generation.max_new_tokens", "generation.batch_size",
+)  # fmt: skip
+_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy")
+_NOT_NEGATIVE = ("optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers")
 # key -> (whether a value is fine, what is wrong with it); what is not set is fine.
 _VALUES: dict[str, tuple[Callable, str]] = {
+    **dict.fromkeys(_AT_LEAST_ONE, (lambda n: n >= 1, "must be at least 1")),
+    **dict.fromkeys(_ABOVE_ZERO, (lambda n: n > 0, "must be above 0")),
+    **dict.fromkeys(_NOT_NEGATIVE, (lambda n: n >= 0, "must not be negative")),
+    **dict.fromkeys(("eval_interval", "save_interval"), _INTERVAL),
     "max_seq_len": (lambda n: n >= 2, "must be at least 2 tokens"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
-    "global_train_batch_size": _AT_LEAST_ONE,
     "device_train_microbatch_size": (
         lambda n: n == "auto" or n >= 1,
         "must be at least 1, or auto",
     ),
-    "device_eval_batch_size": _AT_LEAST_ONE,
-    "optimizer.lr": _ABOVE_ZERO,
-    "optimizer.eps": _ABOVE_ZERO,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.betas": (
         lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
         "must be two numbers in [0, 1)",
     ),
-    "lora.r": _AT_LEAST_ONE,
     "lora.dropout": (lambda share: 0 <= share < 1, "must be in [0, 1)"),
-    "callbacks.throughput.window": _AT_LEAST_ONE,
-    "callbacks.loss_target.cross_entropy": _ABOVE_ZERO,
-    "train_loader.num_workers": _NOT_NEGATIVE,
-    "eval_loader.num_workers": _NOT_NEGATIVE,
     "save_num_checkpoints_to_keep": (
         lambda n: n >= 1 or n == -1,
         "must be at least 1, or -1 to keep all",
     ),
-    "generation.num_prompts": _AT_LEAST_ONE,
-    "generation.max_new_tokens": _AT_LEAST_ONE,
-    "generation.batch_size": _AT_LEAST_ONE,
     "max_duration": _written(r"[1-9]\d*(ep|ba|sp|tok)", "3ep, 200ba, 1000sp or 50000tok"),
     "scheduler.t_warmup": _written(r"\d+(ep|ba|sp|tok)|0?\.\d+dur", "0.03dur, 20ba or 0ba"),
-    "eval_interval": _INTERVAL,
-    "save_interval": _INTERVAL,
     "console_log_interval": _written(r"[1-9]\d*(ep|ba)", "10ba or 1ep"),
 }
 

@@ -172,7 +172,7 @@ class Config:
     max_seq_len: int
     max_duration: str
     global_train_batch_size: int  # samples (rows of a shard) per optimizer step, over all ranks
-    run_name: str | None = None  # default: the YAML's file name
+    run_name: str = ""  # default: the YAML's file name
     seed: int = 17
     tokenizer_name: str | None = None  # a folder or hub name; default: model.name
     # Shards are read from data_local/<split>. With data_remote they are downloaded to data_local.

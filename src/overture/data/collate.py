@@ -52,16 +52,13 @@ class TokenCollator:
             if len(ends) > 1:
                 starts, ends = np.append(starts, length), np.append(ends, self.max_seq_len)
                 position_ids[index] -= np.repeat(starts, ends - starts)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(position_ids),
-            "document_starts": torch.from_numpy(document_starts),
-            "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
-            "num_tokens": lengths,
-            "num_labels": num_labels,
-            "num_spans": num_spans,
-        }
+        arrays = {
+            "input_ids": input_ids, "labels": labels, "position_ids": position_ids,
+            "document_starts": document_starts,
+            "sample_ids": np.array([row["sample_id"] for row in rows]),
+        }  # fmt: skip
+        counts = {"num_tokens": lengths, "num_labels": num_labels, "num_spans": num_spans}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts
 
 
 def count_tokens(batch: dict[str, Any]) -> dict[str, int]:

@@ -18,11 +18,25 @@ from overture.errors import ConfigError, DataError, GuardError
 
 
 class GuardedLoader(StreamingDataLoader):
-    """A StreamingDataLoader whose workers' DataErrors stay the one sentence that they are."""
+    """A StreamingDataLoader whose workers' DataErrors stay the one sentence that they are.
+
+    Where incomplete batches are dropped, an epoch is as long on any number of ranks: Streaming
+    repeats rows until the ranks come out even, which may complete one more batch.
+    """
+
+    def __len__(self) -> int:
+        return self._batches(self.dataset.num_samples) if self.drop_last else super().__len__()
+
+    def _batches(self, rows: int) -> int:
+        return rows // (self.batch_size * dist.get_world_size())
 
     def __iter__(self) -> Iterator[Any]:
+        most = self._batches(self.dataset.rows_left())
         try:
-            yield from super().__iter__()
+            for number, batch in enumerate(super().__iter__()):
+                if number == most and self.drop_last:
+                    return
+                yield batch
         except (ConnectionError, EOFError) as error:  # it was sending a batch
             name = type(error).__name__
             raise GuardError(f"a worker of the loader died ({name}); run it again") from None
@@ -34,23 +48,15 @@ class GuardedLoader(StreamingDataLoader):
 
 
 def build_loader(
-    data_local: str,
-    data_remote: str | None,
-    split: str,
-    shuffle: bool,
-    shuffle_seed: int,
-    max_seq_len: int,
-    pad_token_id: int,
-    batch_size: int,
-    num_workers: int,
-    drop_last: bool,
-    stacks: IO[bytes] | None = None,
-) -> DataSpec:
+    data_local: str, data_remote: str | None, split: str, shuffle: bool, shuffle_seed: int,
+    max_seq_len: int, pad_token_id: int, batch_size: int, num_workers: int, drop_last: bool, stacks:
+    IO[bytes] | None = None,
+) -> DataSpec:  # fmt: skip
     """Return the loader of one split; `batch_size` is rows per rank. On SIGUSR2 workers write what
     they are doing to `stacks`, an open file, or to the terminal.
 
-    The order of samples is fixed by the seed and the same on any number of ranks of one node; at
-    the end of an epoch Streaming repeats a sample where the ranks would not come out even. Raises
+    The order of samples is fixed by the seed and the same on any number of ranks of one node; an
+    incomplete last batch is filled with repeated ones until the ranks come out even. Raises
     ConfigError if every batch would be dropped, DataError as TokenStream does.
     """
     if dist.get_local_rank() == 0:

@@ -91,6 +91,10 @@ class TokenStream(StreamingDataset):
                 "wait for its end or name another folder"
             ) from None
 
+    def rows_left(self) -> int:
+        """Return how many rows the epoch that begins next still has, all but after a resume."""
+        return self.num_samples - self._resume(self._parallel_rank_world, self.next_epoch)[1]
+
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard ready, or raise DataError; in the background, not `blocking`, the failure
         is left to the reader.

@@ -17,15 +17,9 @@ from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_posi
 
 
 def load_causal_lm(
-    name: str,
-    pretrained: bool,
-    dtype: str,
-    attention: str,
-    overrides: dict[str, Any],
-    tokenizer: Any,
-    max_seq_len: int = 0,
-    trust_remote_code: bool = False,
-) -> Any:
+    name: str, pretrained: bool, dtype: str, attention: str, overrides: dict[str, Any], tokenizer:
+    Any, max_seq_len: int = 0, trust_remote_code: bool = False,
+) -> Any:  # fmt: skip
     """Return a causal language model of Hugging Face's, with weights or freshly initialised.
 
     `name` is a hub name, a folder, a run folder, or without weights also a model type such as

@@ -18,16 +18,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
 from omegaconf import OmegaConf
 
-from overture.checkpoint import (
-    MANIFEST,
-    STATE,
-    RemoteFolder,
-    change_manifest,
-    checkpoint_to_load,
-    keep_newest,
-    newest_checkpoint,
-    write_checkpoint,
-)
+from overture import checkpoint as store
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
@@ -55,10 +46,10 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """
 
     if config.save_folder and "://" in config.save_folder and dist.get_local_rank() == 0:
-        RemoteFolder(config.save_folder).fetch_newest(local_folder(config))  # on every node
+        store.RemoteFolder(config.save_folder).fetch_newest(local_folder(config))  # on every node
 
     def look() -> tuple[Path, dict[str, Any]] | None:
-        found = newest_checkpoint(local_folder(config))
+        found = store.newest_checkpoint(local_folder(config))
         if found is None:
             return None
         remedy = f"choose another run_name, or delete {config.run_folder}"
@@ -82,9 +73,9 @@ def find_load_path(config: Config, model: str) -> Path:
     cache = Path(tempfile.gettempdir()) / f"overture-{config.run_name}"
 
     def look() -> Path:
-        state = checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
-        if (state.parent / MANIFEST).is_file() and "model" not in config.resume.allow:
-            check_base(state.parent / MANIFEST, model)
+        state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
+        if (state.parent / store.MANIFEST).is_file() and "model" not in config.resume.allow:
+            check_base(state.parent / store.MANIFEST, model)
         return state
 
     return on_rank_zero(look)
@@ -202,7 +193,7 @@ class Checkpointer(Callback):
     def __init__(self, config: Config, facts: dict[str, Any], request: StopRequest) -> None:
         self.folder, self.keep = local_folder(config), config.save_num_checkpoints_to_keep
         remote = config.save_folder if config.save_folder and "://" in config.save_folder else None
-        self.remote = RemoteFolder(remote) if remote and dist.get_global_rank() == 0 else None
+        self.remote = store.RemoteFolder(remote) if remote and dist.get_global_rank() == 0 else None
         self.facts = {"config": dump_config(config), "facts": facts}
         self.request = request
         self._is_due = create_interval_scheduler(config.save_interval)
@@ -217,7 +208,6 @@ class Checkpointer(Callback):
             raise Preempted(state.timestamp.batch.value)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save if it is time."""
         if self._is_due(state, Event.EPOCH_CHECKPOINT):
             self.save(state)
 
@@ -230,7 +220,7 @@ class Checkpointer(Callback):
             raise Preempted(batch)
 
     def save(self, state: State, evaluation_due: bool = False) -> None:
-        """Write a checkpoint.
+        """Write a store.
 
         Raises:
             GuardError: weights are not finite, or the disk is full or out of order; the last
@@ -239,7 +229,7 @@ class Checkpointer(Callback):
         batch = state.timestamp.batch.value
         if batch == self._saved:  # while the evaluation of this very step goes on
             place = self.folder / f"ba{batch}"
-            return on_rank_zero(lambda: change_manifest(place, evaluation_due=evaluation_due))
+            return on_rank_zero(lambda: store.change_manifest(place, evaluation_due=evaluation_due))
         trained = [p.detach() for p in state.model.parameters() if p.requires_grad]
         if not torch.stack(torch._foreach_norm(trained)).isfinite().all():
             raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")
@@ -252,12 +242,12 @@ class Checkpointer(Callback):
         def write() -> None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                place = write_checkpoint(
-                    self.folder, batch, lambda f: torch.save(content, f / STATE), facts
+                place = store.write_checkpoint(
+                    self.folder, batch, lambda f: torch.save(content, f / store.STATE), facts
                 )
                 if self.remote:
                     self.remote.upload(place)
-                keep_newest(self.folder, self.keep)
+                store.keep_newest(self.folder, self.keep)
             except (OSError, RuntimeError) as error:  # torch's writer wraps the system's
                 raise GuardError(
                     f"step {batch}: the checkpoint cannot be written to {self.folder} "

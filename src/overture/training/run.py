@@ -31,29 +31,14 @@ from overture.models.isolation import prove_isolation
 from overture.models.lora import add_lora
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
+from overture.training import resume
+from overture.training import run_folder as runs
 from overture.training.answers import HeldOutAnswers
 from overture.training.cores import use_cores
 from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
-from overture.training.resume import (
-    Checkpointer,
-    ExactResume,
-    check_facts,
-    check_room,
-    find_checkpoint,
-    find_load_path,
-    foreign_state,
-    model_fingerprint,
-)
-from overture.training.run_folder import (
-    begin_run,
-    end_run,
-    refuse_finished_run,
-    write_failure,
-    write_result,
-)
 
 # What torch says, in any line of ours, of another process that is gone.
 LOST = {
@@ -80,7 +65,7 @@ def train(config: Config, command: str) -> int:
         return _train(config, command, request)
     finally:
         request.close()
-        end_run()
+        runs.end_run()
 
 
 def _train(config: Config, command: str, request: StopRequest) -> int:
@@ -89,9 +74,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     dist.initialize_dist(device, timeout=300)
     reproducibility.seed_all(config.seed)
-    run_folder = refuse_finished_run(config)
-    found = find_checkpoint(config)
-    say = print if dist.get_global_rank() == 0 else _silent
+    run_folder = runs.refuse_finished_run(config)
+    found = resume.find_checkpoint(config)
+    say = print if dist.get_global_rank() == 0 else lambda *_: None
 
     # Model: base weights, then adapters.
     tokenizer = load_tokenizer(
@@ -100,7 +85,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     network = _build_network(config, tokenizer, device, packed=_is_packed(config, tokenizer))
     facts = _facts(config, tokenizer, network)
     if found:
-        check_facts(found[1]["facts"], facts, config.resume.allow)
+        resume.check_facts(found[1]["facts"], facts, config.resume.allow)
         say(f"going on from {found[0]}")
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
@@ -138,16 +123,16 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
     training = loader(config.train_loader, per_rank)
-    check_room(config, network)
+    resume.check_room(config, network)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
     if config.load_path and not found:
-        start = find_load_path(config, facts["model"])
+        start = resume.find_load_path(config, facts["model"])
     # From here on there is a run; what failed before left nothing.
-    begin_run(config, command, resumed=found is not None)
+    runs.begin_run(config, command, resumed=found is not None)
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
         log.note(found[1]["batch"], event)
-    exact = ExactResume()
+    exact = resume.ExactResume()
     finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, log)
     spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
     trainer = Trainer(
@@ -173,9 +158,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
                 config.guards.timeout,
                 run_folder / f"stacks-{os.getpid()}.txt",
                 workers,
-                partial(write_failure, run_folder, config),
+                partial(runs.write_failure, run_folder, config),
             ),
-            Checkpointer(config, facts, request),  # last, as it keeps the state of the others
+            resume.Checkpointer(
+                config, facts, request
+            ),  # last, as it keeps the state of the others
         ],
         loggers=build_loggers(config),
         run_name=config.run_name,
@@ -187,7 +174,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         seed=config.seed,
         load_path=str(start) if start else None,
         load_weights_only=config.load_weights_only and not found,
-        load_ignore_keys=None if found else partial(foreign_state, trained=names, path=start),
+        load_ignore_keys=None
+        if found
+        else partial(resume.foreign_state, trained=names, path=start),
         load_strict_model_weights=config.trainable == "all",  # adapters are saved by themselves
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,
@@ -209,7 +198,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
                 reason = str(error).strip().splitlines()[0][:200]
                 error = GuardError(f"{said} ({reason}); the same command goes on")
-        write_failure(run_folder, config, str(error), preempted=isinstance(error, Preempted))
+        runs.write_failure(run_folder, config, str(error), preempted=isinstance(error, Preempted))
         with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
             trainer.close()
         raise error from None
@@ -228,7 +217,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if dist.get_global_rank() == 0:
         if answers:
             result["metrics"] = answers.write(run_folder / "generations.jsonl")
-        write_result(run_folder, result)
+        runs.write_result(run_folder, result)
         page = build_report(run_folder)
         print("\n".join([*summary_lines(result), f"report: {page}"]))
     dist.barrier()
@@ -262,15 +251,9 @@ def _choose_device(config: Config) -> str:
 def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) -> Any:
     """Return the base model, with adapters if it is to have them."""
     network = load_causal_lm(
-        config.model.name,
-        config.model.pretrained,
-        config.model.dtype,
-        config.model.attention,
-        config.model.config,
-        tokenizer,
-        config.max_seq_len,
-        config.model.trust_remote_code,
-    )
+        config.model.name, config.model.pretrained, config.model.dtype, config.model.attention,
+        config.model.config, tokenizer, config.max_seq_len, config.model.trust_remote_code,
+    )  # fmt: skip
     network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
@@ -284,15 +267,11 @@ def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) ->
 
 
 def _result(
-    config: Config,
-    log: RunLog,
-    throughput: Throughput,
-    target: LossTarget | None,
-    seconds: float,
+    config: Config, log: RunLog, throughput: Throughput, target: LossTarget | None, seconds: float,
     steps: int,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Return the content of result.json, but for the task's own metrics."""
-    tokens_per_second, label_tokens_per_second = throughput.rates()
+    rates = zip(("tokens_per_second", "label_tokens_per_second"), throughput.rates(), strict=True)
     return {
         "run_name": config.run_name,
         "status": "completed" if target is None else target.status,
@@ -301,14 +280,10 @@ def _result(
         "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
         "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
         "time_to_train_seconds": target.seconds_to_train if target else seconds,
-        "steps": steps,
-        "tokens_seen": throughput.tokens,
-        "label_tokens_seen": throughput.label_tokens,
-        "tokens_per_second": tokens_per_second,
-        "label_tokens_per_second": label_tokens_per_second,
-        "seed": config.seed,
-        "metrics": {},
-    }
+        "steps": steps, "tokens_seen": throughput.tokens,
+        "label_tokens_seen": throughput.label_tokens, **dict(rates),
+        "seed": config.seed, "metrics": {},
+    }  # fmt: skip
 
 
 def _loader(
@@ -317,34 +292,24 @@ def _loader(
     """Return the DataSpec of one of the config's loaders; `batch_size` is rows per rank."""
     seed = loader.dataset.shuffle_seed
     return build_loader(
-        config.data_local,
-        config.data_remote,
-        loader.dataset.split,
-        loader.dataset.shuffle,
-        config.seed if seed is None else seed,
-        config.max_seq_len,
-        tokenizer.pad_token_id,
-        batch_size,
-        loader.num_workers,
-        loader.drop_last,
-        workers,
-    )
+        config.data_local, config.data_remote, loader.dataset.split, loader.dataset.shuffle,
+        config.seed if seed is None else seed, config.max_seq_len, tokenizer.pad_token_id,
+        batch_size, loader.num_workers, loader.drop_last, workers,
+    )  # fmt: skip
 
 
 def _is_packed(config: Config, tokenizer: Any) -> bool:
     """Check the splits against the tokenizer and return whether any holds packed documents."""
     packed = False
-    for loader, batch in (
-        (config.train_loader, config.global_train_batch_size),
-        (config.eval_loader, 1),
-    ):
+    batches = {"train_loader": config.global_train_batch_size, "eval_loader": 1}
+    for key, batch in batches.items():
+        loader = getattr(config, key)
         if loader is not None:
             folder = Path(config.data_local) / loader.dataset.split
             if config.data_remote is not None:
                 open_cache(config.data_remote, config.data_local, loader.dataset.split)
-            ledger = check_split(
-                folder, config.task, config.max_seq_len, batch, tokenizer_sha256(tokenizer)
-            )
+            known = tokenizer_sha256(tokenizer)
+            ledger = check_split(folder, config.task, config.max_seq_len, batch, known)
             packed = packed or ledger["packing"]["method"] == "best_fit"
     return packed
 
@@ -357,7 +322,7 @@ def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
         # The index of a split holds the hashes of its shards.
         "dataset": {s: sha256_file(Path(config.data_local) / s / INDEX) for s in splits},
         "tokenizer": tokenizer_sha256(tokenizer),
-        "model": model_fingerprint(network),
+        "model": resume.model_fingerprint(network),
     }
 
 
@@ -373,7 +338,3 @@ def _exit_code(target: LossTarget | None, log: RunLog) -> int:
         f"for ({log.last_eval - target.target:.4f} to go); train longer or raise the target"
     )
     return EXIT_TARGET_MISSED
-
-
-def _silent(*_: Any) -> None:
-    """Say nothing: another rank does."""
