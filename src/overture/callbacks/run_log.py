@@ -11,6 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from overture.callbacks.throughput import Throughput
+from overture.config.secrets import redact
 
 METRIC = "TokenCrossEntropy"
 
@@ -71,7 +72,7 @@ class RunLog(Callback):
 
     def note(self, step: int, what: str) -> None:
         """Record an event."""
-        self._append("event", step, {"what": what})
+        self._append("event", step, {"what": redact(what)})
 
     def state_dict(self) -> dict[str, Any]:
         return {"first_eval": self.first_eval, "last_eval": self.last_eval}
