@@ -64,6 +64,25 @@ def test_refusals(trained, tmp_path):
 
 
 @pytest.mark.data
+def test_config_that_trusts_code_itself_runs_none(tmp_path):
+    ran = tmp_path / "ran"
+    for name, content in {
+        # LightGlue's config loads the one that it names with the trust that it asks for itself.
+        "victim": {
+            "model_type": "lightglue",
+            "trust_remote_code": True,
+            "keypoint_detector_config": {"model_type": "x", "_name_or_path": str(tmp_path / "x")},
+        },
+        "x": {"model_type": "x", "auto_map": {"AutoConfig": "code.X"}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "x" / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass X: pass\n")
+    with pytest.raises(ConfigError, match=r"config\.json trusts code"):
+        load_tokenizer(str(tmp_path / "victim"))
+    assert not ran.exists()
+
+
 def test_text_file_with_a_bom(real_data, tmp_path):
     train_tokenizer([str(real_data / "text" / "botchan.txt")], 1000, tmp_path / "t")
     vocabulary = load_tokenizer(str(tmp_path / "t")).get_vocab()

@@ -1,6 +1,8 @@
 """Loading and training tokenizers; always a fast tokenizer in Hugging Face format."""
 
+import contextlib
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ PADDING = "<|padding|>"
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Return the fast tokenizer of a folder, run or hub name, able to pad; ConfigError if none."""
-    from transformers import AutoTokenizer, logging  # seconds to import
+    from transformers import AutoTokenizer, PretrainedConfig, logging  # seconds to import
 
     logging.set_verbosity_error()  # its warnings on tokenizers speak to their authors
 
@@ -25,6 +27,13 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     if not folder.is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise ConfigError(f"{name}: no such tokenizer folder")
     place = str(folder / "hf") if (folder / "hf").is_dir() else name  # a run folder has one
+    with contextlib.suppress(OSError):  # no config.json, as many have none
+        content = PretrainedConfig.get_config_dict(place)[0]
+        if '"trust_remote_code":' in json.dumps(content) and not trust_remote_code:
+            raise ConfigError(
+                f"{name}: its config.json trusts code of its maker's (CVE-2026-5241); name a "
+                "folder that holds the tokenizer's files alone"
+            )
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub's client raises a dozen kinds; all mean the same here

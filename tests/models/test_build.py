@@ -344,12 +344,20 @@ def test_compile_without_a_compiler_is_refused(tokenizer, monkeypatch):
         CausalLM(build("llama", tokenizer), tokenizer, None).compile_backbone()
 
 
-@pytest.mark.parametrize("key", ["_attn_implementation_internal", "auto_map"])
-def test_config_that_names_code_is_refused_unless_trusted(tokenizer, tmp_path, key):
+@pytest.mark.parametrize("within", [False, True], ids=["", "within"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_attn_implementation_internal", "somebody/kernels"),
+        ("auto_map", {"AutoConfig": "x.Y"}),
+        ("trust_remote_code", True),
+    ],
+)
+def test_config_that_names_code_is_refused_unless_trusted(tokenizer, tmp_path, key, value, within):
     build("llama", tokenizer).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    value = {"AutoConfig": "x.Y"} if key == "auto_map" else "somebody/kernels"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    more = {"text_config": {key: value}} if within else {key: value}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     with pytest.raises(ConfigError, match=rf"config\.json has {key}, which can run code"):
         load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
     with pytest.raises(ConfigError, match=r"model\.config\._attn_implementation_internal"):

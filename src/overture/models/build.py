@@ -1,5 +1,6 @@
 """Model names to models: Hugging Face weights or shapes, wrapped for Composer's Trainer."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,10 @@ def _model_config(
 
 
 def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> None:
-    """Refuse a config.json that names code to fetch and run (CVE-2026-4372 by the first key)."""
-    for key in ("_attn_implementation_internal", "auto_map"):
-        if key in content and not trust:
+    """Refuse a config.json that names code to run (CVE-2026-4372, auto_map, CVE-2026-5241)."""
+    text = json.dumps(content)  # configs within it too
+    for key in ("_attn_implementation_internal", "auto_map", "trust_remote_code"):
+        if f'"{key}":' in text and not trust:
             raise ConfigError(
                 f"model.name: {location}: its config.json has {key}, which can run code of its "
                 "maker's; set model.trust_remote_code=true once you have read it"
