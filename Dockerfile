@@ -14,15 +14,16 @@ RUN apt-get update \
 
 # The code belongs to root and cannot be changed from inside; data/ and runs/ are the user's.
 WORKDIR /overture
-COPY requirements.txt requirements-gpu.txt ./
+COPY requirements.txt requirements-uv.txt requirements-gpu.txt ./
 ARG GPU=1
+# Every file is held against its hash, but for the GPU packages and what they build with.
 # Compiled modules: without them importing Composer takes more than twice as long.
 RUN python3 -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir uv setuptools wheel packaging ninja psutil \
- && /opt/venv/bin/uv pip install --no-cache --compile-bytecode --python /opt/venv/bin/python \
-      -r requirements.txt \
- && if [ "$GPU" = 1 ]; then /opt/venv/bin/uv pip install --no-cache --compile-bytecode \
-      --no-build-isolation --python /opt/venv/bin/python -r requirements-gpu.txt; fi
+ && /opt/venv/bin/pip install --no-cache-dir --require-hashes -r requirements-uv.txt \
+ && export UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1 VIRTUAL_ENV=/opt/venv \
+ && /opt/venv/bin/uv pip install --require-hashes -r requirements.txt \
+ && if [ "$GPU" = 1 ]; then /opt/venv/bin/uv pip install wheel ninja \
+      && /opt/venv/bin/uv pip install --no-build-isolation -r requirements-gpu.txt; fi
 COPY . .
 RUN useradd --create-home overture \
  && mkdir -p data runs \

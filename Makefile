@@ -1,7 +1,15 @@
 # Every target depends on venv. `make quickstart` and `make test` are all a newcomer needs.
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
+# Two sets of pins, an environment for each; SECURITY.md says when to take which.
+TORCH ?= 2.7
+PINS_2.7 := requirements.txt
+PINS_2.11 := requirements-torch2.11.txt
+PINS := $(PINS_$(TORCH))
+ifeq ($(PINS),)
+$(error TORCH=$(TORCH): there are pins for TORCH=2.7 (the default) and TORCH=2.11)
+endif
+VENV := .venv$(if $(filter 2.11,$(TORCH)),-torch2.11)
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := true
@@ -16,16 +24,19 @@ DATA ?= databricks/databricks-dolly-15k
 NAME ?= dolly
 CONFIG ?= yamls/finetune/dolly.yaml
 
-.PHONY: venv quickstart dolly test test-all benchmark lint clean
+.PHONY: venv quickstart dolly test test-all benchmark lint requirements clean
 
 venv: $(VENV)/.installed data/smoke/.written
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+# The pins are complete, so nothing is resolved; Composer's metadata would refuse torch 2.11.
+$(VENV)/.installed: $(PINS) requirements-dev.txt requirements-uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "error: Python 3.10 to 3.12 is needed; name one with make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet uv
-	uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt
+	@command -v uv >/dev/null || \
+	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements-uv.txt
+	uv pip install --quiet --require-hashes --no-deps --python $(BIN)/python -r $(PINS) \
+	  -r requirements-dev.txt
 	@touch $@
 
 # A tokenizer and a few shards for yamls/smoke; the two conversions share the two cores.
@@ -84,5 +95,16 @@ lint: venv
 	ruff check .
 	ruff format --check .
 
+# All pins from the .in files. They stay as they are where they can; FLAGS=--upgrade moves all of
+# them, FLAGS="--upgrade-package NAME" one. The set for torch 2.11 begins from the other's.
+COMPILE := uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header \
+  --no-annotate
+requirements: venv
+	echo uv | $(COMPILE) $(FLAGS) - -o requirements-uv.txt
+	$(COMPILE) $(FLAGS) requirements.in -o $(PINS_2.7)
+	$(COMPILE) $(FLAGS) requirements-dev.in -o requirements-dev.txt
+	cp $(PINS_2.7) $(PINS_2.11)
+	$(COMPILE) requirements.in --override requirements-torch2.11.in -o $(PINS_2.11)
+
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf .venv .venv-torch2.11 data runs
