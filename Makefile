@@ -24,7 +24,7 @@ DATA ?= databricks/databricks-dolly-15k
 NAME ?= dolly
 CONFIG ?= yamls/finetune/dolly.yaml
 
-.PHONY: venv quickstart dolly test test-all benchmark lint requirements clean
+.PHONY: venv quickstart dolly test test-all benchmark lint audit requirements clean
 
 venv: $(VENV)/.installed data/smoke/.written
 
@@ -94,6 +94,23 @@ benchmark: venv
 lint: venv
 	ruff check .
 	ruff format --check .
+
+# Every pin against the holes that are known. A waiver is a line: ID, the day it was written, the
+# day it ends, the reason. AUDIT_FLAGS="-s osv" asks another service than the default.
+PIP_AUDIT := pip-audit --strict --require-hashes --disable-pip --progress-spinner off
+WAIVERS := audit-waivers.txt
+TODAY = $(shell date +%F)
+DAY := /^20[0-9][0-9]-[01][0-9]-[0-3][0-9]$$/
+audit: venv
+	@waived=$$(awk '/^(#|$$)/ { next } { wrong = "" } \
+	  $$3 < "$(TODAY)" { wrong = "its day is over" } \
+	  NF < 4 || $$1 !~ /^(CVE|GHSA|PYSEC)-/ || $$2 !~ $(DAY) || $$3 !~ $(DAY) { \
+	    wrong = "a waiver is ID, day written, day it ends, reason" } \
+	  wrong { printf "error: $(WAIVERS):%d: %s: %s\n", NR, wrong, $$0 > "/dev/stderr"; bad = 2 } \
+	  { print "--ignore-vuln " $$1 } END { exit bad }' $(WAIVERS)) || exit 2; \
+	for pins in $(PINS_2.7) $(PINS_2.11) requirements-dev.txt requirements-uv.txt; do \
+	  echo "== $$pins"; $(PIP_AUDIT) -r $$pins $$waived $(AUDIT_FLAGS) || failed=1; \
+	done; exit $${failed:-0}
 
 # All pins from the .in files. They stay as they are where they can; FLAGS=--upgrade moves all of
 # them, FLAGS="--upgrade-package NAME" one. The set for torch 2.11 begins from the other's.

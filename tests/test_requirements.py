@@ -73,3 +73,34 @@ def test_an_unknown_set_is_one_sentence():
     assert done.returncode == 2
     assert "TORCH=2.9: there are pins for TORCH=2.7 (the default) and TORCH=2.11" in done.stderr
     assert not done.stdout
+
+
+def audit(waivers: Path, auditor: str, today: str) -> subprocess.CompletedProcess:
+    variables = [f"WAIVERS={waivers}", f"PIP_AUDIT={auditor}", f"TODAY={today}"]
+    return make("--old-file=venv", "audit", *variables)
+
+
+def test_audit_takes_the_waivers_and_asks_for_every_file():
+    done = audit(ROOT / "audit-waivers.txt", "echo", "2026-11-22")
+    assert done.returncode == 0, done.stderr
+    for name in COMPILED:
+        assert re.search(rf"^-r {re.escape(name)} --ignore-vuln CVE-", done.stdout, re.MULTILINE)
+    assert audit(ROOT / "audit-waivers.txt", "false", "2026-11-22").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("CVE-1-1 2026-01-01 2026-02-28 old", "its day is over"),
+        ("CVE-1-1 2026-01-01 2026-03-01", "a waiver is ID"),
+        ("CVE-1-1 2026-01-01 soon for a reason", "a waiver is ID"),
+        ("--help 2026-01-01 2026-03-01 for a reason", "a waiver is ID"),
+    ],
+)
+def test_a_waiver_that_ended_or_is_incomplete_stops_the_audit(tmp_path, line, complaint):
+    path = tmp_path / "waivers.txt"
+    path.write_text(f"# comment\n\nCVE-1-0 2026-01-01 2026-03-01 its last day\n{line}\n")
+    done = audit(path, "echo", "2026-03-01")
+    assert done.returncode == 2
+    assert f"{path}:4: {complaint}" in done.stderr
+    assert "requirements" not in done.stdout
