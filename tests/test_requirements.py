@@ -31,7 +31,8 @@ def wanted(name: str) -> dict[str, str]:
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "--no-print-directory", *arguments]  # also below another make
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", COMPILED)
