@@ -24,7 +24,7 @@ DATA ?= databricks/databricks-dolly-15k
 NAME ?= dolly
 CONFIG ?= yamls/finetune/dolly.yaml
 
-.PHONY: venv quickstart dolly test test-all benchmark lint audit requirements clean
+.PHONY: venv quickstart dolly test test-all faults benchmark lint audit requirements clean
 
 venv: $(VENV)/.installed data/smoke/.written
 
@@ -83,6 +83,10 @@ test: venv
 
 test-all: venv
 	python -m pytest -q
+
+# Faults injected into real runs, and a table of what came of them; FULL=1 can be interrupted.
+faults: venv
+	PYTHONPATH=src:tests python -m faults $(if $(FULL),--full)
 
 # OVERTURE_DATA names the real datasets; --search looks for the peers' best batch sizes again.
 benchmark: venv

@@ -173,7 +173,8 @@ def test_ranks_may_change_in_any_epoch(smoke, tmp_path):
 @pytest.mark.parametrize("whom", ["launcher", "group", "rank"])
 def test_signal_to_two_ranks_saves_and_leaves_nobody_behind(smoke, tmp_path, whom):
     folder = tmp_path / "run"
-    process = start(2, folder, "max_duration=400ba", "save_interval=400ba", "eval_interval=400ba")
+    process = start(2, folder, "max_duration=400ba", "save_interval=400ba", "eval_interval=400ba",
+                    "train_loader.num_workers=1")  # fmt: skip
     wait_for(folder, 3, process)
     ranks = [int(x) for x in subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True

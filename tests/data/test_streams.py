@@ -249,7 +249,7 @@ def test_cache_of_a_live_process_is_not_shared(write_split, tmp_path):
         [sys.executable, "-c", code, str(cache), str(remote)], capture_output=True, text=True,
         cwd=Path(__file__).parents[2] / "src", timeout=120,
     )  # fmt: skip
-    assert done.stdout.startswith(f"ConfigError data_local: {cache}: a process on this machine")
+    assert done.stdout.startswith(f"ConfigError data_local: {cache}: another process fetches")
     assert len(list(live)) == 60
 
 

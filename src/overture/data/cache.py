@@ -3,6 +3,8 @@
 Streaming itself keeps whatever lies in a cache, even when the remote was converted anew.
 """
 
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +17,30 @@ from overture.data.integrity import damaged, verified_index
 from overture.data.remote import fetch
 from overture.data.schema import CACHE_MARK, INDEX, LEDGER, read_ledger, write_aside
 from overture.errors import ConfigError, OvertureError
+
+_held: dict[Path, int] = {}  # locks of this process, until it ends
+
+
+def claim_cache(folder: Path) -> None:
+    """Keep a cache to this process and its workers; ConfigError if another has it.
+
+    Streaming too looks for others, but not beyond the first number that an ended one has freed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in _held:
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(
+            f"data_local: {folder}: another process fetches into this cache; wait for its end or "
+            "name another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _held[folder.resolve()] = lock
 
 
 def open_cache(remote: str, local: str, split: str, say: Callable[[str], Any] = print) -> None:
@@ -48,6 +74,7 @@ def _refresh(source: str, folder: Path, aside: Path, say: Callable[[str], Any]) 
             text = " ".join(str(error).split())[:200]
             raise ConfigError(f"data_remote: {source}/{name} cannot be read ({text})") from None
     shards = verified_index(aside / INDEX, read_ledger(aside))
+    claim_cache(folder.parent)
     ledger, cached = ((place / LEDGER) for place in (aside, folder))
     if not cached.is_file() or cached.read_bytes() != ledger.read_bytes():
         if folder.is_dir() and any(folder.iterdir()):

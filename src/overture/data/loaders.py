@@ -83,8 +83,8 @@ def build_loader(
 
 
 def _begin_worker(stacks: IO[bytes] | None, worker: int) -> None:
-    """Let a worker write its stacks when the watchdog asks, leave Ctrl-C to its parent, and say
-    nothing of batches that nobody fetches any more.
+    """Let a worker write its stacks when the watchdog asks, leave Ctrl-C and the first signal to
+    stop to its parent, and say nothing of batches that nobody fetches any more.
     """
 
     def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -93,5 +93,6 @@ def _begin_worker(stacks: IO[bytes] | None, worker: int) -> None:
 
     sys.excepthook = show
     faulthandler.register(signal.SIGUSR2, stacks or sys.stderr, all_threads=True)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all of a job
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from composer.utils import dist
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 
+from overture.data.cache import claim_cache
 from overture.data.integrity import REMEDY, ShardFile, find_fault, read_index
 from overture.data.remote import fetch
 from overture.data.schema import INDEX
@@ -81,15 +83,15 @@ class TokenStream(StreamingDataset):
     ) -> None:
         stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False)
         self._failed: set[int] = set()
+        if remote and dist.get_local_rank() == 0:
+            claim_cache(Path(local))
         try:
             super().__init__(streams=[stream], **more)
         except ValueError as error:
             if "Reused local directory" not in str(error):
                 raise
-            raise ConfigError(
-                f"data_local: {local}: a process on this machine already fetches into this cache; "
-                "wait for its end or name another folder"
-            ) from None
+            fault = f"data_local: {local}/{split}: is a cache that is in use already"
+            raise ConfigError(f"{fault}; wait for its end or name another folder") from None
 
     def rows_left(self) -> int:
         """Return how many rows the epoch that begins next still has, all but after a resume."""

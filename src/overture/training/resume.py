@@ -220,7 +220,7 @@ class Checkpointer(Callback):
             raise Preempted(batch)
 
     def save(self, state: State, evaluation_due: bool = False) -> None:
-        """Write a store.
+        """Write a checkpoint.
 
         Raises:
             GuardError: weights are not finite, or the disk is full or out of order; the last

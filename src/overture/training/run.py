@@ -1,5 +1,6 @@
 """The recipe: config in, trained model and run folder out. Reads top to bottom."""
 
+import errno
 import math
 import os
 import re
@@ -45,6 +46,8 @@ LOST = {
     r"DataLoader worker": "a worker of the loader died",
     r"closed by peer|reset by peer|NCCL|remote process exited": "another rank ended",
 }
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def train(config: Config, command: str) -> int:
@@ -194,10 +197,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             raise Preempted(trainer.state.timestamp.batch.value)
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
-        for pattern, said in LOST.items():
-            if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
-                reason = str(error).strip().splitlines()[0][:200]
-                error = GuardError(f"{said} ({reason}); the same command goes on")
+        error = _explain(error, run_folder)
         runs.write_failure(run_folder, config, str(error), preempted=isinstance(error, Preempted))
         with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
             trainer.close()
@@ -222,6 +222,18 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         print("\n".join([*summary_lines(result), f"report: {page}"]))
     dist.barrier()
     return _exit_code(target, log)
+
+
+def _explain(error: Exception, run_folder: Path) -> Exception:
+    """Return a GuardError for a process that is gone or a disk that is full, else the error."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        fault = f"{run_folder}: cannot be written to ({error.strerror}); free space"
+        return GuardError(f"{fault}, then run the same command again: the last checkpoint is whole")
+    for pattern, said in LOST.items():
+        if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
+            reason = str(error).strip().splitlines()[0][:200]
+            return GuardError(f"{said} ({reason}); the same command goes on")
+    return error
 
 
 def _fit(trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | None) -> None:

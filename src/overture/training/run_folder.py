@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,9 +43,13 @@ def begin_run(config: Config, command: str, resumed: bool) -> None:
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        log = folder / "metrics.jsonl"
         if not resumed:
             # Steps of an attempt that left nothing to go on from are no part of this run.
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+        elif log.exists():  # a full disk, or a power cut, may have left half a line
+            with log.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
         write_aside(folder / "config.yaml", dump_config(config))
         write_aside(folder / "environment.json", json.dumps(environment(command), indent=1) + "\n")
         (folder / "result.json").unlink(missing_ok=True)
@@ -84,7 +89,8 @@ def environment(command: str) -> dict[str, Any]:
 def write_failure(folder: Path, config: Config, why: str, preempted: bool = False) -> None:
     """Write the result.json of a run that did not come to its end."""
     status = "preempted" if preempted else "failed"
-    write_result(folder, {"run_name": config.run_name, "status": status, "error": redact(why)})
+    with suppress(OSError):  # a full disk may be why
+        write_result(folder, {"run_name": config.run_name, "status": status, "error": redact(why)})
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
