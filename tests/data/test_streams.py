@@ -253,6 +253,20 @@ def test_cache_of_a_live_process_is_not_shared(write_split, tmp_path):
     assert len(list(live)) == 60
 
 
+def test_process_ends_while_a_shard_is_awaited(write_split):
+    code = (
+        "import sys, time; from overture.data.streams import TokenStream\n"
+        "stream = TokenStream(local=sys.argv[1], split='train', batch_size=1, predownload=99)\n"
+        "stream._shard_states[1:] = 2  # in preparation, by nobody\n"
+        "rows = iter(stream); next(rows); time.sleep(1); print('over')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write_split().parent)], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2] / "src", timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "over\n"), done.stderr
+
+
 def test_batch_that_no_data_fill_is_refused(smoke):
     with pytest.raises(ConfigError, match="4096 samples make a batch, but train holds only"):
         loader(smoke / "text", batch_size=4096, drop_last=True)
@@ -277,6 +291,7 @@ def test_streaming_is_still_the_one_that_data_streams_knows():
     ]  # fmt: skip
     for thread in (StreamingDataset._prepare_thread, StreamingDataset._ready_thread):
         assert "self.prepare_shard(shard_id, False)" in inspect.getsource(thread)
+    assert "self._event.is_set()" in inspect.getsource(StreamingDataset._ready_thread)
     assert "self._each_sample_id(it)" in inspect.getsource(StreamingDataset.__iter__)
     assert "self._download_file(" in inspect.getsource(Stream._prepare_shard_part)
     assert len(SHM_TO_CLEAN) == 9

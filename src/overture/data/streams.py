@@ -6,6 +6,7 @@ private parts to mend that is all in this file; tests/data/test_streams.py watch
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,11 @@ class TokenStream(StreamingDataset):
             raise DataError(f"{place}: {fault}; {REMEDY}") from error
         row["sample_id"] = int(sample_id)
         return row
+
+    def _ready_thread(self, it: Any) -> None:
+        # While it waits for a shard it looks at nothing else, and the process would never end.
+        threading._register_atexit(self._event.set)
+        super()._ready_thread(it)
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         yield from super()._each_sample_id(it)
