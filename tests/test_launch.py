@@ -153,13 +153,13 @@ def test_ranks_may_change_in_any_epoch(smoke, tmp_path):
         "eval_interval=1ep",
         "save_interval=5ba",
     )
-    said, _ = start(1, one, *options).communicate(timeout=200)
+    said, _ = start(1, one, *options).communicate(timeout=400)
     for ranks, step in ((2, 12), (1, 42)):
         process = start(ranks, parts, *options)
         wait_for(parts, step, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    said, _ = start(2, parts, *options).communicate(timeout=200)
+    said, _ = start(2, parts, *options).communicate(timeout=400)
     ours, theirs = curve(parts), curve(one)
     assert ours.keys() == theirs.keys(), said
     assert [step for kind, step in ours if kind == "eval"] == [30, 60, 70]

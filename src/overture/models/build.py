@@ -43,6 +43,8 @@ def load_causal_lm(
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
     embeddings = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None:  # its own, or the one for the end
+        raise ConfigError(f"tokenizer_name: {tokenizer.name_or_path} has no token to pad with")
     if len(tokenizer) > embeddings:
         raise ConfigError(
             f"model.name: {name} has {embeddings:,} embeddings, but the tokenizer "
