@@ -14,10 +14,13 @@ from overture.errors import ConfigError
 
 NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
 OPTIONAL = {
-    "flash_attn": "faster attention on CUDA", "liger_kernel": "fused kernels on CUDA",
-    "bitsandbytes": "4- and 8-bit base models on CUDA", "wandb": "logging to Weights & Biases",
-    "mlflow": "logging to MLflow", "tensorboard": "logging to TensorBoard",
-}  # fmt: skip
+    "flash_attn": "faster attention on CUDA",
+    "liger_kernel": "fused kernels on CUDA",
+    "bitsandbytes": "4- and 8-bit base models on CUDA",
+    "wandb": "logging to Weights & Biases",
+    "mlflow": "logging to MLflow",
+    "tensorboard": "logging to TensorBoard",
+}
 
 
 def check_data(config: Config) -> None:
@@ -92,9 +95,13 @@ def _tiny_training_step(device: Any) -> bool:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = LlamaForCausalLM(config).to(device)
     ids = torch.randint(0, 64, (2, 16), device=device)
     model(input_ids=ids, labels=ids).loss.backward()

@@ -17,21 +17,16 @@ BF16_PEAK = {
 
 
 def training_flops(
-    weights: int, head: int, frozen: bool, tokens: int, labels: int, layers: int, width: int,
-    squares: float,
-) -> float:  # fmt: skip
-    """Return the FLOPs of one training step's forward and backward pass.
-
-    Args:
-        weights: parameters that take part in matrix products at every token (no embedding).
-        head: those of the output embedding, which is multiplied at label tokens only.
-        frozen: true where almost all of them are frozen, as with LoRA.
-        tokens: real tokens in the step.
-        labels: label tokens in the step.
-        layers: number of attention layers.
-        width: attention width, heads times head size.
-        squares: sum over the documents of their lengths squared.
-    """
+    weights: int,  # parameters that take part in matrix products at every token (no embedding)
+    head: int,  # those of the output embedding, which is multiplied at label tokens only
+    frozen: bool,  # true where almost all of them are frozen, as with LoRA
+    tokens: int,  # real tokens in the step
+    labels: int,  # label tokens in the step
+    layers: int,  # with attention
+    width: int,  # of the attention, heads times head size
+    squares: float,  # sum over the documents of their lengths squared
+) -> float:
+    """Return the FLOPs of one training step's forward and backward pass."""
     products = (4 if frozen else 6) * (weights * tokens + head * labels)
     return products + 3 * (4 * squares * width / 2) * layers
 

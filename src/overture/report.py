@@ -150,13 +150,16 @@ def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fa
     rows = _ticks(min(values), max(values))
     low, high = rows[0][0], rows[-1][0]
     return {
-        "title": title, "unit": unit, "curves": curves, "rows": rows,
+        "title": title,
+        "unit": unit,
+        "curves": curves,
+        "rows": rows,
         "columns": [tick for tick in _ticks(left, right, least=1.0) if left <= tick[0] <= right],
         "target": target if _finite(target) else None,
         "events": [event for event in events if left <= event[0] <= right],
         "x": lambda step: f"{100 * (step - left) / (right - left):.3f}",
         "y": lambda value: f"{100 * (high - value) / (high - low):.3f}",
-    }  # fmt: skip
+    }
 
 
 def _charts(run: Run) -> list[dict | None]:

@@ -55,9 +55,12 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def train_tokenizer(
-    inputs: list[str], vocab_size: int, out: Path, prompt_template: str | None = None, overwrite:
-    bool = False,
-) -> int:  # fmt: skip
+    inputs: list[str],
+    vocab_size: int,
+    out: Path,
+    prompt_template: str | None = None,
+    overwrite: bool = False,
+) -> int:
     """Train a byte-level BPE tokenizer on text or jsonl files, write it to `out`, return its size.
 
     Every string field of a jsonl record counts as text or, with a template, what the model will

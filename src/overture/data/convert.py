@@ -244,9 +244,14 @@ class Selected:
         found, fields = self.part.found, self.part.fields
         places, records, rejected = [], [], []
         rows = tqdm(
-            enumerate(self.part.source.read()), total=found.rows, desc=f"converting {self.split}",
-            unit=" rows", delay=2, leave=False, disable=None,
-        )  # fmt: skip
+            enumerate(self.part.source.read()),
+            total=found.rows,
+            desc=f"converting {self.split}",
+            unit=" rows",
+            delay=2,
+            leave=False,
+            disable=None,
+        )
         for row, (place, record) in rows:
             if row < from_row or not self.mine[row]:
                 continue

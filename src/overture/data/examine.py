@@ -22,9 +22,10 @@ _ALIASES = {
     "instruction": ("prompt", "question", "query"),
     "context": ("input", "passage", "document"),
     "text": ("content", "document", "body", "sentence", "sentence1"),
-    "text_pair": ("sentence2",), "label": ("class", "category", "score"),
+    "text_pair": ("sentence2",),
+    "label": ("class", "category", "score"),
     "messages": ("conversation", "dialog", "turns"),
-}  # fmt: skip
+}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 MAX_DETAILS = 10_000  # reasons in words are kept for so many malformed rows, counts for all
 

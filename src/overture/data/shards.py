@@ -138,8 +138,10 @@ class Figures:
         has_loss = kind in ("tokens", "seq2seq")
         room = len(self.lengths) * self.split.max_seq_len if kind == "tokens" else 0
         return {
-            "task": self.split.ledger["task"], "rows_in_split": len(self.split),
-            "rows_read": len(self.lengths), "documents": len(self.documents),
+            "task": self.split.ledger["task"],
+            "rows_in_split": len(self.split),
+            "rows_read": len(self.lengths),
+            "documents": len(self.documents),
             "characters" if kind == "raw" else "tokens": total,
             "learned_tokens": learned if has_loss else None,
             "learned_share": learned / max(total, 1) if has_loss else None,
@@ -147,10 +149,11 @@ class Figures:
             "packing_utilisation": total / room if room else None,
             "rows_by_length": _by_length(self.lengths),
             "documents_by_length": _by_length(self.documents),
-            "row_lengths": _spread(self.lengths), "document_lengths": _spread(self.documents),
+            "row_lengths": _spread(self.lengths),
+            "document_lengths": _spread(self.documents),
             "rows_by_label": dict(sorted(self.labels.items())) or None,
             "scores": _spread(self.scores),
-        }  # fmt: skip
+        }
 
 
 def _by_length(lengths: array) -> dict[str, int]:

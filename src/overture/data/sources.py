@@ -68,9 +68,12 @@ class Source:
 
 
 def open_source(
-    name: str, split: str = "train", form: Format = PLAIN, subset: str | None = None, revision: str
-    | None = None,
-) -> Source:  # fmt: skip
+    name: str,
+    split: str = "train",
+    form: Format = PLAIN,
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Source:
     """Return a source: file, folder, pattern, aligned files as `FILE,FILE`, `embedded`, hub name.
 
     In a folder, `split` picks the files of that name (`train.tsv`, `train/*.jsonl`); all of them

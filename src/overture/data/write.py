@@ -136,16 +136,24 @@ def _ledger(
     dropped_rows = {why: n for why, n in done.dropped.items() if why not in malformed}
     duplicates = int(repeats(found.contents).sum())
     return {
-        **facts, "split": rows.split,
+        **facts,
+        "split": rows.split,
         "source": {"name": rows.part.source.name, **rows.part.source.fingerprint},
         "arguments": job.identity(),
         "rows": {
-            "read": found.rows, "in_split": rows.in_split, "kept": counts["kept"],
-            "malformed": malformed, "dropped": dropped_rows, "truncated": counts["truncated"],
-            "split": counts["split"], "duplicates": duplicates,
+            "read": found.rows,
+            "in_split": rows.in_split,
+            "kept": counts["kept"],
+            "malformed": malformed,
+            "dropped": dropped_rows,
+            "truncated": counts["truncated"],
+            "split": counts["split"],
+            "duplicates": duplicates,
         },
-        "documents": counts["documents"], "samples": done.samples,
+        "documents": counts["documents"],
+        "samples": done.samples,
         "tokens": {"total": counts["tokens"]} | {n: counts[n] for n in ("trained", "left_over")},
         "packing": {"method": method, "utilisation": used},
-        "max_seq_len": job.max_seq_len, "columns": columns,
-    }  # fmt: skip
+        "max_seq_len": job.max_seq_len,
+        "columns": columns,
+    }

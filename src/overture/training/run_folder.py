@@ -81,9 +81,10 @@ def environment(command: str) -> dict[str, Any]:
         "command": command,
         "versions": versions,
         "devices": devices or [processor()],
-        "ranks": dist.get_world_size(), "cpu_threads": torch.get_num_threads(),
+        "ranks": dist.get_world_size(),
+        "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
-    }  # fmt: skip
+    }
 
 
 def write_failure(folder: Path, config: Config, why: str, preempted: bool = False) -> None:
