@@ -22,6 +22,7 @@ from typing import Any
 
 from streaming import StreamingDataLoader, StreamingDataset
 
+from overture.config.schema import Config, DatasetConfig, LoaderConfig, ModelConfig
 from overture.data.cache import open_cache
 from overture.data.collate import TokenCollator
 from overture.data.integrity import read_index, verify_split
@@ -47,10 +48,10 @@ def build(side: str, local: str, remote: str | None, args: argparse.Namespace, w
         open_cache(remote, local, args.split)
     else:
         verify_split(Path(local) / args.split, read_ledger(Path(local) / args.split))
-    return build_loader(
-        local, remote, args.split, shuffle=True, shuffle_seed=17, max_seq_len=length,
-        pad_token_id=0, batch_size=args.batch_size, num_workers=workers, drop_last=False,
-    ).dataloader  # fmt: skip
+    config = Config("instruct", ModelConfig("none"), length, "1ep", args.batch_size)
+    config.data_local, config.data_remote = local, remote
+    rows = LoaderConfig(DatasetConfig(args.split, shuffle=True), num_workers=workers)
+    return build_loader(config, rows, pad_token_id=0, batch_size=args.batch_size).dataloader
 
 
 class BareCollator:  # a class, since worker processes may have to pickle it

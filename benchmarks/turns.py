@@ -76,6 +76,7 @@ def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
     import torch
     from convert_throughput import gpt2
 
+    from overture.config.schema import ModelConfig
     from overture.data.conversion import Conversion, Origin
     from overture.data.convert import convert
     from overture.models.build import load_causal_lm
@@ -93,7 +94,7 @@ def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
     convert(text, say=lambda _: None)
     torch.manual_seed(0)
     loaded = load_tokenizer(tokenizer)
-    network = load_causal_lm("llama", False, "float32", "sdpa", shape, loaded, length)
+    network = load_causal_lm(ModelConfig("llama", False, "float32", "sdpa", shape), loaded, length)
     network.save_pretrained(folder / "model")
 
 
@@ -102,6 +103,7 @@ def check_losses(folder: Path, length: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from overture.config.schema import ModelConfig
     from overture.data.collate import TokenCollator
     from overture.data.shards import Split
     from overture.models.build import CausalLM, load_causal_lm
@@ -111,7 +113,9 @@ def check_losses(folder: Path, length: int) -> dict[str, float]:
     split = Split(folder / "data" / "train")
     rows = [{**split.row(number), "sample_id": number} for number in range(2)]
     batch = TokenCollator(length, 0)(rows)
-    network = load_causal_lm(str(folder / "model"), True, "float32", "auto", {}, tokenizer)
+    network = load_causal_lm(
+        ModelConfig(str(folder / "model"), True, "float32", "auto", {}), tokenizer
+    )
     model = CausalLM(network, tokenizer, None)
     theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     total = count = 0.0

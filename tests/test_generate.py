@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from overture.config.schema import ModelConfig
 from overture.data.streams import TokenStream
 from overture.models.build import load_causal_lm
 from overture.tokenizer import load_tokenizer
@@ -17,7 +18,8 @@ def pair(smoke):
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "initializer_range": 0.5,
     }  # fmt: skip
-    return load_causal_lm("llama", False, "float32", "auto", shape, tokenizer), tokenizer
+    config = ModelConfig("llama", False, "float32", "auto", shape)
+    return load_causal_lm(config, tokenizer), tokenizer
 
 
 def test_prompts_and_answers_are_those_of_the_records(smoke, pair):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from overture.config.schema import Config, LoaderConfig, ModelConfig
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.loaders import build_loader
@@ -87,9 +88,9 @@ def test_a_store_that_refuses_keeps_the_split_for_resume(bucket, job, tmp_path):
 
 def test_loader_reads_from_the_store(bucket, job, tmp_path):
     ledger = convert(job, lambda _: None)["train"]
-    spec = build_loader(
-        str(tmp_path / "cache"), job.out_root, "train", False, 1, 128, 0, 4, 0, False
-    )  # fmt: skip
+    config = Config("instruct", ModelConfig("none"), 128, "1ep", 4)
+    config.data_local, config.data_remote = str(tmp_path / "cache"), job.out_root
+    spec = build_loader(config, LoaderConfig(), pad_token_id=0, batch_size=4)
     tokens = sum(sum(batch["num_tokens"]) for batch in spec.dataloader)
     assert tokens == ledger["tokens"]["total"]
     assert Path(tmp_path / "cache" / "train").is_dir()

@@ -12,6 +12,7 @@ from streaming import MDSWriter, Stream, StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.constant import SHM_TO_CLEAN
 
+from overture.config.schema import Config, LoaderConfig, ModelConfig
 from overture.data.cache import open_cache
 from overture.data.loaders import build_loader
 from overture.data.streams import TokenStream
@@ -19,12 +20,10 @@ from overture.errors import ConfigError, DataError
 
 
 def loader(local, remote=None, num_workers=0, batch_size=4, drop_last=False):
-    spec = build_loader(
-        str(local), str(remote) if remote else None, "train", shuffle=False, shuffle_seed=1,
-        max_seq_len=128, pad_token_id=0, batch_size=batch_size, num_workers=num_workers,
-        drop_last=drop_last,
-    )  # fmt: skip
-    return spec.dataloader
+    config = Config("instruct", ModelConfig("none"), 128, "1ep", batch_size)
+    config.data_local, config.data_remote = str(local), str(remote) if remote else None
+    rows = LoaderConfig(num_workers=num_workers, drop_last=drop_last)
+    return build_loader(config, rows, pad_token_id=0, batch_size=batch_size).dataloader
 
 
 def numbers(batches):

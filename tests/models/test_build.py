@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
+from overture.config.schema import ModelConfig
 from overture.data.collate import TokenCollator
 from overture.errors import ConfigError
 from overture.models.attention import document_mask
@@ -38,7 +39,9 @@ def tokenizer(smoke):
 
 def build(family: str, tokenizer, attention="auto"):
     torch.manual_seed(1)
-    return load_causal_lm(family, False, "float32", attention, FAMILIES[family], tokenizer)
+    return load_causal_lm(
+        ModelConfig(family, False, "float32", attention, FAMILIES[family]), tokenizer
+    )
 
 
 def packed_batch(tokenizer, lengths=(9, 5, 14)) -> dict[str, torch.Tensor]:
@@ -78,7 +81,7 @@ def test_bfloat16_rounding_is_not_taken_for_a_leak(tokenizer):
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6,
              "num_attention_heads": 8, "initializer_range": 0.04}  # fmt: skip
-    network = load_causal_lm("llama", False, "bfloat16", "sdpa", shape, tokenizer)
+    network = load_causal_lm(ModelConfig("llama", False, "bfloat16", "sdpa", shape), tokenizer)
     prove_isolation(network, len(tokenizer), 512, packed=True)
 
 
@@ -124,7 +127,9 @@ def test_gpt2_scales_its_scores_as_its_config_says(tokenizer, scheme):
     for attention in ("auto", "eager"):
         torch.manual_seed(1)
         shape = FAMILIES["gpt2"] | scheme
-        network = load_causal_lm("gpt2", False, "float32", attention, shape, tokenizer).eval()
+        network = load_causal_lm(
+            ModelConfig("gpt2", False, "float32", attention, shape), tokenizer
+        ).eval()
         mask = document_mask(network, torch.zeros(1, 40, dtype=torch.int32))
         logits.append(network(input_ids=ids, attention_mask=mask, use_cache=False).logits)
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
@@ -181,7 +186,9 @@ def test_lora_equals_that_of_peft(tokenizer, dtype):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     found = []
     for kind in ("ours", "theirs"):
-        network = load_causal_lm("llama", False, dtype, "auto", FAMILIES["llama"], tokenizer)
+        network = load_causal_lm(
+            ModelConfig("llama", False, dtype, "auto", FAMILIES["llama"]), tokenizer
+        )
         add = add_lora if kind == "ours" else None
         torch.manual_seed(2)
         network = (
@@ -210,7 +217,9 @@ def test_lora_equals_that_of_peft(tokenizer, dtype):
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(tokenizer):
-    network = load_causal_lm("llama", False, "bfloat16", "auto", FAMILIES["llama"], tokenizer)
+    network = load_causal_lm(
+        ModelConfig("llama", False, "bfloat16", "auto", FAMILIES["llama"]), tokenizer
+    )
     network = add_lora(network, 4, 8.0, 0.0, ["q_proj"])
     kinds = {"lora" if "lora_" in n else "base": p.dtype for n, p in network.named_parameters()}
     assert kinds == {"lora": torch.float32, "base": torch.bfloat16}
@@ -255,7 +264,7 @@ def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
 def test_weights_come_back(tokenizer, tmp_path):
     network = build("llama", tokenizer)
     network.save_pretrained(tmp_path)
-    again = load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+    again = load_causal_lm(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
     for (name, a), (_, b) in zip(network.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -270,7 +279,7 @@ def test_weights_come_back(tokenizer, tmp_path):
 )
 def test_refusals(tokenizer, name, pretrained, overrides, words):
     with pytest.raises(ConfigError) as caught:
-        load_causal_lm(name, pretrained, "float32", "auto", overrides, tokenizer)
+        load_causal_lm(ModelConfig(name, pretrained, "float32", "auto", overrides), tokenizer)
     assert words in str(caught.value)
 
 
@@ -279,7 +288,7 @@ def test_tokenizer_that_does_not_fit(tokenizer, tmp_path):
     small.resize_token_embeddings(100)
     small.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"has 100 embeddings, but the tokenizer .* 1,024 pieces"):
-        load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+        load_causal_lm(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
 
 
 def test_tokenizer_that_grew(tokenizer, tmp_path, smoke):
@@ -310,7 +319,8 @@ def test_what_cannot_be_trained_is_refused(tokenizer):
         add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["q_proj", "lm_head"])
     with pytest.raises(ConfigError, match="the router's loss is not used"):
         load_causal_lm(
-            "mixtral", False, "float32", "auto", {"output_router_logits": True}, tokenizer
+            ModelConfig("mixtral", False, "float32", "auto", {"output_router_logits": True}),
+            tokenizer,
         )
 
 
@@ -359,7 +369,7 @@ def test_config_that_names_code_is_refused_unless_trusted(tokenizer, tmp_path, k
     more = {"text_config": {key: value}} if within else {key: value}
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     with pytest.raises(ConfigError, match=rf"config\.json has {key}, which can run code"):
-        load_causal_lm(str(tmp_path), True, "float32", "auto", {}, tokenizer)
+        load_causal_lm(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
     with pytest.raises(ConfigError, match=r"model\.config\._attn_implementation_internal"):
         overrides = {"_attn_implementation_internal": "somebody/kernels"}
-        load_causal_lm("llama", False, "float32", "auto", overrides, tokenizer)
+        load_causal_lm(ModelConfig("llama", False, "float32", "auto", overrides), tokenizer)

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from overture.config.load import load_config
+from overture.config.schema import ModelConfig
 from overture.models.build import load_causal_lm
 from overture.tokenizer import load_tokenizer
 from overture.training.run import train
@@ -23,9 +24,8 @@ def losses(smoke, tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
     tokenizer = load_tokenizer(str(smoke / "tokenizer"))
     torch.manual_seed(0)
-    load_causal_lm("llama", False, "float32", "auto", SHAPE, tokenizer).save_pretrained(
-        folder / "base"
-    )
+    config = ModelConfig("llama", False, "float32", "auto", SHAPE)
+    load_causal_lm(config, tokenizer).save_pretrained(folder / "base")
 
     def run(name: str, *settings: str) -> tuple[float, float]:
         arguments = [

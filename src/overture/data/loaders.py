@@ -11,6 +11,7 @@ from composer import DataSpec
 from composer.utils import dist
 from streaming import StreamingDataLoader
 
+from overture.config.schema import Config, LoaderConfig
 from overture.data.collate import TokenCollator, count_tokens
 from overture.data.leftovers import remove_leftovers
 from overture.data.streams import TokenStream
@@ -48,12 +49,14 @@ class GuardedLoader(StreamingDataLoader):
 
 
 def build_loader(
-    data_local: str, data_remote: str | None, split: str, shuffle: bool, shuffle_seed: int,
-    max_seq_len: int, pad_token_id: int, batch_size: int, num_workers: int, drop_last: bool, stacks:
-    IO[bytes] | None = None,
-) -> DataSpec:  # fmt: skip
-    """Return the loader of one split; `batch_size` is rows per rank. On SIGUSR2 workers write what
-    they are doing to `stacks`, an open file, or to the terminal.
+    config: Config,
+    loader: LoaderConfig,
+    pad_token_id: int,
+    batch_size: int,
+    stacks: IO[bytes] | None = None,
+) -> DataSpec:
+    """Return one of a config's loaders; `batch_size` is rows per rank. On SIGUSR2 workers write
+    what they are doing to `stacks`, an open file, or to the terminal.
 
     The order of samples is fixed by the seed and the same on any number of ranks of one node; an
     incomplete last batch is filled with repeated ones until the ranks come out even. Raises
@@ -62,21 +65,31 @@ def build_loader(
     if dist.get_local_rank() == 0:
         remove_leftovers()
     dist.barrier()  # all ranks must find the same numbers taken
-    place = {"local": data_local, "remote": data_remote, "split": split}
-    order = {"shuffle": shuffle, "shuffle_seed": shuffle_seed, "num_canonical_nodes": 1}
-    dataset = TokenStream(**place, **order, batch_size=batch_size)
-    full_batch = batch_size * dist.get_world_size()
-    if drop_last and dataset.num_samples < full_batch:  # training would wait for a batch for ever
-        fault = f"{full_batch} samples make a batch, but {split} holds only {dataset.num_samples:,}"
+    split, seed = loader.dataset.split, loader.dataset.shuffle_seed
+    dataset = TokenStream(
+        local=config.data_local,
+        remote=config.data_remote,
+        split=split,
+        shuffle=loader.dataset.shuffle,
+        shuffle_seed=config.seed if seed is None else seed,
+        num_canonical_nodes=1,
+        batch_size=batch_size,
+    )
+    rows, full_batch = dataset.num_samples, batch_size * dist.get_world_size()
+    if loader.drop_last and rows < full_batch:  # training would wait for a batch for ever
+        fault = f"{full_batch} samples make a batch, but {split} holds only {rows:,}"
         raise ConfigError(f"drop_last: {fault}; lower the batch size or convert more data")
-    collate = TokenCollator(max_seq_len, pad_token_id)
-    loader = GuardedLoader(
-        dataset, batch_size, collate_fn=collate, num_workers=num_workers, drop_last=drop_last,
-        worker_init_fn=partial(_begin_worker, stacks) if num_workers else None,
-    )  # fmt: skip
+    batches = GuardedLoader(
+        dataset,
+        batch_size,
+        collate_fn=TokenCollator(config.max_seq_len, pad_token_id),
+        num_workers=loader.num_workers,
+        drop_last=loader.drop_last,
+        worker_init_fn=partial(_begin_worker, stacks) if loader.num_workers else None,
+    )
     return DataSpec(
-        loader,
-        num_samples=dataset.num_samples,
+        batches,
+        num_samples=rows,
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=count_tokens,
     )

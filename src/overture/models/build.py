@@ -11,32 +11,32 @@ from composer.models import HuggingFaceModel, huggingface
 from torch import Tensor
 from torchmetrics import Metric
 
+from overture.config.schema import ModelConfig
 from overture.errors import ConfigError, nearest
 from overture.flops import training_flops
 from overture.models.attention import choose_attention, document_mask, hide_from_compiler
 from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
 
 
-def load_causal_lm(
-    name: str, pretrained: bool, dtype: str, attention: str, overrides: dict[str, Any], tokenizer:
-    Any, max_seq_len: int = 0, trust_remote_code: bool = False,
-) -> Any:  # fmt: skip
+def load_causal_lm(wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0) -> Any:
     """Return a causal language model of Hugging Face's, with weights or freshly initialised.
 
-    `name` is a hub name, a folder, a run folder, or without weights also a model type such as
-    `llama`, whose vocabulary is then that of the `tokenizer`; `overrides` are keys of the model's
-    own config, `max_seq_len` the tokens that a row may have. Raises ConfigError: no such model, no
-    such key in its config, or too few embeddings for the tokenizer or positions for the rows.
+    A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
+    tokens. Raises ConfigError: no such model, no such key in its config, or too few embeddings for
+    the tokenizer or positions for the rows.
     """
     from transformers import AutoModelForCausalLM
 
-    location = locate_model(name)
-    config = _model_config(location, pretrained, overrides, tokenizer, trust_remote_code)
+    name, location = wanted.name, locate_model(wanted.name)
+    config = _model_config(location, wanted, tokenizer)
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-    options["attn_implementation"] = choose_attention(attention, model_class)
+    options = {
+        "dtype": getattr(torch, wanted.dtype),
+        "trust_remote_code": wanted.trust_remote_code,
+        "attn_implementation": choose_attention(wanted.attention, model_class),
+    }
     try:
-        if pretrained:
+        if wanted.pretrained:
             model = AutoModelForCausalLM.from_pretrained(location, config=config, **options)
         else:
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -77,24 +77,23 @@ def locate_model(name: str) -> str:
     return name
 
 
-def _model_config(
-    location: str, pretrained: bool, overrides: dict[str, Any], tokenizer: Any, trust: bool
-) -> Any:
+def _model_config(location: str, wanted: ModelConfig, tokenizer: Any) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-    fresh = CONFIG_MAPPING[location] if not pretrained and location in CONFIG_MAPPING else None
+    known, trust = not wanted.pretrained and location in CONFIG_MAPPING, wanted.trust_remote_code
+    fresh = CONFIG_MAPPING[location] if known else None
     try:
         if not fresh:
             _refuse_hidden_code(PretrainedConfig.get_config_dict(location)[0], location, trust)
         config = fresh() if fresh else AutoConfig.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        hint = "" if pretrained else nearest(location, CONFIG_MAPPING)
+        hint = "" if wanted.pretrained else nearest(location, CONFIG_MAPPING)
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.name: {location}: {reason}{hint}") from None
     for key in ("attention_chunk_size", "num_kv_shared_layers"):
         if getattr(config, key, None):
             raise ConfigError(f"model.name: {location}: has {key}, which cannot be trained here")
-    for key, value in overrides.items():
+    for key, value in wanted.config.items():
         if key == "output_router_logits" and value:
             raise ConfigError("model.config.output_router_logits: the router's loss is not used")
         if key.startswith("_") or not hasattr(config, key):
@@ -104,7 +103,7 @@ def _model_config(
     if fresh:
         # Made anew, as some defaults follow others: key-value heads are as many as heads.
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = fresh(**{"vocab_size": len(tokenizer), **ids, **overrides})
+        config = fresh(**{"vocab_size": len(tokenizer), **ids, **wanted.config})
     return config
 
 

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from composer import Trainer
@@ -20,7 +20,7 @@ from overture.callbacks.loss_target import LossTarget
 from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
-from overture.config.schema import Config, LoaderConfig
+from overture.config.schema import Config
 from overture.data.cache import open_cache
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, check_split, sha256_file
@@ -101,9 +101,10 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Held-out data, and what the model makes of it before training.
     workers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, stacks of those of the loaders
-    loader, evaluation = partial(_loader, config, tokenizer, workers), None
+    loader = partial(build_loader, config, pad_token_id=tokenizer.pad_token_id, stacks=workers)
+    evaluation = None
     if config.eval_loader is not None:
-        evaluation = loader(config.eval_loader, config.device_eval_batch_size)
+        evaluation = loader(config.eval_loader, batch_size=config.device_eval_batch_size)
     model = CausalLM(
         network, tokenizer, evaluation.num_samples if evaluation else None, cpu_autocast
     )
@@ -125,12 +126,13 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
-    training = loader(config.train_loader, per_rank)
+    training = loader(config.train_loader, batch_size=per_rank)
     resume.check_room(config, network)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
     if config.load_path and not found:
         start = resume.find_load_path(config, facts["model"])
+    foreign = partial(resume.foreign_state, trained=names, path=start)
     # From here on there is a run; what failed before left nothing.
     runs.begin_run(config, command, resumed=found is not None)
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
@@ -163,9 +165,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
                 workers,
                 partial(runs.write_failure, run_folder, config),
             ),
-            resume.Checkpointer(
-                config, facts, request
-            ),  # last, as it keeps the state of the others
+            # Last, as it keeps the state of the others.
+            resume.Checkpointer(config, facts, request),
         ],
         loggers=build_loggers(config),
         run_name=config.run_name,
@@ -177,9 +178,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         seed=config.seed,
         load_path=str(start) if start else None,
         load_weights_only=config.load_weights_only and not found,
-        load_ignore_keys=None
-        if found
-        else partial(resume.foreign_state, trained=names, path=start),
+        load_ignore_keys=None if found else foreign,
         load_strict_model_weights=config.trainable == "all",  # adapters are saved by themselves
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,
@@ -206,13 +205,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Outcome: model, answers, result.json, report.
     if dist.get_global_rank() == 0:
-        save_model(
-            network, tokenizer, run_folder / "hf", {"base": config.model.name, "facts": facts}
-        )
+        trained_on = {"base": config.model.name, "facts": facts}
+        save_model(network, tokenizer, run_folder / "hf", trained_on)
     if answers:
         answers.after = answers.ask(network, "answers after training")
-    steps = trainer.state.timestamp.batch.value
-    result = _result(config, log, throughput, target, seconds, steps)
+    result = _result(config, log, throughput, target, seconds)
+    result["steps"] = trainer.state.timestamp.batch.value
     result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
     if dist.get_global_rank() == 0:
         if answers:
@@ -262,10 +260,7 @@ def _choose_device(config: Config) -> str:
 
 def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) -> Any:
     """Return the base model, with adapters if it is to have them."""
-    network = load_causal_lm(
-        config.model.name, config.model.pretrained, config.model.dtype, config.model.attention,
-        config.model.config, tokenizer, config.max_seq_len, config.model.trust_remote_code,
-    )  # fmt: skip
+    network = load_causal_lm(config.model, tokenizer, config.max_seq_len)
     network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
@@ -279,11 +274,10 @@ def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) ->
 
 
 def _result(
-    config: Config, log: RunLog, throughput: Throughput, target: LossTarget | None, seconds: float,
-    steps: int,
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, log: RunLog, throughput: Throughput, target: LossTarget | None, seconds: float
+) -> dict[str, Any]:
     """Return the content of result.json, but for the task's own metrics."""
-    rates = zip(("tokens_per_second", "label_tokens_per_second"), throughput.rates(), strict=True)
+    tokens_per_second, label_tokens_per_second = throughput.rates()
     return {
         "run_name": config.run_name,
         "status": "completed" if target is None else target.status,
@@ -292,22 +286,13 @@ def _result(
         "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
         "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
         "time_to_train_seconds": target.seconds_to_train if target else seconds,
-        "steps": steps, "tokens_seen": throughput.tokens,
-        "label_tokens_seen": throughput.label_tokens, **dict(rates),
-        "seed": config.seed, "metrics": {},
-    }  # fmt: skip
-
-
-def _loader(
-    config: Config, tokenizer: Any, workers: IO[bytes], loader: LoaderConfig, batch_size: int
-) -> Any:
-    """Return the DataSpec of one of the config's loaders; `batch_size` is rows per rank."""
-    seed = loader.dataset.shuffle_seed
-    return build_loader(
-        config.data_local, config.data_remote, loader.dataset.split, loader.dataset.shuffle,
-        config.seed if seed is None else seed, config.max_seq_len, tokenizer.pad_token_id,
-        batch_size, loader.num_workers, loader.drop_last, workers,
-    )  # fmt: skip
+        "tokens_seen": throughput.tokens,
+        "label_tokens_seen": throughput.label_tokens,
+        "tokens_per_second": tokens_per_second,
+        "label_tokens_per_second": label_tokens_per_second,
+        "seed": config.seed,
+        "metrics": {},
+    }
 
 
 def _is_packed(config: Config, tokenizer: Any) -> bool:
