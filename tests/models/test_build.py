@@ -293,7 +293,7 @@ def test_tokenizer_that_does_not_fit(tokenizer, tmp_path):
 
 def test_tokenizer_that_grew(tokenizer, tmp_path, smoke):
     build("llama", tokenizer).save_pretrained(tmp_path / "model")
-    load = partial(load_causal_lm, str(tmp_path / "model"), True, "float32", "auto", {})
+    load = partial(load_causal_lm, ModelConfig(str(tmp_path / "model")))
     grown = load_tokenizer(str(smoke / "tokenizer"))
     load(grown)
     grown.add_special_tokens({"pad_token": "<a new one>"})
