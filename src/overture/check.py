@@ -15,8 +15,6 @@ from overture.errors import ConfigError
 NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
 OPTIONAL = {
     "flash_attn": "faster attention on CUDA",
-    "liger_kernel": "fused kernels on CUDA",
-    "bitsandbytes": "4- and 8-bit base models on CUDA",
     "wandb": "logging to Weights & Biases",
     "mlflow": "logging to MLflow",
     "tensorboard": "logging to TensorBoard",
@@ -26,9 +24,7 @@ OPTIONAL = {
 def check_data(config: Config) -> None:
     """Check the local splits that a config names; imports no torch.
 
-    Raises:
-        ConfigError: a split is missing or does not fit the config.
-        DataError: a file of a split is not what was written.
+    Raises ConfigError if one is missing or does not fit, DataError if it is not what was written.
     """
     if config.load_path and "://" not in config.load_path and not Path(config.load_path).exists():
         raise ConfigError(f"load_path: {config.load_path}: no such file")
@@ -94,14 +90,8 @@ def _tiny_training_step(device: Any) -> bool:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(config).to(device)
     ids = torch.randint(0, 64, (2, 16), device=device)
     model(input_ids=ids, labels=ids).loss.backward()
