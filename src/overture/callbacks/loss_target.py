@@ -12,12 +12,9 @@ class LossTarget(Callback):
     """MLPerf-style quality target: training ends at the first evaluation at or below it.
 
     Composer's own ThresholdStopper takes a falling metric for a rising one unless told otherwise,
-    and compares strictly. Time to train follows the MLPerf training rules: from the first touch of
-    the training data to the end of the evaluation that saw the target.
-
-    Args:
-        cross_entropy: the target, in nats per label token.
-        clock: started before the training data was touched.
+    and compares strictly. The target is in nats per label token. Time to train follows the MLPerf
+    training rules: from before the first touch of the training data, when `clock` was started, to
+    the end of the evaluation that saw the target.
     """
 
     def __init__(self, cross_entropy: float, clock: RunClock) -> None:
@@ -30,13 +27,7 @@ class LossTarget(Callback):
         """Whether an evaluation was at or below the target."""
         return self.seconds_to_train is not None
 
-    @property
-    def status(self) -> str:
-        """The outcome, as result.json names it."""
-        return "target_reached" if self.reached else "target_missed"
-
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Compare the evaluation that just ended with the target."""
         if not self.reached and eval_cross_entropy(state) <= self.target:
             self.seconds_to_train = self.clock.seconds()
             state.stop_training()

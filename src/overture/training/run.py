@@ -51,17 +51,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def train(config: Config, command: str) -> int:
-    """Train as the config says and return the exit code.
+    """Train as a config says and return the exit code; `command` is noted in the run folder.
 
-    Args:
-        config: checked by `config/load.py`.
-        command: what was typed, for the run folder.
-
-    Raises:
-        ConfigError: something named in the config does not exist or does not fit.
-        DataError: shards or a checkpoint are not what they were.
-        GuardError: going on would have spoilt the run.
-        Preempted: a signal asked the run to stop; it is saved.
+    Raises ConfigError if what the config names does not exist or fit, and the other errors of
+    `errors.py` as they are described there.
     """
     request = StopRequest()
     try:
@@ -82,9 +75,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     say = print if dist.get_global_rank() == 0 else lambda *_: None
 
     # Model: base weights, then adapters.
-    tokenizer = load_tokenizer(
-        config.tokenizer_name or config.model.name, config.model.trust_remote_code
-    )
+    name = config.tokenizer_name or config.model.name
+    tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     network = _build_network(config, tokenizer, device, packed=_is_packed(config, tokenizer))
     facts = _facts(config, tokenizer, network)
     if found:
@@ -102,20 +94,18 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     # Held-out data, and what the model makes of it before training.
     workers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, stacks of those of the loaders
     loader = partial(build_loader, config, pad_token_id=tokenizer.pad_token_id, stacks=workers)
-    evaluation = None
+    evaluation = samples = None
     if config.eval_loader is not None:
         evaluation = loader(config.eval_loader, batch_size=config.device_eval_batch_size)
-    model = CausalLM(
-        network, tokenizer, evaluation.num_samples if evaluation else None, cpu_autocast
-    )
+        samples = evaluation.num_samples
+    model = CausalLM(network, tokenizer, samples, cpu_autocast)
     model.to("cuda" if device == "gpu" else "cpu")
     if config.compile:
         model.compile_backbone()
     answers = None
     if config.generation is not None:
-        answers = HeldOutAnswers(
-            evaluation.dataloader.dataset, tokenizer, config.generation, position_limit(network)
-        )
+        held_out, limit = evaluation.dataloader.dataset, position_limit(network)
+        answers = HeldOutAnswers(held_out, tokenizer, config.generation, limit)
         answers.before = answers.ask(network, "answers before training")
 
     # Time to train starts here, before the first touch of the training data.
@@ -137,7 +127,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     runs.begin_run(config, command, resumed=found is not None)
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
         log.note(found[1]["batch"], event)
-    exact = resume.ExactResume()
+    exact, stacks = resume.ExactResume(), run_folder / f"stacks-{os.getpid()}.txt"
+    fail = partial(runs.write_failure, run_folder, config)
     finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, log)
     spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
     trainer = Trainer(
@@ -159,12 +150,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             log,
             spikes,
             *([target] if target else []),
-            Watchdog(
-                config.guards.timeout,
-                run_folder / f"stacks-{os.getpid()}.txt",
-                workers,
-                partial(runs.write_failure, run_folder, config),
-            ),
+            Watchdog(config.guards.timeout, stacks, workers, fail),
             # Last, as it keeps the state of the others.
             resume.Checkpointer(config, facts, request),
         ],
@@ -197,7 +183,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
         error = _explain(error, run_folder)
-        runs.write_failure(run_folder, config, str(error), preempted=isinstance(error, Preempted))
+        fail(str(error), preempted=isinstance(error, Preempted))
         with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
             trainer.close()
         raise error from None
@@ -278,9 +264,10 @@ def _result(
 ) -> dict[str, Any]:
     """Return the content of result.json, but for the task's own metrics."""
     tokens_per_second, label_tokens_per_second = throughput.rates()
+    status = "target_reached" if target and target.reached else "target_missed"
     return {
         "run_name": config.run_name,
-        "status": "completed" if target is None else target.status,
+        "status": status if target else "completed",
         "target": target.target if target else None,
         "eval_cross_entropy": log.last_eval,
         "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
