@@ -24,13 +24,9 @@ SMALL = (
 def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Iterator[str]:
     """Train for some steps, and again with a kill -9 in between; yield what is seen.
 
-    Args:
-        config: of the command line below, read.
-        arguments: `FILE.yaml a.b=c ...`; what is evaluated, generated or logged is left out.
-        steps: of the first attempt; twice as many as long as the kill comes too late.
-
-    Raises:
-        ConfigError: the run fails by itself, or is over before it can be killed.
+    `config` is that of the `arguments`; what these evaluate or generate is left out. The steps are
+    doubled while the kill comes too late. Raises ConfigError if the run fails by itself, or is over
+    before it can be killed.
     """
     door = "finetune.py" if config.task == "instruct" else "main.py"
     with tempfile.TemporaryDirectory() as name:

@@ -26,12 +26,9 @@ from overture.errors import EXIT_GUARD, GuardError
 class FiniteGuard(Callback):
     """Catches a loss or gradient that is not finite before the optimizer steps on it.
 
-    Composer's NaNMonitor looks at the loss alone, misses Inf, and comes a step late.
-
-    Args:
-        policy: `stop`, or `skip` the step.
-        most: how many steps in all may be skipped.
-        log: is told; beside it the samples of a bad batch are noted in `bad_batch.json`.
+    Composer's NaNMonitor looks at the loss alone, misses Inf, and comes a step late. The policy is
+    to stop, or to skip the step, `most` of them in all. The log is told, and beside it the samples
+    of a bad batch are noted in `bad_batch.json`.
     """
 
     def __init__(self, policy: Literal["stop", "skip"], most: int, log: RunLog) -> None:
@@ -112,7 +109,6 @@ class GradientGuard(Callback):
         self._from_the_start = False
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Note who has a gradient, and after some steps who has had none."""
         self._from_the_start |= state.timestamp.batch.value == 0
         if state.timestamp.batch.value >= self.STEPS or not self._from_the_start:
             return
@@ -130,13 +126,10 @@ class GradientGuard(Callback):
 
 
 class Watchdog(Callback):
-    """Ends a run that has finished no batch for a while, with the stacks of all its threads.
+    """Ends a run that has finished no batch for `timeout` seconds (0: never), with exit code 5.
 
-    Args:
-        timeout: seconds; 0 never ends it.
-        path: a file for the stacks.
-        workers: an open file, into which the loaders' workers write theirs on SIGUSR2.
-        report: told the reason, before the process ends with exit code 5.
+    The stacks of all threads go to `path`, with those that the loaders' workers write on SIGUSR2 to
+    `workers`, an open file; `report` is told the reason before the end.
     """
 
     def __init__(
@@ -189,13 +182,9 @@ class Watchdog(Callback):
 
 
 class SpikeGuard(Callback):
-    """Notices a training loss far above the recent ones.
+    """Tells the log of a training loss far above the recent ones, or `stop`s the run.
 
     Far is six standard deviations and a tenth above the mean of the last 50 steps.
-
-    Args:
-        stop: end the run at the first one.
-        log: is told of each.
     """
 
     WINDOW, LEAST = 50, 20
@@ -206,7 +195,6 @@ class SpikeGuard(Callback):
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Compare the step's loss with those before it."""
         loss, step = state.total_loss_dict["loss/train/total"], state.timestamp.batch.value
         if len(self._recent) >= self.LEAST:
             mean, spread = statistics.fmean(self._recent), statistics.pstdev(self._recent)

@@ -63,11 +63,9 @@ class RunLog(Callback):
         loss = eval_cross_entropy(state)
         self.first_eval = loss if self.first_eval is None else self.first_eval
         self.last_eval = loss
-        perplexity = math.exp(min(loss, 700.0))
-        logger.log_metrics(
-            {"metrics/eval/cross_entropy": loss, "metrics/eval/perplexity": perplexity}
-        )
-        figures = {"cross_entropy": _finite(loss), "perplexity": _finite(perplexity)}
+        figures = {"cross_entropy": loss, "perplexity": math.exp(min(loss, 700.0))}
+        logger.log_metrics({f"metrics/eval/{name}": value for name, value in figures.items()})
+        figures = {name: _finite(value) for name, value in figures.items()}
         self._append("eval", state.timestamp.batch.value, figures)
 
     def note(self, step: int, what: str) -> None:

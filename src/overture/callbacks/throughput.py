@@ -33,13 +33,11 @@ class Throughput(Callback):
         self._peak: float | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Look up what the devices can do."""
         if state.device.name == "gpu":
             peak = peak_flops(torch.cuda.get_device_name())
             self._peak = peak * dist.get_world_size() if peak else None
         elif self.measure_peak:
-            model = state.model.module if hasattr(state.model, "module") else state.model
-            self._peak = measured_peak(model.compute_dtype) * dist.get_world_size()
+            self._peak = measured_peak(_plain(state).compute_dtype) * dist.get_world_size()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._asked = time.monotonic()
@@ -48,19 +46,17 @@ class Throughput(Callback):
         """Count the batch while it is still in the host's memory."""
         self._waited = time.monotonic() - self._asked
         batch = state.batch
-        flops = state.model.module if hasattr(state.model, "module") else state.model
         self._counted = (
             sum(batch["num_tokens"]),
             sum(batch["num_labels"]),
             batch["input_ids"].numel(),
-            flops.flops_per_batch(batch),
+            _plain(state).flops_per_batch(batch),
         )
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._began = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Add the step and log the rates."""
         self._inside = time.monotonic() - self._began  # forward, backward and optimizer
         counted = torch.tensor(self._counted, dtype=torch.float64)
         if dist.get_world_size() > 1:
@@ -104,6 +100,10 @@ class Throughput(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.label_tokens = state["tokens"], state["labels"]
         self._seconds = state["seconds"]
+
+
+def _plain(state: State) -> Any:
+    return getattr(state.model, "module", state.model)  # without DDP around it
 
 
 def measured_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:

@@ -11,19 +11,10 @@ from overture.models.attention import BLOCK, document_mask
 
 @torch.no_grad()
 def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
-    """Check on the model itself that no token sees what comes after it, or another document.
+    """Raise ConfigError if a token sees what comes after it or, where `packed`, another document.
 
-    Kernels are handed the documents in ways that a family may ignore; then tokens would see what
-    they are to predict, or documents would leak into each other, silently.
-
-    Args:
-        model: of transformers, where it will be trained.
-        vocab_size: ids to draw from.
-        longest: tokens that the model takes.
-        packed: whether documents will stand beside each other.
-
-    Raises:
-        ConfigError: tokens of this model see what they must not see.
+    Kernels are handed the documents in ways that a family may ignore, silently. The model is one of
+    transformers', where it will be trained; it takes `longest` tokens, of ids below `vocab_size`.
     """
     was_training = model.training
     model.eval()
