@@ -17,9 +17,7 @@ def main() -> int:
     """Print a line per finding; exit code 2 if something is broken, 4 if a resume differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="*", help="FILE.yaml and overrides a.b=c")
-    parser.add_argument(
-        "--prove_resume", action="store_true", help="train in miniature, with a kill"
-    )
+    parser.add_argument("--prove_resume", action="store_true", help="train briefly, with a kill")
     args = parser.parse_intermixed_args()
     if bool(args.config) != args.prove_resume:
         raise ConfigError("a config and --prove_resume go together; without, see the machine")

@@ -81,9 +81,7 @@ def main() -> int:
             raise ConfigError("--concat_tokens excludes --packing and --max_seq_len")
         options.update(packing="concat", max_seq_len=concat)
     options["fields"] = parse_fields(options.pop("field", []))
-    if (
-        options.get("processes", 1) > 1
-    ):  # or each of them would start as many threads as there are cores
+    if options.get("processes", 1) > 1:  # or each of them would start a thread for every core
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     job = Conversion(origins=parse_origins(dataset, splits), **options)
     job.check()

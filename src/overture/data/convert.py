@@ -243,15 +243,9 @@ class Selected:
         """Yield ((the row after the batch, places, rejected entries), records)."""
         found, fields = self.part.found, self.part.fields
         places, records, rejected = [], [], []
-        rows = tqdm(
-            enumerate(self.part.source.read()),
-            total=found.rows,
-            desc=f"converting {self.split}",
-            unit=" rows",
-            delay=2,
-            leave=False,
-            disable=None,
-        )
+        shown = {"desc": f"converting {self.split}", "unit": " rows", "leave": False}
+        rows = enumerate(self.part.source.read())
+        rows = tqdm(rows, total=found.rows, delay=2, disable=None, **shown)
         for row, (place, record) in rows:
             if row < from_row or not self.mine[row]:
                 continue
