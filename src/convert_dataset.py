@@ -16,7 +16,7 @@ from overture.data.conversion import OVERFLOWS, Conversion, parse_fields, parse_
 from overture.errors import ConfigError, exit_on_error
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,7 +68,7 @@ def main() -> int:
         from overture.data.prompts import list_templates
 
         print("\n".join(list_templates()))
-        return 0
+        return
     for name in ("task", "out_root"):
         if name not in options:
             raise ConfigError(f"--{name} is missing (see --help)")
@@ -90,7 +90,6 @@ def main() -> int:
     from overture.data.convert import convert
 
     convert(job)
-    return 0
 
 
 if __name__ == "__main__":

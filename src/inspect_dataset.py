@@ -15,7 +15,7 @@ from typing import Any
 from overture.errors import ConfigError, exit_on_error
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, nargs="?", help="the out_root of the conversion")
@@ -58,7 +58,6 @@ def main() -> int:
         tokenizer = _tokenizer(args.tokenizer, split)
         for sample in samples(split, args.sample, tokenizer, args.data_remote):
             print(*sample_lines(sample, sys.stdout.isatty()), sep="\n")
-    return 0
 
 
 def _tokenizer(name: str | None, split: Any) -> Any:

@@ -11,14 +11,13 @@ from overture.errors import exit_on_error
 from overture.report import build_report, load_run, summary_lines
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_folder", type=Path, help="the folder of a run that ended: runs/NAME")
     folder = parser.parse_args().run_folder
     page = build_report(folder)
     print("\n".join(summary_lines(load_run(folder).result)))
     print(f"{'report':<20}{page}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from overture.data.prompts import templates
 from overture.errors import exit_on_error
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     files = ".txt or .jsonl files, hub names"
     parser.add_argument("--input", dest="inputs", nargs="+", required=True, help=files)
@@ -25,7 +25,6 @@ def main() -> int:
 
     size = train_tokenizer(**vars(args))
     print(f"{args.out}: {size:,} pieces")
-    return 0
 
 
 if __name__ == "__main__":

@@ -93,10 +93,8 @@ def command_line(arguments: list[str]) -> str:
     """Return the command that reproduces this process, for the run folder; secrets redacted."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = {None: ["python"], "1": ["composer"]}.get(ranks, ["composer", "-n", ranks])
-    shown = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        shown.append(redact(key) + equals + redact(value, key))
+    parts = (argument.partition("=") for argument in arguments)
+    shown = [redact(key) + equals + redact(value, key) for key, equals, value in parts]
     return shlex.join(launcher + shown)
 
 
@@ -106,9 +104,8 @@ def _merge(path: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such config file{hint}")
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(
-                f"command line: {override}: an override is written key.sub=value, without dashes"
-            )
+            advice = "an override is written key.sub=value, without dashes"
+            raise ConfigError(f"command line: {override}: {advice}")
     try:
         tree = OmegaConf.load(path)
         if OmegaConf.is_dict(tree):
@@ -171,9 +168,8 @@ def _convert(value: Any, kind: Any, key: str, problems: list[Problem]) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = origin or kind
-    if plain is Any or (
-        isinstance(value, plain) and not (isinstance(value, bool) and plain is not bool)
-    ):
+    is_stray = isinstance(value, bool) and plain is not bool  # as true is a whole number too
+    if plain is Any or (isinstance(value, plain) and not is_stray):
         return value
     problems.append((key, f"expected {_describe(kind)}, got {value!r}"))
     return value

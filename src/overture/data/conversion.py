@@ -194,8 +194,7 @@ def parse_fields(pairs: list[str]) -> dict[str, str]:
     if any("=" not in pair for pair in pairs):
         _refuse("--field is written OURS=THEIRS, as in --field response=output")
     found = [pair.split("=", 1) for pair in pairs]
-    twice = _repeated(ours for ours, _ in found)
-    if twice:
+    if twice := _repeated(ours for ours, _ in found):
         _refuse(f"--field {twice}=...: is there twice")
     return dict(found)
 

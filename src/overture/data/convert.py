@@ -162,12 +162,9 @@ def _fields(job: Conversion, prompt: Any) -> Fields:
     else:
         kinds = {name: "text" if must else "optional" for name, must in prompt.fields().items()}
         learned = (prompt.response,) if prompt.response else ()
-    for name in job.fields:
-        if name not in (*kinds, "id"):
-            raise ConfigError(
-                f"--field {name}=...: no field {name!r} is read{nearest(name, kinds)}; there are: "
-                f"{', '.join(kinds)}, id"
-            )
+    for name in [name for name in job.fields if name not in (*kinds, "id")]:
+        fault = f"--field {name}=...: no field {name!r} is read{nearest(name, kinds)}"
+        raise ConfigError(f"{fault}; there are: {', '.join(kinds)}, id")
     renamed = {ours: theirs for ours, theirs in job.fields.items() if ours in kinds}
     return Fields(kinds, learned, renamed, job.fields.get("id", "id"), job.stratify)
 
@@ -265,10 +262,8 @@ class Selected:
 def _write_jsonl(job: Conversion, work: Workspace, rows: Selected, say: Say) -> dict[str, Any]:
     kept, lost = 0, Counter()
     aside = work.folder / f"rejected-{rows.split}.jsonl"  # no name that reads as the split's own
-    with (
-        (work.folder / f"{rows.split}.jsonl").open("w", encoding="utf-8") as file,
-        aside.open("w") as rejects,
-    ):
+    place = work.folder / f"{rows.split}.jsonl"
+    with place.open("w", encoding="utf-8") as file, aside.open("w") as rejects:
         for (_, _, rejected), records in rows.batches(whole=True):
             kept += len(records)
             lost.update(entry["reason"] for entry in rejected)

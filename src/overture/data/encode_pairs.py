@@ -33,16 +33,16 @@ class Seq2SeqEncoder(InstructEncoder):
         for record, source, target in zip(records, sources, targets, strict=True):
             if self.tokens.eos not in target[-2:]:  # a language code may follow it
                 target = [*target, self.tokens.eos]
-            room = self.max_seq_len
             if not set(target) - self._special:
                 yield "empty_response"
-            elif len(target) > room or (
-                (source := self.fit_prompt(record, source, room, notes)) is None
-            ):
+                continue
+            fits = len(target) <= self.max_seq_len
+            source = self.fit_prompt(record, source, self.max_seq_len, notes) if fits else None
+            if source is None:
                 yield "too_long"
-            else:
-                pair = {"input_ids": source, "labels": target}
-                yield [{name: np.array(ids, np.uint32) for name, ids in pair.items()}]
+                continue
+            pair = {"input_ids": source, "labels": target}
+            yield [{name: np.array(ids, np.uint32) for name, ids in pair.items()}]
 
     def prompt_ids(self, text: str) -> list[int]:
         return self.tokens.call(text)["input_ids"]
@@ -90,18 +90,14 @@ def class_names(found: Counter[str], given: Sequence[str], regression: bool) -> 
     ConfigError: a label is no number, or not among the names given, or there are too many.
     """
     numeric = {name: _number(name) for name in found}
-    if regression:
-        bad = next((name for name, value in numeric.items() if value is None), None)
-        if bad is not None:
-            raise ConfigError(f"--regression: the label {bad!r} ({found[bad]:,} rows) is no number")
-        return None
-    if given:
-        bad = next((name for name in found if name not in given), None)
-        if bad is not None:
-            raise ConfigError(
-                f"--labels {' '.join(given)}: the label {bad!r} ({found[bad]:,} rows) is not there"
-            )
-        return list(given)
+    for name, count in found.items():
+        label = f"the label {name!r} ({count:,} rows)"
+        if regression and numeric[name] is None:
+            raise ConfigError(f"--regression: {label} is no number")
+        if given and name not in given:
+            raise ConfigError(f"--labels {' '.join(given)}: {label} is not there")
+    if regression or given:
+        return list(given) or None
     if any(value is not None and value % 1 for value in numeric.values()):
         raise ConfigError("the labels are numbers with fractions: say --regression, or --labels")
     if len(found) > MAX_CLASSES:

@@ -86,9 +86,7 @@ def chat_template(name: str) -> str:
 
 def _from_file(path: Path) -> PromptTemplate:
     def refuse(why: str) -> ConfigError:
-        parts = (
-            "sections (a list of texts with {field} in them), response and cut (names of fields)"
-        )
+        parts = "sections (texts with {field} in them), response and cut (names of fields)"
         return ConfigError(f"{path}: {why}; a template has {parts}")
 
     try:

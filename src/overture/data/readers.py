@@ -167,11 +167,8 @@ def _cells(path: Path, rows: Any) -> Iterator[tuple[int, list[str] | Malformed]]
 
 def _read_tsv(path: Path, form: Format) -> Rows:
     """Yield rows of tab-separated cells; quotes are characters like any other."""
-    cells = (
-        (number, line if isinstance(line, Malformed) else line.split("\t"))
-        for number, line in _lines(path)
-    )
-    yield from _table(path, cells, form)
+    split = ((n, x if isinstance(x, Malformed) else x.split("\t")) for n, x in _lines(path))
+    yield from _table(path, split, form)
 
 
 def _table(path: Path, rows: Iterator[tuple[int, Any]], form: Format) -> Rows:
@@ -181,12 +178,9 @@ def _table(path: Path, rows: Iterator[tuple[int, Any]], form: Format) -> Rows:
             yield number, cells
         elif not names:
             names = cells
-            twice = next((n for n in names if n and names.count(n) > 1), None)
-            if twice:
-                advice = "if that line is no header, name the columns with --columns"
-                raise ConfigError(
-                    f"{path}: the column {twice!r} is there twice in line 1; {advice}"
-                )
+            if twice := next((n for n in names if n and names.count(n) > 1), None):
+                fault = f"{path}: the column {twice!r} is there twice in line 1"
+                raise ConfigError(f"{fault}; if that is no header, name them with --columns")
         elif not cells or cells == [""]:
             continue
         elif len(cells) != len(names):
@@ -243,8 +237,7 @@ def read_parallel(paths: list[Path]) -> Rows:
 
 
 READERS: dict[str, Callable[[Path, Format], Rows]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl),
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,

@@ -134,7 +134,6 @@ def _ledger(
     used = counts["tokens"] / room if method != "none" else 1.0
     malformed = {why: n for why, n in done.dropped.items() if why in found.malformed}
     dropped_rows = {why: n for why, n in done.dropped.items() if why not in malformed}
-    duplicates = int(repeats(found.contents).sum())
     return {
         **facts,
         "split": rows.split,
@@ -143,12 +142,10 @@ def _ledger(
         "rows": {
             "read": found.rows,
             "in_split": rows.in_split,
-            "kept": counts["kept"],
+            **{name: counts[name] for name in ("kept", "truncated", "split")},
             "malformed": malformed,
             "dropped": dropped_rows,
-            "truncated": counts["truncated"],
-            "split": counts["split"],
-            "duplicates": duplicates,
+            "duplicates": int(repeats(found.contents).sum()),
         },
         "documents": counts["documents"],
         "samples": done.samples,

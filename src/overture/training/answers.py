@@ -29,9 +29,8 @@ class HeldOutAnswers:
         longest = positions - config.max_new_tokens
         pairs = held_out_prompts(dataset, config.num_prompts, longest)
         if not pairs:
-            fault = f"{config.max_new_tokens} leave no room for a prompt"
-            where = f"in the model's {positions} positions"
-            raise ConfigError(f"generation.max_new_tokens: {fault} {where}")
+            fault = f"{config.max_new_tokens} leave no room for a prompt in the model's {positions}"
+            raise ConfigError(f"generation.max_new_tokens: {fault} positions")
         self._ids = [prompt for prompt, _ in pairs]
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
         self.expected = tokenizer.batch_decode([answer for _, answer in pairs])
@@ -50,9 +49,9 @@ class HeldOutAnswers:
 
     def write(self, path: Path) -> dict[str, float]:
         """Write one line per prompt and return the exact-match scores."""
-        columns = (self.prompts, self.expected, self.before, self.after)
         names = ("prompt", "expected", "before", "after")
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = zip(self.prompts, self.expected, self.before, self.after, strict=True)
+        rows = [dict(zip(names, row, strict=True)) for row in columns]
         scores: dict[str, float] = {}
         for when in ("before", "after"):
             for row in rows:
@@ -90,21 +89,17 @@ def greedy_answers(
     answers = [""] * len(prompts)
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     greedy |= {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
+    left = {"padding_side": "left", "return_tensors": "pt"}  # so that answers start together
     # Prompts of like length together: less padding, and the answers go back to their places.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     try:
         for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
-            given = tokenizer.pad(
-                {"input_ids": [prompts[i] for i in numbers]},
-                padding_side="left",  # so that answers start together
-                return_attention_mask=True,
-                return_tensors="pt",
-            ).to(model.device)
+            ids = {"input_ids": [prompts[i] for i in numbers]}
+            given = tokenizer.pad(ids, return_attention_mask=True, **left).to(model.device)
             out = model.generate(**given, max_new_tokens=longest, **greedy)
-            texts = tokenizer.batch_decode(
-                out[:, given["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            begin = given["input_ids"].shape[1]
+            texts = tokenizer.batch_decode(out[:, begin:], skip_special_tokens=True)
             for i, text in zip(numbers, texts, strict=True):
                 answers[i] = text
     finally:
