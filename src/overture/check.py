@@ -44,12 +44,9 @@ def check_environment() -> Iterator[tuple[str, bool, str]]:
     version = platform.python_version_tuple()
     supported = ("3", "10") <= version[:2] <= ("3", "12")
     yield "Python", supported, f"{platform.python_version()} (3.10 to 3.12 are supported)"
-    broken = False
-    for name in NEEDED:
-        fine, finding = _import(name)
-        broken = broken or not fine
-        yield name, fine, finding
-    if broken:
+    found = {name: _import(name) for name in NEEDED}
+    yield from ((name, *finding) for name, finding in found.items())
+    if not all(fine for fine, _ in found.values()):
         return
     import torch
 

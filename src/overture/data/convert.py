@@ -122,14 +122,12 @@ def _open(job: Conversion, split: str, work: Workspace) -> Source:
 
 def _flat_answers(source: Source) -> Source:
     """Return SQuAD rows as the hub has them with `answer`, the first of their answers."""
-    answers = source.first().get("answers")
-    if not (isinstance(answers, dict) and "text" in answers):
-        return source
 
     def read() -> Iterator[tuple[Place, Any]]:
         for place, record in source.read():
-            if isinstance(record, dict) and isinstance(record.get("answers"), dict):
-                texts = record["answers"].get("text") or [""]
+            answers = record.get("answers") if isinstance(record, dict) else None
+            if isinstance(answers, dict) and "text" in answers:
+                texts = answers["text"] or [""]
                 answer = texts[0] if isinstance(texts, list) else texts
                 record = {**record, "answer": answer, "answers": texts}
             yield place, record

@@ -139,7 +139,6 @@ class TextEncoder(Encoder):
         self.eos = np.uint32([tokens.eos]) if eos_text is None else tokens.marker(eos_text)
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield the documents of each record: one, or with overflow `split` several."""
         texts = self.tokens.ids([self.template.prompt(record) for record in records])
         longest = self.max_seq_len or 2**62
         for record, ids in zip(records, texts, strict=True):
@@ -152,10 +151,10 @@ class TextEncoder(Encoder):
                 yield "too_long"
             else:
                 notes["split"] += len(whole) > longest
-                starts = list(range(0, len(whole), longest))
-                if len(starts) > 1 and len(whole) - starts[-1] == 1:
-                    starts[-1] -= 1  # one token alone teaches none
-                parts = np.split(whole, starts[1:])
+                ends = list(range(longest, len(whole), longest))
+                if ends and len(whole) - ends[-1] == 1:
+                    ends[-1] -= 1  # one token alone teaches none
+                parts = np.split(whole, ends)
                 yield [token_document([(part[:1], False), (part[1:], True)]) for part in parts]
 
 

@@ -82,9 +82,8 @@ class Workspace(contextlib.AbstractContextManager):
     def finished(self, split: str, source: Source, facts: dict[str, Any]) -> dict[str, Any] | None:
         """Return, when going on, the ledger of a split that is whole, here or in its place already.
 
-        The kill may have come between two renames, or before an upload. `facts` are those of the
-        ledger that a template, a tokenizer or the labels decide. Raises ConfigError if another
-        split is in its place.
+        The kill may have come between two renames, or before an upload. `facts` are those that its
+        ledger must have. Raises ConfigError if another split is in its place.
         """
         if not self.job.resume:
             return None

@@ -49,5 +49,5 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
 
 def _set(section: Any, known: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return (name, options) of what is set in a section of the config."""
-    found = {name: getattr(section, name) for name in known}
-    return [(name, dataclasses.asdict(options)) for name, options in found.items() if options]
+    found = dataclasses.asdict(section)
+    return [(name, found[name]) for name in known if found[name] is not None]

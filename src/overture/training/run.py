@@ -235,7 +235,6 @@ def _fit(trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | Non
 
 
 def _choose_device(config: Config) -> str:
-    """Return `gpu` where there is one, else `cpu`, which cannot do all that a config may ask."""
     device = "gpu" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and config.precision == "amp_fp16":
         raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
@@ -245,7 +244,6 @@ def _choose_device(config: Config) -> str:
 
 
 def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) -> Any:
-    """Return the base model, with adapters if it is to have them."""
     network = load_causal_lm(config.model, tokenizer, config.max_seq_len)
     network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
@@ -284,18 +282,17 @@ def _result(
 
 def _is_packed(config: Config, tokenizer: Any) -> bool:
     """Check the splits against the tokenizer and return whether any holds packed documents."""
-    packed = False
+    methods, known = set(), tokenizer_sha256(tokenizer)
     batches = {"train_loader": config.global_train_batch_size, "eval_loader": 1}
     for key, batch in batches.items():
-        loader = getattr(config, key)
-        if loader is not None:
-            folder = Path(config.data_local) / loader.dataset.split
+        if loader := getattr(config, key):
+            split = loader.dataset.split
             if config.data_remote is not None:
-                open_cache(config.data_remote, config.data_local, loader.dataset.split)
-            known = tokenizer_sha256(tokenizer)
+                open_cache(config.data_remote, config.data_local, split)
+            folder = Path(config.data_local) / split
             ledger = check_split(folder, config.task, config.max_seq_len, batch, known)
-            packed = packed or ledger["packing"]["method"] == "best_fit"
-    return packed
+            methods.add(ledger["packing"]["method"])
+    return "best_fit" in methods
 
 
 def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
@@ -311,7 +308,6 @@ def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
 
 
 def _exit_code(target: LossTarget | None, log: RunLog) -> int:
-    """Return 0, or 3 for a target that was missed, after saying by how much."""
     if target is None or target.reached:
         return EXIT_DONE
     # The launcher makes 241 of two ranks that exit non-zero seconds apart: one speaks for all.
