@@ -53,14 +53,13 @@ def check_environment() -> Iterator[tuple[str, bool, str]]:
     from overture.callbacks.throughput import measured_peak
     from overture.training.cores import processor
 
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     yield "CPU", True, f"{processor()}, {torch.get_num_threads()} threads"
-    for device in devices[1:]:
+    for device in cards:
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
         yield str(device), True, f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    for device in devices:
+    for device in [torch.device("cpu"), *cards]:
         for dtype in (torch.float32, torch.bfloat16):
             label = f"{device} {str(dtype).removeprefix('torch.')}"
             try:

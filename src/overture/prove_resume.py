@@ -63,9 +63,8 @@ def _finish(command: list[str]) -> None:
 
 def _kill(command: list[str], folder: Path, after: int) -> int | None:
     """Return the step that a process was killed after, None if it was over before."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    silent = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, **silent)
     while process.poll() is None and len(_losses(folder)) < after:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -67,8 +67,8 @@ def load_run(folder: Path) -> Run:
     result = _parse(_read(folder / "result.json"))
     if result is None:
         raise ConfigError(f"{folder}: no readable result.json; give the folder of a run that ended")
-    run = Run(result, config=_read(folder / "config.yaml"))
-    run.environment = _parse(_read(folder / "environment.json")) or {}
+    environment = _parse(_read(folder / "environment.json")) or {}
+    run = Run(result, config=_read(folder / "config.yaml"), environment=environment)
     metrics = _records(folder / "metrics.jsonl", run.notes)
     for kind, kept in {"train": run.train, "eval": run.evals}.items():
         found = (r for r in metrics if r.get("kind") == kind and _finite(r.get("step")))

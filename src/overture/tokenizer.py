@@ -30,10 +30,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     with contextlib.suppress(OSError):  # no config.json, as many have none
         content = PretrainedConfig.get_config_dict(place)[0]
         if '"trust_remote_code":' in json.dumps(content) and not trust_remote_code:
-            raise ConfigError(
-                f"{name}: its config.json trusts code of its maker's (CVE-2026-5241); name a "
-                "folder that holds the tokenizer's files alone"
-            )
+            fault = f"{name}: its config.json trusts code of its maker's (CVE-2026-5241)"
+            raise ConfigError(f"{fault}; name a folder that holds the tokenizer's files alone")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub's client raises a dozen kinds; all mean the same here
@@ -66,8 +64,7 @@ def train_tokenizer(
     Every string field of a jsonl record counts as text or, with a template, what the model will
     see of it, so that the template's own words become single pieces too. Byte-level pieces mean
     that nothing is unknown and every text comes back as it went in (Radford et al. 2019, GPT-2).
-    The size counts special tokens and may be smaller than `vocab_size`. Raises ConfigError: an
-    input is missing or broken, or `out` is there already.
+    The size counts special tokens. Raises ConfigError: a bad input, or `out` is there already.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -109,9 +106,7 @@ def _texts(name: str, prompt_template: str | None) -> Iterator[str]:
             if isinstance(record, Malformed):
                 raise ConfigError(f"{name}: {place} {record.detail}")
             texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
-            if chosen:
-                yield from (chosen.prompt(texts), texts.get(chosen.response, ""))
-            else:
-                yield from texts.values()
+            seen = (chosen.prompt(texts), texts.get(chosen.response, "")) if chosen else ()
+            yield from seen or texts.values()
 
     return read()

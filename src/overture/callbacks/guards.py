@@ -89,10 +89,8 @@ class FiniteGuard(Callback):
 
     def _stop(self, state: State, reason: str) -> None:
         self._note(state, reason)
-        raise GuardError(
-            f"step {state.timestamp.batch.value + 1}: {reason}; its samples are in {self.path}, "
-            "the last checkpoint is from before it"
-        )
+        where = f"its samples are in {self.path}, the last checkpoint is from before it"
+        raise GuardError(f"step {state.timestamp.batch.value + 1}: {reason}; {where}")
 
 
 class GradientGuard(Callback):
@@ -118,11 +116,9 @@ class GradientGuard(Callback):
             # An expert waits until a token is sent to it.
             missing = [n for n in trained if n not in self._reached and ".experts." not in n]
             if missing:
-                raise GuardError(
-                    f"{len(missing)} of {len(trained)} trained tensors got no gradient in "
-                    f"{self.STEPS} steps, so they would never learn: {', '.join(missing[:3])}; "
-                    "train others (trainable, lora.target_modules)"
-                )
+                fault = f"{len(missing)} of {len(trained)} trained tensors got no gradient in"
+                shown = f"{self.STEPS} steps, so they would never learn: {', '.join(missing[:3])}"
+                raise GuardError(f"{fault} {shown}; train others (trainable, lora.target_modules)")
 
 
 class Watchdog(Callback):
@@ -147,8 +143,7 @@ class Watchdog(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         self._beat = time.monotonic()
 
-    def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self._beat = time.monotonic()
+    eval_batch_end = batch_end
 
     def close(self, state: State, logger: Logger) -> None:
         self._over.set()

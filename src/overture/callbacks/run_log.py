@@ -19,8 +19,7 @@ METRIC = "TokenCrossEntropy"
 class RunClock(Callback):
     """Seconds of training, as MLPerf counts them: from before the first touch of the training data.
 
-    The clock starts when it is made, runs through evaluation, and goes on where it was after a
-    resume; the time between an interruption and the restart does not count.
+    It starts when it is made, runs through evaluation, and goes on where it was after a resume.
     """
 
     def __init__(self) -> None:

@@ -15,8 +15,7 @@ from overture.flops import peak_flops
 class Throughput(Callback):
     """Counts tokens over all ranks and logs rates over the last `window` steps.
 
-    Time is Composer's batch time: waiting for data and writing checkpoints are in it, evaluation
-    is not.
+    Time is Composer's batch time, with waiting for data and checkpoints, without evaluation.
     """
 
     def __init__(self, window: int = 10, measure_peak: bool = False) -> None:

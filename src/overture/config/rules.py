@@ -14,9 +14,8 @@ def _written(pattern: str, examples: str) -> tuple[Callable, str]:
     return re.compile(pattern).fullmatch, "{!r} is none that can be used here; write " + examples
 
 
-_INTERVAL = _written(
-    r"[1-9]\d*(ep|ba|sp|tok)|0?\.\d*[1-9]\d*dur|1(\.0)?dur", "1ep, 50ba or 0.25dur"
-)
+_SHARE = r"0?\.\d*[1-9]\d*dur|1(\.0)?dur"
+_INTERVAL = _written(rf"[1-9]\d*(ep|ba|sp|tok)|{_SHARE}", "1ep, 50ba or 0.25dur")
 _AT_LEAST_ONE = (
     "global_train_batch_size", "device_eval_batch_size", "lora.r", "callbacks.throughput.window",
     "generation.num_prompts", "generation.max_new_tokens", "generation.batch_size",
@@ -106,11 +105,9 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
     if total >= 1 and rest:
         yield "global_train_batch_size", f"{total} cannot be divided evenly over {world_size} ranks"
     elif total >= 1 and micro != "auto" and micro >= 1 and each % micro:
-        yield (
-            "device_train_microbatch_size",
-            f"{micro} does not divide the {each} samples of each rank (global_train_batch_size "
-            f"{total} over {world_size} ranks)",
-        )
+        divided = f"global_train_batch_size {total} over {world_size} ranks"
+        text = f"{micro} does not divide the {each} samples of each rank ({divided})"
+        yield "device_train_microbatch_size", text
 
 
 def _unit(duration: str) -> str:

@@ -140,10 +140,8 @@ class Conversion:
             _refuse("--overflow has nothing to do with --concat_tokens, which cuts where it must")
         allowed = OVERFLOWS[self.task]
         if self.overflow and self.overflow not in allowed:
-            _refuse(
-                f"--overflow {self.overflow}: --task {self.task} takes {', '.join(allowed)}; an "
-                "answer or its end is never cut"
-            )
+            takes = f"--task {self.task} takes {', '.join(allowed)}"
+            _refuse(f"--overflow {self.overflow}: {takes}; an answer or its end is never cut")
         if self.tokenizer is None and self.task not in ("text", "jsonl"):
             _refuse("--tokenizer is missing: a folder in Hugging Face format or a hub name")
         for name in ("packing", "overflow", "max_seq_len", "bos_text", "eos_text"):

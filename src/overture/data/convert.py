@@ -92,8 +92,7 @@ def _refuse_existing(job: Conversion) -> None:
     is_there = os.path.exists
     if job.remote:
         from overture.data.remote import holds_split as is_there
-    for split in job.splits():
-        place = job.place(split)
+    for place in map(job.place, job.splits()):
         if not (job.overwrite or job.resume) and is_there(place):
             raise ConfigError(f"{place} is there already; give --overwrite to replace it")
     for ledger in Path(job.out_root).glob(f"*/{LEDGER}"):  # none, where it is remote
@@ -104,10 +103,9 @@ def _refuse_existing(job: Conversion) -> None:
             (*one_source, start, stop), (*other_source, begin, end) = one, other
             apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
             if one_source == other_source and not apart:
-                raise ConfigError(
-                    f"{ledger.parent} was drawn from the same {one[0]}: its rows would be in "
-                    f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
-                )
+                fault = f"{ledger.parent} was drawn from the same {one[0]}: its rows would be in"
+                where = f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
+                raise ConfigError(f"{fault} {where}")
 
 
 def _open(job: Conversion, split: str, work: Workspace) -> Source:

@@ -132,8 +132,7 @@ def generate_rows(num_rows: int = 12_000, seed: int = 17) -> list[dict[str, str]
     """Return `num_rows` rows in the layout of databricks-dolly-15k, shuffled.
 
     No two rows share (instruction, context), also after lower-casing and folding of white space;
-    the same arguments give the same rows on every Python version. Raises ValueError if the grammar
-    cannot write that many.
+    rows are the same on every Python version. ValueError if the grammar cannot write so many.
     """
     if num_rows < 1:
         raise ValueError(f"num_rows must be at least 1, not {num_rows}.")
@@ -157,9 +156,8 @@ def generate_rows(num_rows: int = 12_000, seed: int = 17) -> list[dict[str, str]
             rows.append(dict(zip(KEYS, (*row, category), strict=True)))
             left, misses = left - 1, 0
         if left:
-            raise ValueError(
-                f"num_rows={num_rows} needs {count} different {category} rows, but the grammar "
-                f"has only about {count - left}; ask for fewer rows."
-            )
+            fault = f"num_rows={num_rows} needs {count} different {category} rows"
+            has = f"the grammar has only about {count - left}"
+            raise ValueError(f"{fault}, but {has}; ask for fewer rows.")
     grammar.rng.shuffle(rows)
     return rows

@@ -99,9 +99,10 @@ def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
 
 
 class Encoder:
-    """Encodes records; `columns` are the MDS columns of the documents. Each task has its own.
+    """Encodes records; `columns` are the MDS columns of the documents.
 
-    The `template` says what the model sees of a record, and what it learns. Without `max_seq_len`
+    Each task has its own `documents`, which yields for each record its documents, or the reason
+    that it has none. The `template` says what the model sees and learns. Without `max_seq_len`
     documents stay whole, for concatenation; `overflow` is one of `conversion.OVERFLOWS`.
     """
 
@@ -121,10 +122,6 @@ class Encoder:
             else:
                 out.documents.extend(found)
         return out
-
-    def documents(self, records: Records, notes: Counter[str]) -> Found:
-        """Yield for each record its documents, or the reason that it has none; add to `notes`."""
-        raise NotImplementedError
 
 
 class TextEncoder(Encoder):

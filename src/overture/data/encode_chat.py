@@ -23,26 +23,23 @@ class ChatEncoder(Encoder):
     """Encodes records with `messages`; `template` is Jinja, None for the tokenizer's own.
 
     The tokenizer takes special tokens as such: the template writes them. `truncate_prompt` leaves
-    out the oldest turns after the system message. Raises ConfigError if there is no template that
-    can be learned from.
+    out the oldest turns after the system message. ConfigError if no template can be learned from.
     """
 
     def __init__(self, tokens: Tokens, template: str | None, *limits: Any) -> None:
         super().__init__(tokens, template or tokens.tokenizer.chat_template, *limits)
         if not self.template:
             fault = f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template"
-            advice = "name one with --prompt_template (see --list_templates)"
-            raise ConfigError(f"{fault}; {advice}")
+            raise ConfigError(f"{fault}; name one with --prompt_template (see --list_templates)")
         try:
             probed = self._parts(_PROBE)
         except Exception as error:  # Jinja raises its own kinds, and templates raise theirs
             raise ConfigError(f"the chat template fails: {error}") from None
         if probed is None:
-            raise ConfigError(
-                "the chat template ends no answer with a special token, so a model could not "
-                "learn to stop, or it writes earlier turns otherwise once later ones follow; name "
-                "another with --prompt_template"
-            )
+            ends = "ends no answer with a special token, so a model could not learn to stop"
+            turns = "writes earlier turns otherwise once later ones follow"
+            fault = f"the chat template {ends}, or it {turns}"
+            raise ConfigError(f"{fault}; name another with --prompt_template")
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
         parts = [self._checked_parts(record["messages"]) for record in records]

@@ -65,9 +65,8 @@ def samples(
     """Yield samples of a split, or of the cache of one, made by the collator that training uses.
 
     `numbers` are None for some from the start, `tokenizer` is None for raw text. From a `remote`
-    they are streamed as training does, unshuffled: numbers are places in the order of arrival then.
-    Raises ConfigError if there is no sample of that number, DataError if a row is not what was
-    written, or out of reach.
+    they are streamed, unshuffled: numbers are places in the order of arrival then. Raises
+    ConfigError if there is no such sample, DataError if a row is damaged or out of reach.
     """
     if numbers is None:
         numbers = range(min(5 if remote else 1, len(split)))
@@ -156,9 +155,8 @@ def write_split_page(
 ) -> None:
     """Write the page of a split to `file`, all at once; it says if `figures` are not of all rows.
 
-    Samples of these `numbers`, or for None the first, come before the longest, the shortest and the
-    most masked; `tokenizer` is None for raw text. Raises ConfigError if there is no such sample or
-    the file cannot be written, DataError if a row is not what was written.
+    Samples of these `numbers` come before the longest, the shortest and the most masked. Raises as
+    `samples` does, and ConfigError if the file cannot be written.
     """
     lengths, learned = np.array(figures.lengths), np.array(figures.learned)
     extremes = {"Longest": lengths.argmax(), "Shortest": lengths.argmin()}

@@ -66,15 +66,10 @@ def build_loader(
         remove_leftovers()
     dist.barrier()  # all ranks must find the same numbers taken
     split, seed = loader.dataset.split, loader.dataset.shuffle_seed
-    dataset = TokenStream(
-        local=config.data_local,
-        remote=config.data_remote,
-        split=split,
-        shuffle=loader.dataset.shuffle,
-        shuffle_seed=config.seed if seed is None else seed,
-        num_canonical_nodes=1,
-        batch_size=batch_size,
-    )
+    seed = config.seed if seed is None else seed
+    place = {"local": config.data_local, "remote": config.data_remote, "split": split}
+    order = {"shuffle": loader.dataset.shuffle, "shuffle_seed": seed, "num_canonical_nodes": 1}
+    dataset = TokenStream(**place, **order, batch_size=batch_size)
     rows, full_batch = dataset.num_samples, batch_size * dist.get_world_size()
     if loader.drop_last and rows < full_batch:  # training would wait for a batch for ever
         fault = f"{full_batch} samples make a batch, but {split} holds only {rows:,}"

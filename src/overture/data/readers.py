@@ -227,10 +227,8 @@ def read_parallel(paths: list[Path]) -> Rows:
     """Yield `source` and `target` from two files; ConfigError if one has fewer lines."""
     for one, other in itertools.zip_longest(*map(_lines, paths)):
         if one is None or other is None:
-            raise ConfigError(
-                f"{paths[0]} and {paths[1]}: {paths[one is not None]} ends earlier than the other: "
-                "their lines do not belong together"
-            )
+            fault = f"{paths[one is not None]} ends earlier than the other: their lines do not"
+            raise ConfigError(f"{paths[0]} and {paths[1]}: {fault} belong together")
         (number, source), (_, target) = one, other
         bad = next((x for x in (source, target) if isinstance(x, Malformed)), None)
         yield number, bad or {"source": source, "target": target}

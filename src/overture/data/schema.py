@@ -100,11 +100,10 @@ CONVERTED_FOR = {"causal_lm": "text", "instruct": "instruct"}
 def check_split(
     folder: Path, task: str, max_seq_len: int, batch: int, tokenizer_sha256: str | None = None
 ) -> dict[str, Any]:
-    """Return the ledger of a split that training can read as it wants to.
+    """Return a split's ledger if it has what training wants, else ConfigError or DataError.
 
     It wants rows of at most `max_seq_len` tokens for its task, enough of them to fill a `batch`,
-    made by the tokenizer that it uses, where that is known. Raises ConfigError if the split is
-    another one, DataError if the ledger is unreadable.
+    made by the tokenizer that it uses, where that is known.
     """
     ledger = read_ledger(folder)
     wanted, known = CONVERTED_FOR[task], ledger["tokenizer"]
@@ -115,8 +114,8 @@ def check_split(
         raise ConfigError(f"{folder}: holds raw text; convert it again with --tokenizer")
     if ledger["max_seq_len"] > max_seq_len:
         rows = f"the rows of {folder} (--max_seq_len {ledger['max_seq_len']})"
-        fault = f"max_seq_len: {max_seq_len} is shorter than {rows}"
-        raise ConfigError(f"{fault}; raise it or convert again")
+        fault = f"{max_seq_len} is shorter than {rows}"
+        raise ConfigError(f"max_seq_len: {fault}; raise it or convert again")
     if ledger["samples"] < batch:
         fault = f"{batch} samples per batch, but {folder} holds only {ledger['samples']}"
         raise ConfigError(f"global_train_batch_size: {fault}; lower it or convert more data")

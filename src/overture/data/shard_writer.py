@@ -98,10 +98,8 @@ class ShardWriter:
         for shard in self._writer.shards:
             meant = shard[_kind(shard)]
             if files[meant["basename"]] != (meant["bytes"], meant["hashes"]["sha256"]):
-                raise DataError(
-                    f"{self.place / meant['basename']}: reads back otherwise than it was written; "
-                    "check the disk and convert again without --resume"
-                )
+                fault = f"{self.place / meant['basename']}: reads back otherwise than written"
+                raise DataError(f"{fault}; check the disk and convert again without --resume")
         ledger["files"] = [{"name": n, "bytes": s, "sha256": d} for n, (s, d) in files.items()]
         write_aside(self.place / LEDGER, seal(ledger))
         return ledger

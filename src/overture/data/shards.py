@@ -105,11 +105,10 @@ class Split:
 
 
 class Figures:
-    """Collects the figures of rows; lengths are in tokens, of raw text in characters.
+    """Collects figures of rows, beginning with `most` of them, spread over the split.
 
-    `numbers`, `lengths` and `learned` have an entry for each row: its number, length, and learned
-    tokens. `documents` has the length of each document; a pair of source and target is one. Begins
-    with `most` rows, spread over the split.
+    `numbers`, `lengths` (in tokens, of raw text in characters) and `learned` (tokens) have an entry
+    for each row, `documents` the length of each document; a pair of source and target is one.
     """
 
     def __init__(self, split: Split, most: int = 0) -> None:

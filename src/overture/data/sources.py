@@ -82,13 +82,12 @@ def open_source(
     if not name:
         raise ConfigError("--dataset is empty: name a file, a folder, a hub dataset or `embedded`")
     pair = [Path(part) for part in name.split(",")]
-    is_pair = len(pair) == 2 and not Path(name).exists() and pair[0].is_file()
-    if name == EMBEDDED or is_pair:
-        _refuse_choice(name, split, subset, revision)
     if name == EMBEDDED:
+        _refuse_choice(name, split, subset, revision)
         known = {"generated": True}
         return Source(name, lambda: _readable(name, enumerate(generate_rows(), 1)), known)
-    if is_pair:
+    if len(pair) == 2 and not Path(name).exists() and pair[0].is_file():
+        _refuse_choice(name, split, subset, revision)
         if not pair[1].is_file():
             raise ConfigError(f"{pair[1]}: no such file")
         return Source(name, lambda: _readable(name, read_parallel(pair)), _fingerprint(pair))
@@ -182,10 +181,9 @@ def _hub_source(name: str, split: str, subset: str | None, revision: str | None)
             yield from ((Place("", line), record) for line, record in enumerate(table, start=1))
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"{name}: no such local file, and not to be had from the hub ({reason}); give the "
-                "path of a file, or log in with HF_TOKEN if the dataset is gated"
-            ) from None
+            fault = f"{name}: no such local file, and not to be had from the hub ({reason})"
+            advice = "give the path of a file, or log in with HF_TOKEN if the dataset is gated"
+            raise ConfigError(f"{fault}; {advice}") from None
 
     where = {"split": split, "revision": revision}
     return Source(name, read, {"subset": subset, **where}, streamed=True)

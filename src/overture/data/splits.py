@@ -44,9 +44,8 @@ def draw(
         raise ConfigError(f"{share} leaves none to train on")
     rng = random.Random(seed)
     if "messages" in fields.kinds:  # conversations that begin alike stay together
-        openings = list(dict.fromkeys(found.prompts.tolist()))
-        rng.shuffle(openings)
         sizes = Counter(found.prompts.tolist())
+        rng.shuffle(openings := list(sizes))
         enough = itertools.accumulate(sizes[o] for o in openings)
         chosen = [o for o, total in zip(openings, enough, strict=True) if total <= held_out]
         owners[np.isin(found.prompts, chosen or openings[:1])] = 1

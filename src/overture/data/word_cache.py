@@ -81,9 +81,8 @@ class WordCache:
     def _learn(self, words: list[str]) -> None:
         # Many words in one encoding: most of the library's time for a word goes into wrapping it.
         chunks = [words[i : i + 500] for i in range(0, len(words), 500)]
-        encodings = self._backend.encode_batch(
-            chunks, is_pretokenized=True, add_special_tokens=False
-        )
+        options = {"is_pretokenized": True, "add_special_tokens": False}
+        encodings = self._backend.encode_batch(chunks, **options)
         for chunk, encoding in zip(chunks, encodings, strict=True):
             ids = np.array(encoding.ids, np.uint32)
             ends = np.searchsorted(encoding.word_ids, np.arange(len(chunk)), side="right").tolist()

@@ -19,11 +19,10 @@ _encoder: Any = None  # in a worker process: what it encodes with
 
 
 class Workers(AbstractContextManager):
-    """Encodes with `encoder`, in `processes` processes; use as a context manager.
+    """Encodes in `processes` processes; a context manager. GuardError if one of them died.
 
     One process lets the tokenizer's own threads use all cores. More of them share the cores with
     one thread each (set TOKENIZERS_PARALLELISM=false), which scales better than the threads do.
-    Raises GuardError if a worker process died.
     """
 
     def __init__(self, encoder: Any, processes: int) -> None:
@@ -60,10 +59,9 @@ class Workers(AbstractContextManager):
                 tag, future = waiting.popleft()
                 yield tag, _parted(*future.result())
         except BrokenProcessPool:
-            raise GuardError(
-                "a worker process of the conversion died (out of memory?): run the same command "
-                "with --resume and fewer --processes"
-            ) from None
+            fault = "a worker process of the conversion died (out of memory?)"
+            remedy = "run the same command with --resume and fewer --processes"
+            raise GuardError(f"{fault}: {remedy}") from None
 
 
 def _encode(records: list[Any]) -> tuple[Encoded, dict[str, tuple[np.ndarray, list[int]]]]:

@@ -22,8 +22,7 @@ class Workspace(contextlib.AbstractContextManager):
     """`OUT/.partial/`, held by one conversion at a time; left behind only by one that was killed.
 
     For an object store the folder is in the temporary directory, the same one for the same target.
-    Raises ConfigError if another conversion is at work there, and on leaving GuardError if the disk
-    is full or failed otherwise.
+    ConfigError if another conversion is at work there; on leaving GuardError if the disk failed.
     """
 
     def __init__(self, job: Conversion) -> None:
@@ -62,10 +61,8 @@ class Workspace(contextlib.AbstractContextManager):
                 self.home.rmdir()  # if nothing is in it
         os.close(self._lock)
         if kind is not None and issubclass(kind, OSError):
-            raise GuardError(
-                f"{self.home}: cannot go on ({error}); what is finished is kept: run the same "
-                "command again with --resume"
-            ) from None
+            fault = f"{self.home}: cannot go on ({error}); what is finished is kept"
+            raise GuardError(f"{fault}: run the same command again with --resume") from None
 
     def bind(self, facts: dict[str, Any]) -> None:
         """Remember what the conversion depends on; going on, ConfigError if it is not as it was."""

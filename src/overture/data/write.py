@@ -90,7 +90,6 @@ def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Ite
 def _packed(
     job: Conversion, documents: list[Document], progress: Progress
 ) -> Iterator[list[Document]]:
-    """Yield the documents of one sample at a time."""
     method = job.how_packed()
     if method == "none":
         yield from ([document] for document in documents)
@@ -109,17 +108,15 @@ def _packed(
 
 def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
     """Return the MDS sample of some documents, in the types of the columns."""
-    sample = {}
+    sample, known = {}, facts["tokenizer"]
     for name, kind in columns.items():
         if name == "document_ends":
             sample[name] = np.cumsum([len(d["input_ids"]) for d in row], dtype=np.uint32)
         elif kind.startswith("ndarray:"):
             values = row[0][name] if len(row) == 1 else np.concatenate([d[name] for d in row])
-            if name in ("input_ids", "labels") and values.max() >= facts["tokenizer"]["vocab_size"]:
-                raise ConfigError(
-                    f"{facts['tokenizer']['name']}: the tokenizer gives id {values.max()}, outside "
-                    f"its own vocabulary of {facts['tokenizer']['vocab_size']:,}"
-                )
+            if name in ("input_ids", "labels") and values.max() >= known["vocab_size"]:
+                fault = f"the tokenizer gives id {values.max()}, outside its own vocabulary"
+                raise ConfigError(f"{known['name']}: {fault} of {known['vocab_size']:,}")
             sample[name] = values.astype(kind.split(":")[1])
         else:
             sample[name] = row[0][name]

@@ -51,10 +51,9 @@ def load_causal_lm(wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0) ->
             f"{tokenizer.name_or_path} has {len(tokenizer):,} pieces; use the model's own tokenizer"
         )
     if max_seq_len > position_limit(model):
-        raise ConfigError(
-            f"max_seq_len: {max_seq_len}, but {name} has {position_limit(model)} positions "
-            "(model.config.max_position_embeddings); convert the data to fit"
-        )
+        known = f"{position_limit(model)} positions (model.config.max_position_embeddings)"
+        fault = f"max_seq_len: {max_seq_len}, but {name} has {known}"
+        raise ConfigError(f"{fault}; convert the data to fit")
     return model
 
 
@@ -112,10 +111,9 @@ def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> 
     text = json.dumps(content)  # configs within it too
     for key in ("_attn_implementation_internal", "auto_map", "trust_remote_code"):
         if f'"{key}":' in text and not trust:
-            raise ConfigError(
-                f"model.name: {location}: its config.json has {key}, which can run code of its "
-                "maker's; set model.trust_remote_code=true once you have read it"
-            )
+            fault = f"its config.json has {key}, which can run code of its maker's"
+            remedy = "set model.trust_remote_code=true once you have read it"
+            raise ConfigError(f"model.name: {location}: {fault}; {remedy}")
 
 
 class CausalLM(HuggingFaceModel):

@@ -43,10 +43,8 @@ def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> 
     # A leak shifts logits by several times their own spread, rounding by a few steps of the type.
     bound = max(0.02, 16 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
     if not (earlier - alone)[:, :-1].abs().max().item() <= bound:
-        raise ConfigError(
-            f"model.name: tokens of a {type(model).__name__} see what comes after them; try "
-            "model.attention=eager"
-        )
+        fault = f"tokens of a {type(model).__name__} see what comes after them"
+        raise ConfigError(f"model.name: {fault}; try model.attention=eager")
     difference = (together - alone).abs().max().item()
     if not difference <= bound:
         raise ConfigError(

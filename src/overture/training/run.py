@@ -46,7 +46,6 @@ LOST = {
     r"DataLoader worker": "a worker of the loader died",
     r"closed by peer|reset by peer|NCCL|remote process exited": "another rank ended",
 }
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -298,7 +297,7 @@ def _is_packed(config: Config, tokenizer: Any) -> bool:
 def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
     """Return by content what a run must find again when it goes on."""
     loaders = (config.train_loader, config.eval_loader)
-    splits = [loader.dataset.split for loader in loaders if loader is not None]
+    splits = [loader.dataset.split for loader in loaders if loader]
     return {
         # The index of a split holds the hashes of its shards.
         "dataset": {s: sha256_file(Path(config.data_local) / s / INDEX) for s in splits},
@@ -308,10 +307,8 @@ def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
 
 
 def _exit_code(target: LossTarget | None, log: RunLog) -> int:
-    if target is None or target.reached:
-        return EXIT_DONE
     # The launcher makes 241 of two ranks that exit non-zero seconds apart: one speaks for all.
-    if dist.get_local_rank() != 0:
+    if target is None or target.reached or dist.get_local_rank() != 0:
         return EXIT_DONE
     print(
         f"loss target missed: eval cross-entropy {log.last_eval:.4f}, {target.target} was asked "
