@@ -22,7 +22,6 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer, PretrainedConfig, logging  # seconds to import
 
     logging.set_verbosity_error()  # its warnings on tokenizers speak to their authors
-
     folder = Path(name)
     if not folder.is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise ConfigError(f"{name}: no such tokenizer folder")

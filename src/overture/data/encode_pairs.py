@@ -86,8 +86,8 @@ class ClassifyEncoder(Encoder):
 def class_names(found: Counter[str], given: Sequence[str], regression: bool) -> list[str] | None:
     """Return the names of the classes in the order of their numbers, or None for regression.
 
-    Without names `given` by the user, they are those `found`: numbers in order, then names. Raises
-    ConfigError: a label is no number, or not among the names given, or there are too many.
+    Without names `given`, they are those `found`: numbers in order, then names. ConfigError where a
+    label is no number, or not among the names given, or there are too many.
     """
     numeric = {name: _number(name) for name in found}
     for name, count in found.items():

@@ -114,8 +114,7 @@ def _sample(split: Split, row: dict[str, Any], tokenizer: Any) -> Sample:
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each id, so that they make up the whole text.
 
-    A byte-level tokenizer spreads rare characters over several tokens: the first of them has the
-    character, the others have nothing.
+    Of the tokens that a rare character is spread over, the first has it, the others nothing.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)

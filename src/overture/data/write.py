@@ -107,7 +107,6 @@ def _packed(
 
 
 def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the MDS sample of some documents, in the types of the columns."""
     sample, known = {}, facts["tokenizer"]
     for name, kind in columns.items():
         if name == "document_ends":

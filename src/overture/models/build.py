@@ -46,10 +46,9 @@ def load_causal_lm(wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0) ->
     if tokenizer.pad_token_id is None:  # its own, or the one for the end
         raise ConfigError(f"tokenizer_name: {tokenizer.name_or_path} has no token to pad with")
     if len(tokenizer) > embeddings:
-        raise ConfigError(
-            f"model.name: {name} has {embeddings:,} embeddings, but the tokenizer "
-            f"{tokenizer.name_or_path} has {len(tokenizer):,} pieces; use the model's own tokenizer"
-        )
+        theirs = f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer):,} pieces"
+        fault = f"model.name: {name} has {embeddings:,} embeddings, but {theirs}"
+        raise ConfigError(f"{fault}; use the model's own tokenizer")
     if max_seq_len > position_limit(model):
         known = f"{position_limit(model)} positions (model.config.max_position_embeddings)"
         fault = f"max_seq_len: {max_seq_len}, but {name} has {known}"

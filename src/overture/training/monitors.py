@@ -48,6 +48,5 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
 
 
 def _set(section: Any, known: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (name, options) of what is set in a section of the config."""
     found = dataclasses.asdict(section)
     return [(name, found[name]) for name in known if found[name] is not None]

@@ -229,8 +229,7 @@ def _fit(trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | Non
     if state.timestamp < state.max_duration:
         trainer.fit()
     elif state.evaluators and not due:
-        # The last part of this run got to the end of training, but not of its evaluation.
-        trainer.eval()
+        trainer.eval()  # the last part of this run got to the end of training only
 
 
 def _choose_device(config: Config) -> str:
