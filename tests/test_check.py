@@ -7,6 +7,7 @@ import pytest
 
 from overture.check import check_data, check_environment
 from overture.config.load import load_config
+from overture.data.schema import seal, unseal
 from overture.errors import ConfigError, DataError
 
 
@@ -51,9 +52,9 @@ def test_batch_larger_than_the_split(config):
 
 def test_split_without_a_label(config, tmp_path):
     ledger = tmp_path / "data" / "test" / "dataset.json"
-    content = json.loads(ledger.read_text())
+    content = unseal(ledger)
     content["tokens"]["trained"] = 0
-    ledger.write_text(json.dumps(content))
+    ledger.write_text(seal(content))
     with pytest.raises(ConfigError, match=r"data/test: none of its tokens is a label, so there is"):
         check_data(config())
 

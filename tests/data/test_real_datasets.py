@@ -86,7 +86,7 @@ def test_counts(name, real_data, tmp_path, smoke, monkeypatch):
     command = re.sub(r"--tokenizer \S+", f"--tokenizer {smoke / 'tokenizer'}", command)
     command = command.replace(f"--out_root data/{name}", f"--out_root {tmp_path / name}")
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
-    assert convert_dataset.main() == 0
+    assert not convert_dataset.main()
     for split, count in expected(real_data)[name].items():
         ledger = json.loads((tmp_path / name / split / "dataset.json").read_text())
         lost = {**ledger["rows"]["dropped"], **ledger["rows"]["malformed"]}
