@@ -141,6 +141,7 @@ def test_two_ranks_killed_go_on_bit_for_bit_and_one_rank_takes_over(smoke, tmp_p
     assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_may_change_in_any_epoch(smoke, tmp_path):
     # 123 rows make 30 batches of four, where the two ranks of Streaming would see 31. The power

@@ -8,9 +8,10 @@ from faults import content, damage, kills, storage
 from faults.bench import ANSWER, Bench
 
 SAMPLE = [
-    kills.saving, kills.converting, damage.shard, damage.index, damage.ledger, damage.missing,
-    storage.error_500, storage.full_disk_converting, storage.one_cache, content.hostile_index,
-    content.hostile_model,
+    kills.converting, damage.shard, damage.index, damage.ledger, damage.missing,
+    storage.full_disk_converting, content.hostile_index, content.hostile_model,
+    *(pytest.param(k, marks=pytest.mark.slow) for k in (kills.saving, storage.error_500)),
+    pytest.param(storage.one_cache, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
