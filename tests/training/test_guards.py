@@ -99,10 +99,10 @@ def test_weights_that_are_not_finite_are_never_saved(run, at_step):
 
 
 def test_batch_without_labels_is_named(run, monkeypatch):
-    build = recipe._loader
+    build = recipe.build_loader
 
-    def loader(*args):
-        spec = build(*args)
+    def loader(*args, **options):
+        spec = build(*args, **options)
         collate = spec.dataloader.collate_fn
 
         def emptied(rows):
@@ -113,7 +113,7 @@ def test_batch_without_labels_is_named(run, monkeypatch):
         spec.dataloader.collate_fn = emptied
         return spec
 
-    monkeypatch.setattr(recipe, "_loader", loader)
+    monkeypatch.setattr(recipe, "build_loader", loader)
     with pytest.raises(GuardError, match=r"step 1: the batch has no label tokens"):
         run("run_name=empty", "eval_first=false", "eval_loader=null")
 
