@@ -94,7 +94,8 @@ def hostile_index(bench: Bench, most: int) -> list[Outcome]:
     elif kind == "count":
         shard["samples"] = bench.rng.choice([0, -1, True, "many", 1.5])
     elif kind == "shape":
-        shard[bench.rng.choice(list(shard))] = bench.rng.choice([None, [], "x", {}])
+        key = bench.rng.choice(list(shard))
+        shard[key] = bench.rng.choice([v for v in (None, [], "x", {}) if v != shard[key]])
     text = "[" * 100_000 if kind == "nesting" else json.dumps(index)
     (train / "index.json").write_text(text)
     ledger = unseal(train / "dataset.json")

@@ -72,12 +72,19 @@ def _shard(node: Any) -> Shard:
         raise ValueError("a shard without samples")
     columns = [_take(node, f"column_{part}", list) for part in ("names", "encodings", "sizes")]
     for name, encoding, size in zip(*columns, strict=True):
-        if not _SAFE_ENCODING.fullmatch(str(encoding)):
+        if not isinstance(name, str) or not _SAFE_ENCODING.fullmatch(str(encoding)):
             raise ValueError(f"column {name!r} of the unknown or unsafe type {encoding!r}")
         _take({"column size": size or 0}, "column size", int)
-    if bool(node["compression"]) != bool(node["zip_data"]):
+    _take(node, "size_limit", int)
+    if "xxh64" not in _take(node, "hashes", list):
+        raise ValueError(f"hashes: {node['hashes']!r}")
+    for key, kind in (("compression", str), ("zip_data", dict)):
+        if node[key] is not None:
+            _take(node, key, kind)
+    if (node["compression"] is None) != (node["zip_data"] is None):
         raise ValueError("compression and zip_data do not match")
-    return Shard(_file(node["raw_data"]), _file(node["zip_data"]) if node["zip_data"] else None)
+    packed = None if node["zip_data"] is None else _file(node["zip_data"])
+    return Shard(_file(node["raw_data"]), packed)
 
 
 def _file(node: Any) -> ShardFile:
