@@ -51,7 +51,9 @@ def build(side: str, local: str, remote: str | None, args: argparse.Namespace, w
     config = Config("instruct", ModelConfig("none"), length, "1ep", args.batch_size)
     config.data_local, config.data_remote = local, remote
     rows = LoaderConfig(DatasetConfig(args.split, shuffle=True), num_workers=workers)
-    return build_loader(config, rows, pad_token_id=0, batch_size=args.batch_size).dataloader
+    return build_loader(
+        config, rows, TokenCollator(config.max_seq_len, 0), batch_size=args.batch_size
+    ).dataloader
 
 
 class BareCollator:  # a class, since worker processes may have to pickle it

@@ -130,7 +130,7 @@ def switch_off(what: str | None) -> None:
     """Put what most would write in place of one of our parts."""
     import torch
 
-    from overture.models import build, lora
+    from overture.models import causal_lm, lora
     from overture.training import cores
 
     def all_logits(
@@ -150,9 +150,9 @@ def switch_off(what: str | None) -> None:
         return total, total.detach().expand(count) / max(count, 1)
 
     if what == "loss":
-        build.cross_entropy_at = all_logits
+        causal_lm.cross_entropy_at = all_logits
     if what == "liger":
-        build.cross_entropy_at = liger
+        causal_lm.cross_entropy_at = liger
     if what == "guards":
         from composer.core import Callback
 

@@ -79,7 +79,7 @@ def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
     from overture.config.schema import ModelConfig
     from overture.data.conversion import Conversion, Origin
     from overture.data.convert import convert
-    from overture.models.build import load_causal_lm
+    from overture.models.build import load_network
     from overture.tokenizer import load_tokenizer
 
     data = Path(os.environ["OVERTURE_DATA"])
@@ -94,7 +94,7 @@ def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
     convert(text, say=lambda _: None)
     torch.manual_seed(0)
     loaded = load_tokenizer(tokenizer)
-    network = load_causal_lm(ModelConfig("llama", False, "float32", "sdpa", shape), loaded, length)
+    network = load_network(ModelConfig("llama", False, "float32", "sdpa", shape), loaded, length)
     network.save_pretrained(folder / "model")
 
 
@@ -106,14 +106,15 @@ def check_losses(folder: Path, length: int) -> dict[str, float]:
     from overture.config.schema import ModelConfig
     from overture.data.collate import TokenCollator
     from overture.data.shards import Split
-    from overture.models.build import CausalLM, load_causal_lm
+    from overture.models.build import load_network
+    from overture.models.causal_lm import CausalLM
     from overture.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder / "gpt2"))
     split = Split(folder / "data" / "train")
     rows = [{**split.row(number), "sample_id": number} for number in range(2)]
     batch = TokenCollator(length, 0)(rows)
-    network = load_causal_lm(
+    network = load_network(
         ModelConfig(str(folder / "model"), True, "float32", "auto", {}), tokenizer
     )
     model = CausalLM(network, tokenizer, None)

@@ -5,7 +5,7 @@ import torch
 
 from overture.config.schema import ModelConfig
 from overture.data.streams import TokenStream
-from overture.models.build import load_causal_lm
+from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
 from overture.training.answers import greedy_answers, held_out_prompts, is_exact
 
@@ -19,7 +19,7 @@ def pair(smoke):
         "num_attention_heads": 4, "initializer_range": 0.5,
     }  # fmt: skip
     config = ModelConfig("llama", False, "float32", "auto", shape)
-    return load_causal_lm(config, tokenizer), tokenizer
+    return load_network(config, tokenizer), tokenizer
 
 
 def test_prompts_and_answers_are_those_of_the_records(smoke, pair):

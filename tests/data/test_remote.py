@@ -10,6 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from overture.config.schema import Config, LoaderConfig, ModelConfig
+from overture.data.collate import TokenCollator
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.loaders import build_loader
@@ -90,7 +91,7 @@ def test_loader_reads_from_the_store(bucket, job, tmp_path):
     ledger = convert(job, lambda _: None)["train"]
     config = Config("instruct", ModelConfig("none"), 128, "1ep", 4)
     config.data_local, config.data_remote = str(tmp_path / "cache"), job.out_root
-    spec = build_loader(config, LoaderConfig(), pad_token_id=0, batch_size=4)
+    spec = build_loader(config, LoaderConfig(), TokenCollator(128, 0), batch_size=4)
     tokens = sum(sum(batch["num_tokens"]) for batch in spec.dataloader)
     assert tokens == ledger["tokens"]["total"]
     assert Path(tmp_path / "cache" / "train").is_dir()

@@ -14,6 +14,7 @@ from streaming.base.constant import SHM_TO_CLEAN
 
 from overture.config.schema import Config, LoaderConfig, ModelConfig
 from overture.data.cache import open_cache
+from overture.data.collate import TokenCollator
 from overture.data.loaders import build_loader
 from overture.data.streams import TokenStream
 from overture.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ def loader(local, remote=None, num_workers=0, batch_size=4, drop_last=False):
     config = Config("instruct", ModelConfig("none"), 128, "1ep", batch_size)
     config.data_local, config.data_remote = str(local), str(remote) if remote else None
     rows = LoaderConfig(num_workers=num_workers, drop_last=drop_last)
-    return build_loader(config, rows, pad_token_id=0, batch_size=batch_size).dataloader
+    return build_loader(config, rows, TokenCollator(128, 0), batch_size=batch_size).dataloader
 
 
 def numbers(batches):

@@ -16,7 +16,7 @@ sys.argv = {argv!r}
 runpy.run_path("finetune.py", run_name="__main__")
 """
 LOSS = """
-from overture.models.build import CausalLM
+from overture.models.causal_lm import CausalLM
 loss, calls = CausalLM.loss, []
 def spoiled(self, outputs, batch):
     calls.append(0)

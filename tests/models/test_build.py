@@ -13,7 +13,8 @@ from overture.config.schema import ModelConfig
 from overture.data.collate import TokenCollator
 from overture.errors import ConfigError
 from overture.models.attention import document_mask
-from overture.models.build import CausalLM, load_causal_lm, locate_model
+from overture.models.build import load_network, locate_model
+from overture.models.causal_lm import CausalLM
 from overture.models.isolation import prove_isolation
 from overture.models.lora import add_lora
 from overture.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ def tokenizer(smoke):
 
 def build(family: str, tokenizer, attention="auto"):
     torch.manual_seed(1)
-    return load_causal_lm(
+    return load_network(
         ModelConfig(family, False, "float32", attention, FAMILIES[family]), tokenizer
     )
 
@@ -81,7 +82,7 @@ def test_bfloat16_rounding_is_not_taken_for_a_leak(tokenizer):
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6,
              "num_attention_heads": 8, "initializer_range": 0.04}  # fmt: skip
-    network = load_causal_lm(ModelConfig("llama", False, "bfloat16", "sdpa", shape), tokenizer)
+    network = load_network(ModelConfig("llama", False, "bfloat16", "sdpa", shape), tokenizer)
     prove_isolation(network, len(tokenizer), 512, packed=True)
 
 
@@ -127,7 +128,7 @@ def test_gpt2_scales_its_scores_as_its_config_says(tokenizer, scheme):
     for attention in ("auto", "eager"):
         torch.manual_seed(1)
         shape = FAMILIES["gpt2"] | scheme
-        network = load_causal_lm(
+        network = load_network(
             ModelConfig("gpt2", False, "float32", attention, shape), tokenizer
         ).eval()
         mask = document_mask(network, torch.zeros(1, 40, dtype=torch.int32))
@@ -186,7 +187,7 @@ def test_lora_equals_that_of_peft(tokenizer, dtype):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     found = []
     for kind in ("ours", "theirs"):
-        network = load_causal_lm(
+        network = load_network(
             ModelConfig("llama", False, dtype, "auto", FAMILIES["llama"]), tokenizer
         )
         add = add_lora if kind == "ours" else None
@@ -217,7 +218,7 @@ def test_lora_equals_that_of_peft(tokenizer, dtype):
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(tokenizer):
-    network = load_causal_lm(
+    network = load_network(
         ModelConfig("llama", False, "bfloat16", "auto", FAMILIES["llama"]), tokenizer
     )
     network = add_lora(network, 4, 8.0, 0.0, ["q_proj"])
@@ -264,7 +265,7 @@ def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
 def test_weights_come_back(tokenizer, tmp_path):
     network = build("llama", tokenizer)
     network.save_pretrained(tmp_path)
-    again = load_causal_lm(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
+    again = load_network(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
     for (name, a), (_, b) in zip(network.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -279,7 +280,7 @@ def test_weights_come_back(tokenizer, tmp_path):
 )
 def test_refusals(tokenizer, name, pretrained, overrides, words):
     with pytest.raises(ConfigError) as caught:
-        load_causal_lm(ModelConfig(name, pretrained, "float32", "auto", overrides), tokenizer)
+        load_network(ModelConfig(name, pretrained, "float32", "auto", overrides), tokenizer)
     assert words in str(caught.value)
 
 
@@ -288,12 +289,12 @@ def test_tokenizer_that_does_not_fit(tokenizer, tmp_path):
     small.resize_token_embeddings(100)
     small.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"has 100 embeddings, but the tokenizer .* 1,024 pieces"):
-        load_causal_lm(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
+        load_network(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
 
 
 def test_tokenizer_that_grew(tokenizer, tmp_path, smoke):
     build("llama", tokenizer).save_pretrained(tmp_path / "model")
-    load = partial(load_causal_lm, ModelConfig(str(tmp_path / "model")))
+    load = partial(load_network, ModelConfig(str(tmp_path / "model")))
     grown = load_tokenizer(str(smoke / "tokenizer"))
     load(grown)
     grown.add_special_tokens({"pad_token": "<a new one>"})
@@ -318,7 +319,7 @@ def test_what_cannot_be_trained_is_refused(tokenizer):
     with pytest.raises(ConfigError, match=r"the output head takes no adapter"):
         add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["q_proj", "lm_head"])
     with pytest.raises(ConfigError, match="the router's loss is not used"):
-        load_causal_lm(
+        load_network(
             ModelConfig("mixtral", False, "float32", "auto", {"output_router_logits": True}),
             tokenizer,
         )
@@ -369,7 +370,7 @@ def test_config_that_names_code_is_refused_unless_trusted(tokenizer, tmp_path, k
     more = {"text_config": {key: value}} if within else {key: value}
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     with pytest.raises(ConfigError, match=rf"config\.json has {key}, which can run code"):
-        load_causal_lm(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
+        load_network(ModelConfig(str(tmp_path), True, "float32", "auto", {}), tokenizer)
     with pytest.raises(ConfigError, match=r"model\.config\._attn_implementation_internal"):
         overrides = {"_attn_implementation_internal": "somebody/kernels"}
-        load_causal_lm(ModelConfig("llama", False, "float32", "auto", overrides), tokenizer)
+        load_network(ModelConfig("llama", False, "float32", "auto", overrides), tokenizer)

@@ -13,7 +13,7 @@ import torch
 from composer import Callback
 
 from overture.errors import ConfigError, GuardError
-from overture.models.build import CausalLM
+from overture.models.causal_lm import CausalLM
 from overture.training import run as recipe
 from runs import records, result
 

@@ -9,7 +9,7 @@ import yaml
 
 from overture.config.load import load_config
 from overture.config.schema import ModelConfig
-from overture.models.build import load_causal_lm
+from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
 from overture.training.run import train
 
@@ -25,7 +25,7 @@ def losses(smoke, tmp_path_factory):
     tokenizer = load_tokenizer(str(smoke / "tokenizer"))
     torch.manual_seed(0)
     config = ModelConfig("llama", False, "float32", "auto", SHAPE)
-    load_causal_lm(config, tokenizer).save_pretrained(folder / "base")
+    load_network(config, tokenizer).save_pretrained(folder / "base")
 
     def run(name: str, *settings: str) -> tuple[float, float]:
         arguments = [

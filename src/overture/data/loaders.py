@@ -3,7 +3,7 @@
 import faulthandler
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
 
@@ -12,7 +12,7 @@ from composer.utils import dist
 from streaming import StreamingDataLoader
 
 from overture.config.schema import Config, LoaderConfig
-from overture.data.collate import TokenCollator, count_tokens
+from overture.data.collate import count_tokens
 from overture.data.leftovers import remove_leftovers
 from overture.data.streams import TokenStream
 from overture.errors import ConfigError, DataError, GuardError
@@ -51,12 +51,13 @@ class GuardedLoader(StreamingDataLoader):
 def build_loader(
     config: Config,
     loader: LoaderConfig,
-    pad_token_id: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     batch_size: int,
     stacks: IO[bytes] | None = None,
 ) -> DataSpec:
-    """Return one of a config's loaders; `batch_size` is rows per rank. On SIGUSR2 workers write
-    what they are doing to `stacks`, an open file, or to the terminal.
+    """Return one of a config's loaders; `batch_size` is rows per rank, of which `collate` makes a
+    batch. On SIGUSR2 workers write what they are doing to `stacks`, an open file, or to the
+    terminal.
 
     The order of samples is fixed by the seed and the same on any number of ranks of one node; an
     incomplete last batch is filled with repeated ones until the ranks come out even. Raises
@@ -77,7 +78,7 @@ def build_loader(
     batches = GuardedLoader(
         dataset,
         batch_size,
-        collate_fn=TokenCollator(config.max_seq_len, pad_token_id),
+        collate_fn=collate,
         num_workers=loader.num_workers,
         drop_last=loader.drop_last,
         worker_init_fn=partial(_begin_worker, stacks) if loader.num_workers else None,

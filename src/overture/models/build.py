@@ -1,35 +1,31 @@
-"""Model names to models: Hugging Face weights or shapes, wrapped for Composer's Trainer."""
+"""Model names to models of Hugging Face's, with weights or freshly initialised."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import torch
-from composer.models import HuggingFaceModel, huggingface
-from torch import Tensor
-from torchmetrics import Metric
 
 from overture.config.schema import ModelConfig
 from overture.errors import ConfigError, nearest
-from overture.flops import training_flops
-from overture.models.attention import choose_attention, document_mask, hide_from_compiler
-from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
+from overture.models.attention import choose_attention
 
 
-def load_causal_lm(wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0) -> Any:
-    """Return a causal language model of Hugging Face's, with weights or freshly initialised.
+def load_network(
+    wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0, head: str = "CausalLM"
+) -> Any:
+    """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
     tokens. Raises ConfigError: no such model, no such key in its config, or too few embeddings for
     the tokenizer or positions for the rows.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    auto = getattr(transformers, f"AutoModelFor{head}")
     name, location = wanted.name, locate_model(wanted.name)
     config = _model_config(location, wanted, tokenizer)
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = auto._model_mapping.get(type(config), None)
     options = {
         "dtype": getattr(torch, wanted.dtype),
         "trust_remote_code": wanted.trust_remote_code,
@@ -37,9 +33,9 @@ def load_causal_lm(wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0) ->
     }
     try:
         if wanted.pretrained:
-            model = AutoModelForCausalLM.from_pretrained(location, config=config, **options)
+            model = auto.from_pretrained(location, config=config, **options)
         else:
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = auto.from_config(config, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
     embeddings = model.get_input_embeddings().weight.shape[0]
@@ -113,132 +109,3 @@ def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> 
             fault = f"its config.json has {key}, which can run code of its maker's"
             remedy = "set model.trust_remote_code=true once you have read it"
             raise ConfigError(f"model.name: {location}: {fault}; {remedy}")
-
-
-class CausalLM(HuggingFaceModel):
-    """A causal language model whose logits are made at label positions only.
-
-    Takes batches of `data/collate.py`. The training loss is the mean over the label tokens of a
-    microbatch; Composer, accumulating on tokens, weights these to the mean over the global batch.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, eval_samples: int | None, cpu_autocast: bool = False
-    ) -> None:
-        metrics = [TokenCrossEntropy(eval_samples)] if eval_samples else []
-        # Composer asks whether this is one of transformers' causal models by importing them all.
-        huggingface._is_registered_causal_lm = lambda _: True
-        super().__init__(model, tokenizer=tokenizer, metrics=[], eval_metrics=metrics)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # Through attributes, not sub-modules: the same weights must not be registered twice.
-        backbone = base.base_model if base.base_model is not base else base.get_decoder()
-        self._parts = {"backbone": backbone, "head": base.get_output_embeddings()}
-        config = base.config.get_text_config()
-        divided = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
-        self._scale = 1 / divided if divided else getattr(config, "logit_scale", None) or 1.0
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._shape = _shape(base, config)
-        self._cpu_autocast = cpu_autocast  # Composer's amp_bf16 does nothing without CUDA
-        self._frozen = not base.get_input_embeddings().weight.requires_grad
-        self._prove_logits(base)
-
-    @torch.no_grad()
-    def _prove_logits(self, base: Any) -> None:
-        """Raise ConfigError unless what is made of the backbone's states are its own logits."""
-        was_training, ids = base.training, torch.arange(8, device=base.device)[None]
-        base.eval()
-        theirs = base(input_ids=ids, use_cache=False).logits
-        hidden = self._parts["backbone"](input_ids=ids, use_cache=False)[0]
-        base.train(was_training)
-        same = False
-        if hidden.shape[-1] == self._parts["head"].weight.shape[-1]:
-            ours = self._parts["head"](hidden) * self._scale
-            ours = self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
-            rounding = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
-            same = (ours - theirs).abs().max().item() <= rounding
-        if not same:
-            raise ConfigError(
-                f"model.name: the logits of a {type(base).__name__} are not simply those of its "
-                "output head, so its loss would be another one here; this family is not supported"
-            )
-
-    def compile_backbone(self) -> None:
-        """Compile the backbone, but not for generation; ConfigError without a C++ compiler."""
-        if not (shutil.which("g++") or shutil.which("clang++")):
-            raise ConfigError("compile: torch.compile needs a C++ compiler; install g++")
-        hide_from_compiler()
-        self._parts["compiled"] = torch.compile(self._parts["backbone"], dynamic=False)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The type in which most of the arithmetic is done."""
-        return torch.bfloat16 if self._cpu_autocast else self._parts["head"].weight.dtype
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
-            backbone, starts = self._parts["backbone"], batch["document_starts"]
-            hidden = self._parts.get("compiled", backbone)(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                attention_mask=document_mask(backbone, starts, sum(batch["num_spans"])),
-                use_cache=False,
-            )[0]
-            count = sum(batch["num_labels"])
-            places, targets = label_positions(batch["labels"], count)
-            chosen = hidden.flatten(0, 1).index_select(0, places)
-            total, losses = cross_entropy_at(
-                chosen, self._parts["head"], targets, self._scale, self._softcap, count
-            )
-        rows = places[:count] // batch["labels"].shape[1]
-        return {"loss": total, "token_losses": losses, "rows": rows}
-
-    def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:
-        """Return the mean over the label tokens of a microbatch; 0 where it has none.
-
-        A loss is good for one backward pass, and takes itself out of `outputs`: it lets go of its
-        graph then, as Composer holds both until the next step has replaced them. The small pieces
-        of an old graph would keep the freed blocks between them from being joined for the next.
-        """
-        loss = outputs.pop("loss") / max(len(outputs["token_losses"]), 1)
-        if loss.requires_grad:
-            kept = ref(loss)  # not the loss, which would hold itself in a circle
-
-            def let_go(_: Tensor) -> None:
-                if kept() is not None:
-                    kept().detach_()
-
-            loss.register_hook(let_go)
-        return loss
-
-    def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
-        return outputs if outputs is not None else self.forward(batch)
-
-    def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
-        """Add the losses of an eval batch to a metric."""
-        metric.update(outputs["token_losses"], outputs["rows"], batch["sample_ids"])
-        return {}
-
-    def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
-        """Return the training FLOPs of a batch, over real tokens only."""
-        tokens, labels = sum(batch["num_tokens"]), sum(batch["num_labels"])
-        # A token's place in its document, plus one half, sums up to half the length squared.
-        places = torch.arange(batch["labels"].shape[1]) - batch["document_starts"].cpu()
-        squares = 2 * float((places + 0.5)[batch["document_starts"].cpu() >= 0].sum())
-        weights, head, layers, width = self._shape
-        return training_flops(weights, head, self._frozen, tokens, labels, layers, width, squares)
-
-
-def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
-    """Return (weights in matrix products, those of the head, layers, attention width)."""
-    head = model.get_output_embeddings().weight
-    apart = {id(head), id(model.get_input_embeddings().weight)}  # looked up, or counted apart
-    sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in apart}
-    weights = sum(size for name, size in sizes.items() if "lora_" not in name)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:  # only some of them see a token
-        idle = 1 - config.num_experts_per_tok / experts
-        weights -= int(idle * sum(size for name, size in sizes.items() if ".experts." in name))
-    heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    return weights, head.numel(), config.num_hidden_layers, heads * head_size

@@ -20,15 +20,14 @@ from overture.callbacks.loss_target import LossTarget
 from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
-from overture.config.schema import Config
+from overture.config.schema import Config, LoaderConfig
 from overture.data.cache import open_cache
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, check_split, sha256_file
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
 from overture.export import save_model
 from overture.models.attention import describe_attention
-from overture.models.build import CausalLM, load_causal_lm, position_limit
-from overture.models.isolation import prove_isolation
+from overture.models.build import load_network, position_limit
 from overture.models.lora import add_lora
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
@@ -40,6 +39,7 @@ from overture.training.monitors import build_algorithms, build_callbacks, build_
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
+from overture.training.tasks import TASKS
 
 # What torch says, in any line of ours, of another process that is gone.
 LOST = {
@@ -92,12 +92,17 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Held-out data, and what the model makes of it before training.
     workers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, stacks of those of the loaders
-    loader = partial(build_loader, config, pad_token_id=tokenizer.pad_token_id, stacks=workers)
+    task = TASKS[config.task]
+
+    def loader(of: LoaderConfig, batch_size: int, training: bool) -> Any:
+        collate = task.collator(config, tokenizer, training)
+        return build_loader(config, of, collate, batch_size, workers)
+
     evaluation = samples = None
     if config.eval_loader is not None:
-        evaluation = loader(config.eval_loader, batch_size=config.device_eval_batch_size)
+        evaluation = loader(config.eval_loader, config.device_eval_batch_size, training=False)
         samples = evaluation.num_samples
-    model = CausalLM(network, tokenizer, samples, cpu_autocast)
+    model = task.model(network, tokenizer, samples, cpu_autocast)
     model.to("cuda" if device == "gpu" else "cpu")
     if config.compile:
         model.compile_backbone()
@@ -115,7 +120,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
-    training = loader(config.train_loader, batch_size=per_rank)
+    training = loader(config.train_loader, per_rank, training=True)
     resume.check_room(config, network)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
@@ -242,12 +247,13 @@ def _choose_device(config: Config) -> str:
 
 
 def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) -> Any:
-    network = load_causal_lm(config.model, tokenizer, config.max_seq_len)
+    task = TASKS[config.task]
+    network = load_network(config.model, tokenizer, config.max_seq_len, task.head)
     network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
         longest = min(position_limit(network), config.max_seq_len)
-        prove_isolation(network, len(tokenizer), longest, packed)
+        task.prove(network, len(tokenizer), longest, packed)
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     if config.trainable == "lora":
