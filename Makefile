@@ -78,11 +78,13 @@ dolly: venv
 	  --test_fraction 0.1 --max_seq_len 512 --out_root data/$(NAME) --overwrite $(CONVERT_FLAGS)
 	composer finetune.py $(CONFIG) run_name=$(NAME) model.name=$(MODEL) data_local=data/$(NAME)
 
+# Most of a test is starting something, so that tests run side by side, with a core each.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 test: venv
-	python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: venv
-	python -m pytest -q
+	$(PYTEST)
 
 # Faults injected into real runs, and a table of what came of them; FULL=1 can be interrupted.
 faults: venv

@@ -186,29 +186,35 @@ def measure(
             known = dict.fromkeys(sides, stored["ours"]) | stored
         batches = known | search([s for s in args.sides if s not in known], folder, sizes)
         running = [Side(side, batches[side], folder) for side in args.sides if side in batches]
-        peaks = []
-        for _ in range(args.windows):
-            peaks.append(measured_peak())
-            for side in running:
+        for number in range(args.windows):
+            for side in running[:: -1 if number % 2 else 1]:
+                peak = measured_peak()
                 side.run()
+                # A shared machine's pace changes: what it can do is asked beside each window.
+                side.windows[-1]["peak"] = statistics.mean([peak, measured_peak()])
         for side in running:
             side.end()
         lengths = [len(document["input_ids"]) for document in documents(folder / "data")]
     mean = sum(length**2 for length in lengths) / sum(lengths)
-    table = {
-        side.name: row(side, sides[side.name], shape, length, mean, max(peaks)) for side in running
-    }
+    table = {side.name: row(side, sides[side.name], shape, length, mean) for side in running}
+    peaks = [window["peak"] / 1e9 for side in running for window in side.windows]
     result = {
         "program": program, "losses": losses, "batch_sizes": batches, "model": shape,
-        "bfloat16_gigaflops": max(peaks) / 1e9, "sides": table, "environment": environment(),
+        "bfloat16_gigaflops": {"median": statistics.median(peaks), "of each window": peaks},
+        "sides": table, "environment": environment(),
     }  # fmt: skip
-    first = running[0].name
-    rates = {name: row["tokens_per_second"] for name, row in table.items()}
-    result["ratios"] = {n: rates[first] / rate for n, rate in rates.items() if n != first}
-    print(f"{first} to each: " + ", ".join(f"{n} {r:.2f}" for n, r in result["ratios"].items()))
+    ours, *others = running
+    result["ratios"] = {side.name: ratio(ours, side) for side in others}
+    print(f"{ours.name} to each: " + ", ".join(f"{n} {r:.2f}" for n, r in result["ratios"].items()))
     if results:
         (RESULTS / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def ratio(one: Side, other: Side) -> float:
+    """Return how many times as fast one side is, the median over the rounds of turns."""
+    rates = ([w["tokens"] / w["seconds"] for w in side.windows] for side in (one, other))
+    return statistics.median(a / b for a, b in zip(*rates, strict=True))
 
 
 def measured_peak() -> float:
@@ -221,9 +227,8 @@ def measured_peak() -> float:
 
 
 def row(
-    side: Side, options: dict[str, Any], shape: dict[str, Any], length: int, mean: float,
-    peak: float,
-) -> dict[str, Any]:  # fmt: skip
+    side: Side, options: dict[str, Any], shape: dict[str, Any], length: int, mean: float
+) -> dict[str, Any]:
     """Return the figures of a side, having printed them; `mean` is the squared lengths' share."""
     from overture.flops import training_flops
 
@@ -236,12 +241,15 @@ def row(
     every = options.get("all", False)
     squares = tokens * (length if every else mean)
     flops = training_flops(weights, head, not every, tokens, labels, depth, heads * size, squares)
+    share = statistics.median(
+        flops / tokens * w["tokens"] / w["seconds"] / w["peak"] for w in side.windows
+    )
     memory = side.windows[-1]["peak_mib"]
     print(f"{side.name:<34}{side.batch:>3}{tokens:>9,.0f} tokens/s{labels:>9,.0f} labels/s"
-          f"{memory:>8,.0f} MiB{flops / peak:>8.1%}")  # fmt: skip
+          f"{memory:>8,.0f} MiB{share:>8.1%}")  # fmt: skip
     return {
         "batch": side.batch, "tokens_per_second": tokens, "labels_per_second": labels,
-        "peak_mib": memory, "share_of_matrix_products": flops / peak, "windows": side.windows,
+        "peak_mib": memory, "share_of_matrix_products": share, "windows": side.windows,
     }  # fmt: skip
 
 
