@@ -94,7 +94,6 @@ def run_ours(folder: Path, length: int, batch: int, side: dict[str, Any], import
     """Train by the recipe itself."""
     from composer.core import Callback
 
-    from overture.config.load import load_config
     from overture.training import run
 
     windows = Windows(imported)
@@ -106,6 +105,13 @@ def run_ours(folder: Path, length: int, batch: int, side: dict[str, Any], import
 
     run.build_callbacks = lambda config: [Report()]
     switch_off(side.get("switch"))
+    run.train(ours_config(folder, length, batch, side, "1000ep"), "benchmark")
+
+
+def ours_config(folder: Path, length: int, batch: int, side: dict[str, Any], duration: str) -> Any:
+    """Return the config of a side of ours."""
+    from overture.config.load import load_config
+
     text = {
         "run_name": f"benchmark-{os.getpid()}", "max_seq_len": length,
         "task": "causal_lm" if side.get("all") else "instruct",
@@ -116,14 +122,14 @@ def run_ours(folder: Path, length: int, batch: int, side: dict[str, Any], import
         "trainable": "all" if side.get("all") else "lora",
         "precision": side.get("precision", "fp32"), "compile": side.get("compile", False),
         "train_loader": {"dataset": {"split": "train", "shuffle": True}, "drop_last": True},
-        "scheduler": {"name": "constant_with_warmup"}, "max_duration": "1000ep",
+        "scheduler": {"name": "constant_with_warmup"}, "max_duration": duration,
         "save_interval": "1000ep", "global_train_batch_size": batch,
         "device_train_microbatch_size": batch, "progress_bar": False,
         "run_folder": str(folder / f"run-{os.getpid()}"),
     }  # fmt: skip
     path = folder / f"ours-{os.getpid()}.yaml"
     path.write_text(json.dumps(text))
-    run.train(load_config([str(path)], (text["task"],)), "benchmark")
+    return load_config([str(path)], (text["task"],))
 
 
 def switch_off(what: str | None) -> None:
@@ -153,13 +159,6 @@ def switch_off(what: str | None) -> None:
         causal_lm.cross_entropy_at = all_logits
     if what == "liger":
         causal_lm.cross_entropy_at = liger
-    if what == "guards":
-        from composer.core import Callback
-
-        from overture.training import run
-
-        for name in ("FiniteGuard", "GradientGuard", "SpikeGuard", "Watchdog"):
-            setattr(run, name, lambda *_, **__: Callback())
     if what == "memory":
         cores._keep_memory = lambda: "the system's allocator as it is"
     if what == "lora":
