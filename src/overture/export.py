@@ -1,21 +1,200 @@
-"""A trained model as a folder in Hugging Face format, safetensors only."""
+"""A trained model as a folder in Hugging Face format, safetensors only, that is proven to be it."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from overture.data.shards import Split
+from overture.errors import ConfigError, DataError, GuardError
+from overture.generate import AS_IT_IS, GREEDY, encode_prompts, end_tokens
+from overture.models.build import position_limit
+from overture.models.lora import RECORD
+from overture.trained import Trained, ledgers
+
+# The largest difference of any logit, in standard deviations of them all, that is rounding: of
+# float32 in another order of sums, of the weights themselves in a half precision.
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+SENTENCES = (
+    "The capital of Norway is", "Once upon a time, there was", "2 + 2 =", "東京は日本の",
+)  # fmt: skip
+NEW_TOKENS = 24
+MAX_PROMPT = 128  # tokens
+# Plain transformers, in a process that knows nothing of this kit.
+FRESH = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, dtype, options, prompts = json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+model.to("cuda" if torch.cuda.is_available() else "cpu")
+answers = []
+for ids in prompts:
+    ids = torch.tensor([ids], device=model.device)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1]:]
+    answers.append((out.tolist(), tokenizer.decode(out, skip_special_tokens=True)))
+print(json.dumps(answers))
+"""
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any]) -> None:
     """Write a model, or the adapters of a PeftModel and what they were `trained_on`, with its
     tokenizer; whole or not at all.
     """
+    with _aside(folder) as aside:
+        _write(model, tokenizer, aside, trained_on)
+
+
+@torch.no_grad()
+def export_model(
+    trained: Trained, out: Path, merge: bool, dtype: str | None, card: str, test_prompt: str | None
+) -> None:
+    """Write a model to the folder `out`, with `card` as its README.md; whole or not at all.
+
+    Adapters stay adapters, or are merged into their base. What plain transformers make of the
+    folder in a fresh process is compared with what the model does here.
+
+    Raises:
+        ConfigError: an argument does not fit the model.
+        DataError: the exported model is another one.
+    """
+    model, tokenizer = trained.model, trained.tokenizer
+    if merge and trained.base is None:
+        raise ConfigError(f"--merge: {trained.name} has no adapters")
+    if dtype and trained.base and not merge:
+        raise ConfigError("--dtype is of whole models: give --merge too, or leave it out")
+    if merge and not hasattr(model.base_model, "merge_and_unload"):
+        raise ConfigError(f"--merge: {trained.name}: its kind of adapters cannot be merged")
+    kind = dtype or str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    base = model.get_base_model() if trained.base else model
+    # So that plain transformers end where training taught it to.
+    base.generation_config.eos_token_id = end_tokens(base, tokenizer)
+    base.generation_config.pad_token_id = tokenizer.pad_token_id
+    prompts = _prompts(trained)
+    if merge or dtype:
+        model.float()
+    asked = [_ask(model, ids) for ids in prompts]
+    if merge:
+        model = model.merge_and_unload(safe_merge=True)
+        _compare(model, asked, "float32", "merged, against base and adapters")
+    if (merge or dtype) and kind != "float32":
+        for weights in model.parameters():  # not buffers: a rounded rotation is another one
+            weights.data = weights.data.to(getattr(torch, kind))
+        _compare(model, asked, kind, f"in {kind}, against float32")
+    with _aside(out) as aside:
+        _write(model, tokenizer, aside, {} if merge else trained.record)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        if test_prompt:
+            row, room = ("--test_prompt", {"text": test_prompt}), position_limit(base) - NEW_TOKENS
+            prompts += encode_prompts([row], AS_IT_IS, tokenizer, room)
+        answers = _fresh_answers(aside, kind, prompts)
+        _compare_tokens(prompts, asked, answers, BOUNDS[kind])
+    if test_prompt:
+        print(f"{test_prompt}{answers[-1][1]}")
+
+
+def check_out(out: Path, source: str, overwrite: bool) -> None:
+    """Raise ConfigError if a folder is in use that is not to be, or not an export, to replace."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"--out {out} is there already; give --overwrite to replace it")
+    here, theirs = out.resolve(), Path(source).resolve()
+    is_export = (out / "README.md").is_file() and [*out.glob("*config.json")]
+    if not is_export or here in (theirs, *theirs.parents):
+        raise ConfigError(f"--out {out}: is no earlier export, so it is not replaced; name another")
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes its name and place when all went well."""
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, safe_serialization=True)
-    tokenizer.save_pretrained(aside)
-    if (aside / "adapter_config.json").is_file():
-        (aside / "trained_on.json").write_text(json.dumps(trained_on, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    try:
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except OSError as error:
+        raise GuardError(f"{folder}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any]) -> None:
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    if trained_on and (folder / "adapter_config.json").is_file():
+        (folder / RECORD).write_text(json.dumps(trained_on, indent=1) + "\n")
+
+
+def _prompts(trained: Trained) -> list[list[int]]:
+    """Return some prompts of the data that a run was evaluated on, or sentences, as ids."""
+    room = min(MAX_PROMPT, position_limit(trained.model) - NEW_TOKENS)
+    for ledger in reversed(ledgers(trained.run)):
+        split, prompts = Split(ledger["folder"]), []
+        for number in range(min(len(SENTENCES), len(split)) if split.kind == "tokens" else 0):
+            row = split.row(number)
+            given = max(8, int(row["loss_mask"].argmax()))  # of running text but one is not learned
+            prompts.append(row["input_ids"][: min(given, room)].tolist())
+        if prompts:
+            return prompts
+    return encode_prompts([("", {"text": t}) for t in SENTENCES], AS_IT_IS, trained.tokenizer, room)
+
+
+def _ask(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """Return a prompt with its greedy continuation, and [tokens, vocabulary] float32 logits."""
+    ids = torch.tensor([prompt], device=model.device)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, **GREEDY}
+    whole = model.generate(input_ids=ids, **options)
+    return whole[0].tolist(), _logits(model, whole[0].tolist())
+
+
+def _logits(model: Any, ids: list[int]) -> torch.Tensor:
+    given = torch.tensor([ids], device=model.device)
+    return model(input_ids=given, use_cache=False).logits[0].float().cpu()
+
+
+def _compare(model: Any, asked: Sequence[tuple], kind: str, what: str) -> None:
+    found = [(_logits(model, ids) - before).abs().max().item() for ids, before in asked]
+    spread = min(before.std().item() for _, before in asked)
+    print(f"{what}: logits, of a spread of {spread:.2g}, differ by {max(found):.2g} at most")
+    if not max(found) <= BOUNDS[kind] * spread:
+        fault = (
+            f"logits differ by {max(found):.2g} at most, {BOUNDS[kind] * spread:.2g} is rounding"
+        )
+        raise DataError(f"{what}: {fault}; nothing was written")
+
+
+def _fresh_answers(folder: Path, kind: str, prompts: list[list[int]]) -> list[tuple]:
+    """Return the (ids, text) that plain transformers give for each prompt."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
+    asked = json.dumps([str(folder), kind, options, prompts])
+    # -I: neither this folder nor PYTHONPATH, through which it could meet this kit.
+    command = [sys.executable, "-I", "-c", FRESH]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1][:200]
+        raise DataError(f"plain transformers cannot use what was exported ({reason})")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _compare_tokens(prompts: list, asked: Sequence[tuple], answers: list, bound: float) -> None:
+    """Raise DataError if greedy tokens differ, but where two had all but the same logit here."""
+    made = ties = 0
+    for prompt, (ids, logits), (theirs, _) in zip(prompts, asked, answers, strict=False):
+        ours = ids[len(prompt) :]
+        pairs = enumerate(zip(ours, theirs, strict=False), start=len(prompt) - 1)
+        place, (one, other) = next((p for p in pairs if p[1][0] != p[1][1]), (len(ids) - 1, (0, 0)))
+        if not logits[place, one] - logits[place, other] <= bound * logits.std():
+            fault = f"{other} is token {place + 1} there, {one} here"
+            raise DataError(f"plain transformers do not give the same text: {fault}")
+        made, ties = made + place + 1 - len(prompt), ties + (one != other)
+    parted = f", {ties} of which then part at a tie" if ties else ""
+    print(f"a fresh process gives the same {made} greedy tokens on {len(asked)} prompts{parted}")

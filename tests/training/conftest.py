@@ -30,6 +30,12 @@ progress_bar: false
 """
 
 
+@pytest.fixture(scope="session")
+def tiny_yaml(smoke) -> str:
+    """The YAML above, on the smoke data."""
+    return FINETUNE.format(smoke=smoke, data=smoke / "instruct")
+
+
 @pytest.fixture
 def run(tmp_path, smoke, monkeypatch):
     """Train from the YAML above with overrides; returns (exit code, run folder)."""

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from overture.errors import DataError
-from overture.training.resume import check_base, model_fingerprint
+from overture.models.lora import check_base, model_fingerprint
 
 LORA = (
     "trainable=lora", "lora.r=4", "model.pretrained=true", "model.config.num_hidden_layers=1",

@@ -9,10 +9,11 @@ import os
 import shlex
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -65,6 +66,29 @@ def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
 def dump_config(config: Config) -> str:
     """Return the resolved config as YAML text, secrets replaced by `***`."""
     return OmegaConf.to_yaml(OmegaConf.create(_each_text(dataclasses.asdict(config), redact)))
+
+
+def read_options(
+    file: str, known: Iterable[str], apart: dict[str, type]
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the options of a door that a YAML holds, as arguments, and those set `apart` by type.
+
+    Raises ConfigError: it is no YAML, or has one that is not among the `known`.
+    """
+    try:
+        content = dict(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"--config {file}: no readable YAML of options ({reason})") from None
+    others = {n: content.pop(n) for n, kind in apart.items() if isinstance(content.get(n), kind)}
+    flags = []
+    for name, value in content.items():
+        if name not in known:
+            raise ConfigError(f"--config {file}: {name}: no such option{nearest(str(name), known)}")
+        values = value if isinstance(value, list) else [value]
+        given = (v for v in values if v is not None and v is not False)
+        flags += [f"--{name}" if v is True else f"--{name}={v}" for v in given]
+    return flags, others
 
 
 def adopt_hub_token() -> None:

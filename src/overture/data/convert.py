@@ -21,7 +21,7 @@ from overture.data.conversion import OVERFLOWS, Conversion
 from overture.data.encode import InstructEncoder, RawTextEncoder, Records, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
-from overture.data.examine import Fields, dropped, examine
+from overture.data.examine import Examination, Fields, dropped, examine
 from overture.data.prompts import PromptTemplate, chat_template, template, templates
 from overture.data.readers import Format
 from overture.data.schema import LEDGER, read_ledger
@@ -47,19 +47,15 @@ def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
     _refuse_existing(job)
     with Workspace(job) as work:
         work.bind(job.identity())
-        sources = {split: _open(job, split, work) for split in job.origins}
+        sources = {split: open_rows(job, split, work.folder) for split in job.origins}
         work.bind({f"source of {split}": s.fingerprint for split, s in sources.items()})
-        prompt = _template(job, next(iter(sources.values())))
-        fields = _fields(job, prompt)
+        prompt = choose_template(job, next(iter(sources.values())))
+        fields = task_fields(job, prompt)
         parts = []
         for split, source in sources.items():
             found = examine(source, fields, job.max_rejected)
             say("\n".join([source.name, *(f"  {line}" for line in found.lines())]))
-            named = {f"--field {ours}={theirs}": theirs for ours, theirs in job.fields.items()}
-            for option, name in {**named, f"--stratify {job.stratify}": job.stratify}.items():
-                if name and name not in found.names:
-                    known = nearest(name, found.names)
-                    raise ConfigError(f"{option}: no row has that field{known}")
+            check_names(job, found)
             parts.append(draw(source, fields, found, split, job.test_fraction, job.seed))
         mark_repeats(parts, job.dedupe)
         ledgers = _write_all(job, work, parts, prompt, say)
@@ -108,13 +104,14 @@ def _refuse_existing(job: Conversion) -> None:
                 raise ConfigError(f"{fault} {where}")
 
 
-def _open(job: Conversion, split: str, work: Workspace) -> Source:
+def open_rows(job: Conversion, split: str, keep: Path) -> Source:
+    """Return the rows of a split; those from the network are kept in a folder as they are read."""
     origin = job.origins[split]
     form = Format(job.columns, job.text_rows)
     source = open_source(origin.dataset, origin.split, form, job.data_subset, job.revision)
     source = source.rows(origin.start, origin.stop).rows(0, job.max_rows)
     if source.streamed:
-        source = source.kept(work.folder / f"{split}.source.jsonl")
+        source = source.kept(keep / f"{split}.source.jsonl")
     return as_threads(source, job.threads) if job.task == "chat" else _flat_answers(source)
 
 
@@ -133,7 +130,7 @@ def _flat_answers(source: Source) -> Source:
     return replace(source, read=read)
 
 
-def _template(job: Conversion, source: Source) -> PromptTemplate | str | None:
+def choose_template(job: Conversion, source: Source) -> PromptTemplate | str | None:
     """Return the prompt template, or for chat the Jinja text (None: the tokenizer's own)."""
     if job.task == "chat":
         return chat_template(job.prompt_template) if job.prompt_template else None
@@ -148,7 +145,8 @@ def _template(job: Conversion, source: Source) -> PromptTemplate | str | None:
     return chosen
 
 
-def _fields(job: Conversion, prompt: Any) -> Fields:
+def task_fields(job: Conversion, prompt: Any) -> Fields:
+    """Return the fields that a task reads; ConfigError where `--field` names another."""
     if job.task == "chat":
         kinds, learned = {"messages": "messages"}, ()
     elif job.task == "classify":
@@ -163,6 +161,14 @@ def _fields(job: Conversion, prompt: Any) -> Fields:
         raise ConfigError(f"{fault}; there are: {', '.join(kinds)}, id")
     renamed = {ours: theirs for ours, theirs in job.fields.items() if ours in kinds}
     return Fields(kinds, learned, renamed, job.fields.get("id", "id"), job.stratify)
+
+
+def check_names(job: Conversion, found: Examination) -> None:
+    """Raise ConfigError where an option names a field that no row has."""
+    named = {f"--field {ours}={theirs}": theirs for ours, theirs in job.fields.items()}
+    for option, name in {**named, f"--stratify {job.stratify}": job.stratify}.items():
+        if name and name not in found.names:
+            raise ConfigError(f"{option}: no row has that field{nearest(name, found.names)}")
 
 
 def _write_all(
@@ -201,15 +207,20 @@ def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
     from overture.tokenizer import load_tokenizer, tokenizer_sha256
 
     tokenizer = load_tokenizer(job.tokenizer)
-    text = "".join(prompt.sections) if isinstance(prompt, PromptTemplate) else ""
-    has_marks = any(token in text for token in tokenizer.all_special_tokens if token)
-    tokens = Tokens(tokenizer, specials=job.task == "chat" or has_marks)
+    tokens = template_tokens(tokenizer, prompt, specials=job.task == "chat")
     return tokens, {
         "name": job.tokenizer,
         "sha256": tokenizer_sha256(tokenizer),
         "vocab_size": tokens.vocab_size,
         "eos_token_id": tokens.eos,
     }
+
+
+def template_tokens(tokenizer: Any, prompt: Any, specials: bool = False) -> Tokens:
+    """Return a tokenizer for the texts of a template, in which its marks, if any, count as such."""
+    text = "".join(prompt.sections) if isinstance(prompt, PromptTemplate) else ""
+    has_marks = any(token in text for token in tokenizer.all_special_tokens if token)
+    return Tokens(tokenizer, specials or has_marks)
 
 
 def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -> Any:

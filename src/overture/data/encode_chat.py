@@ -32,7 +32,7 @@ class ChatEncoder(Encoder):
             fault = f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template"
             raise ConfigError(f"{fault}; name one with --prompt_template (see --list_templates)")
         try:
-            probed = self._parts(_PROBE)
+            probed = self.parts(_PROBE)
         except Exception as error:  # Jinja raises its own kinds, and templates raise theirs
             raise ConfigError(f"the chat template fails: {error}") from None
         if probed is None:
@@ -58,11 +58,11 @@ class ChatEncoder(Encoder):
         if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
             return "empty_response"
         try:
-            return self._parts(messages) or "template_rewrites"
+            return self.parts(messages) or "template_rewrites"
         except TemplateError:  # which is how a template says that it does not take this one
             return "template_refuses"
 
-    def _parts(self, messages: Messages) -> list[tuple[str, bool]] | None:
+    def parts(self, messages: Messages) -> list[tuple[str, bool]] | None:
         """Return (text, learned) parts, or None if the template does not go on as it began."""
         parts: list[tuple[str, bool]] = []
         done = ""
@@ -95,7 +95,7 @@ class ChatEncoder(Encoder):
             if self.overflow != "truncate_prompt" or len(messages) - len(system) <= 2:
                 return "too_long"
             messages, cut = [*system, *messages[len(system) + 2 :]], True
-            found = self._parts(messages)
+            found = self.parts(messages)
             if found is None:
                 return "template_rewrites"
             ids = self.tokens.ids([text for text, _ in found])

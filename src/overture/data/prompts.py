@@ -85,14 +85,20 @@ def chat_template(name: str) -> str:
 
 
 def _from_file(path: Path) -> PromptTemplate:
-    def refuse(why: str) -> ConfigError:
-        parts = "sections (texts with {field} in them), response and cut (names of fields)"
-        return ConfigError(f"{path}: {why}; a template has {parts}")
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise refuse(f"is not YAML ({' '.join(str(error).split())[:120]})") from None
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from None
+    return parse_template(content, str(path))
+
+
+def parse_template(content: Any, place: str) -> PromptTemplate:
+    """Return the template that a YAML file, or a part of one, holds; ConfigError if it does not."""
+
+    def refuse(why: str) -> ConfigError:
+        parts = "sections (texts with {field} in them), response and cut (names of fields)"
+        return ConfigError(f"{place}: {why}; a template has {parts}")
+
     known = [f.name for f in fields(PromptTemplate)]
     if not isinstance(content, dict) or not isinstance(content.get("sections"), list):
         raise refuse("has no list of sections")

@@ -5,12 +5,18 @@ that takes longer than the adapters' arithmetic. Here the adapters are rounded t
 base for the products, as autocast would do, added in place, and their gradients are float32 again.
 """
 
+import hashlib
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from overture.errors import ConfigError
+from overture.errors import ConfigError, DataError
+
+RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
 
 
 def add_lora(
@@ -39,6 +45,65 @@ def add_lora(
         raise ConfigError(
             "lora.target_modules: the output head takes no adapter here; leave it out"
         )
+    return _with_our_layers(adapted)
+
+
+def load_adapters(model: Any, folder: Path) -> Any:
+    """Return the model as a PeftModel with the adapters of a folder, to be used, not trained.
+
+    Raises:
+        ConfigError: they cannot be read, or are for a model with other tensors.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # What the file lacks would stay as it was drawn; peft only warns.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # peft, torch and safetensors have a dozen kinds; all mean the same
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{folder}: adapters that do not fit this model ({reason})") from None
+    return _with_our_layers(adapted)
+
+
+def base_record(model: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what adapters keep of their base, of the `model` of a config, and a run's facts."""
+    kept = {key: model[key] for key in ("pretrained", "dtype", "config")}
+    return {"base": model["name"], **kept, "facts": facts}
+
+
+def check_base(record: Path, model: str, or_else: str = "") -> None:
+    """Compare a model's fingerprint with that of the one that weights were trained in.
+
+    Args:
+        record: the manifest of a checkpoint, or `trained_on.json` beside exported adapters.
+        model: as `model_fingerprint` makes it.
+        or_else: ends the message: what else can be done.
+
+    Raises:
+        DataError: it is another one, in which adapters would mean something else.
+    """
+    if json.loads(record.read_text(encoding="utf-8"))["facts"]["model"] != model:
+        raise DataError(
+            f"{record}: was trained in another model than this one: trained tensors or frozen "
+            f"weights differ; use its base model, dtype and lora{or_else}"
+        )
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Return a sha256 over names, shapes and types of all parameters, and the content of those
+    that are frozen under adapters, which no checkpoint of adapters holds.
+    """
+    rows = []
+    for name, p in model.named_parameters():
+        is_trained = p.requires_grad or "lora_" in name  # also where adapters are only used
+        content = is_trained or p.detach().view(torch.uint8).sum().item()
+        rows.append((name, *p.shape, p.dtype, content))
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _with_our_layers(adapted: Any) -> Any:
     ours = _layer_class()
     for layer in adapted.modules():
         # Exactly these: quantised layers and the like are subclasses with a forward of their own.

@@ -1,18 +1,16 @@
 """Greedy answers to held-out prompts before and after training, and how many are exactly right."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from composer.utils import dist
-from tqdm import tqdm
 
 from overture.config.schema import GenerationConfig
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
+from overture.generate import answer
 
 
 class HeldOutAnswers:
@@ -40,9 +38,10 @@ class HeldOutAnswers:
     def ask(self, model: Any, title: str) -> list[str]:
         """Return the model's greedy answers, in the order of the prompts, on every rank."""
         rank, ranks = dist.get_global_rank(), dist.get_world_size()
-        mine, limits = self._ids[rank::ranks], (self.config.max_new_tokens, self.config.batch_size)
+        mine, batch = self._ids[rank::ranks], self.config.batch_size
+        longest = self.config.max_new_tokens
         answers = [""] * len(self._ids)
-        found = greedy_answers(model, self.tokenizer, mine, *limits, title)
+        found, _ = answer(model, self.tokenizer, mine, batch, title, max_new_tokens=longest)
         for share, part in enumerate(dist.all_gather_object(found)):
             answers[share::ranks] = part
         return answers
@@ -77,34 +76,6 @@ def held_out_prompts(
             if len(pairs) == count:
                 return pairs
     return pairs
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], longest: int, batch: int, title: str
-) -> list[str]:
-    """Return the greedy continuation of each prompt, up to `longest` tokens, as text."""
-    was_training = model.training
-    model.eval()
-    answers = [""] * len(prompts)
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    greedy |= {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
-    left = {"padding_side": "left", "return_tensors": "pt"}  # so that answers start together
-    # Prompts of like length together: less padding, and the answers go back to their places.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-    try:
-        for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
-            ids = {"input_ids": [prompts[i] for i in numbers]}
-            given = tokenizer.pad(ids, return_attention_mask=True, **left).to(model.device)
-            out = model.generate(**given, max_new_tokens=longest, **greedy)
-            begin = given["input_ids"].shape[1]
-            texts = tokenizer.batch_decode(out[:, begin:], skip_special_tokens=True)
-            for i, text in zip(numbers, texts, strict=True):
-                answers[i] = text
-    finally:
-        model.train(was_training)
-    return answers
 
 
 def is_exact(answer: str, expected: str) -> bool:

@@ -5,8 +5,6 @@ numbers is never restored, so that dropout differs; and a checkpoint at the end 
 that epoch's number for the data, so that the next one repeats its order.
 """
 
-import hashlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +20,7 @@ from overture import checkpoint as store
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
+from overture.models.lora import check_base
 from overture.training.preemption import StopRequest
 
 # Settings of the terminal, of loggers and of where and how often to save do not change a result.
@@ -75,7 +74,7 @@ def find_load_path(config: Config, model: str) -> Path:
     def look() -> Path:
         state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
         if (state.parent / store.MANIFEST).is_file() and "model" not in config.resume.allow:
-            check_base(state.parent / store.MANIFEST, model)
+            check_base(state.parent / store.MANIFEST, model, ", or set resume.allow=[model]")
         return state
 
     return on_rank_zero(look)
@@ -116,35 +115,6 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
             f"the {' and the '.join(changed)} of this run is not what it was begun with, though "
             f"its name is the same; begin a new run, or set resume.allow=[{','.join(changed)}]"
         )
-
-
-def check_base(record: Path, model: str) -> None:
-    """Compare a model's fingerprint with that of the one that weights were trained in.
-
-    Args:
-        record: the manifest of a checkpoint, or `trained_on.json` beside exported adapters.
-        model: as `model_fingerprint` makes it.
-
-    Raises:
-        DataError: it is another one, in which adapters would mean something else.
-    """
-    if json.loads(record.read_text(encoding="utf-8"))["facts"]["model"] != model:
-        raise DataError(
-            f"{record}: was trained in another model than this one: trained tensors or frozen "
-            "weights differ; use its base model, dtype and lora, or set resume.allow=[model]"
-        )
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """Return a sha256 over names, shapes and types of all parameters, and the content of those
-    that are frozen under adapters, which no checkpoint of adapters holds.
-    """
-    rows = []
-    for name, p in model.named_parameters():
-        is_trained = p.requires_grad or "lora_" in name  # also where adapters are only used
-        content = is_trained or p.detach().view(torch.uint8).sum().item()
-        rows.append((name, *p.shape, p.dtype, content))
-    return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def foreign_state(state_dict: dict[str, Any], trained: set[str], path: Path) -> None:

@@ -28,7 +28,7 @@ from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardErr
 from overture.export import save_model
 from overture.models.attention import describe_attention
 from overture.models.build import load_network, position_limit
-from overture.models.lora import add_lora
+from overture.models.lora import add_lora, base_record, model_fingerprint
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training import resume
@@ -195,7 +195,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Outcome: model, answers, result.json, report.
     if dist.get_global_rank() == 0:
-        trained_on = {"base": config.model.name, "facts": facts}
+        trained_on = base_record(vars(config.model), facts)
         save_model(network, tokenizer, run_folder / "hf", trained_on)
     if answers:
         answers.after = answers.ask(network, "answers after training")
@@ -307,7 +307,7 @@ def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
         # The index of a split holds the hashes of its shards.
         "dataset": {s: sha256_file(Path(config.data_local) / s / INDEX) for s in splits},
         "tokenizer": tokenizer_sha256(tokenizer),
-        "model": resume.model_fingerprint(network),
+        "model": model_fingerprint(network),
     }
 
 

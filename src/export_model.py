@@ -1,0 +1,53 @@
+"""Export a run as a folder that plain transformers or peft load, prove it, and upload it.
+
+    python src/export_model.py runs/quickstart --out exported/quickstart --merge
+    python src/export_model.py runs/dolly --out dolly --merge --push_to_hub me/dolly --private
+
+MODEL is a run, a checkpoint, or a folder of transformers' or of peft's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from overture.config.load import adopt_hub_token
+from overture.errors import ConfigError, exit_on_error
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("model")
+    add("--out", type=Path, required=True)
+    add("--overwrite", action="store_true", help="replace an earlier export")
+    add("--merge", action="store_true", help="adapters into their base")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as trained")
+    add("--license", default="unknown", help="for the card: a name of the hub's, as cc-by-sa-3.0")
+    add("--test_prompt", metavar="TEXT", help="print what the exported model says to it")
+    add("--push_to_hub", metavar="NAME", help="upload it, with the token in HF_TOKEN")
+    add("--private", action="store_true")
+    add("--trust_remote_code", action="store_true", help="run a hub model's code; read it before")
+    add("--load_unverified", action="store_true", help="a checkpoint of others, which is a pickle")
+    args = parser.parse_args()
+    if args.private and not args.push_to_hub:
+        raise ConfigError("--private says how --push_to_hub uploads: give that too")
+    adopt_hub_token()
+
+    from overture.export import check_out, export_model
+    from overture.hub import check_hub, model_card, push_to_hub
+    from overture.trained import load_trained
+
+    check_out(args.out, args.model, args.overwrite)
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
+    trained = load_trained(args.model, None, args.trust_remote_code, args.load_unverified)
+    card = model_card(trained, args.merge, args.license)
+    export_model(trained, args.out, args.merge, args.dtype, card, args.test_prompt)
+    print(f"{args.out}: written")
+    if args.push_to_hub:
+        print(push_to_hub(args.out, args.push_to_hub, args.private))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

@@ -1,0 +1,225 @@
+"""Text from a causal language model: prompts in batches, on a stream, or in a conversation."""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from tqdm import tqdm
+
+from overture.data import convert
+from overture.data.conversion import Conversion
+from overture.data.encode import InstructEncoder, Tokens, missing_bos
+from overture.data.encode_chat import ChatEncoder
+from overture.data.examine import dropped, examine
+from overture.data.prompts import PromptTemplate, parse_template
+from overture.data.schema import write_aside
+from overture.errors import ConfigError
+from overture.models.build import position_limit
+from overture.trained import Trained, ledgers
+
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+AS_IT_IS = PromptTemplate(("{text}",))  # of a --prompt; what spells a special token in it is one
+Rows = list[tuple[Any, dict[str, Any]]]  # where each stands, and the record
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch: int, title: str = "",
+    stop: Sequence[str] = (), **options: Any,
+) -> tuple[list[str], int]:  # fmt: skip
+    """Return the continuation of each prompt as text, and the number of tokens made for them all.
+
+    Args:
+        model: of transformers.
+        tokenizer: its own; what it or the model's generation config calls an end is one.
+        prompts: ids, without padding.
+        batch: how many prompts to go on with at once; greedy answers do not depend on it.
+        title: of the progress bar that long work has.
+        stop: texts before which an answer ends.
+        options: of transformers' `generate`; greedy where they do not say otherwise.
+    """
+    was_training = model.training
+    model.eval()
+    known = {"eos_token_id": end_tokens(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    options = {**GREEDY, **known, **options}
+    over = torch.tensor([*(options["eos_token_id"] or []), tokenizer.pad_token_id])
+    if stop:
+        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+    texts, made = [""] * len(prompts), 0
+    left = {"padding_side": "left", "return_tensors": "pt"}  # so that answers start together
+    # Prompts of like length together: less padding, and the answers go back to their places.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    try:
+        for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
+            ids = {"input_ids": [prompts[i] for i in numbers]}
+            given = tokenizer.pad(ids, return_attention_mask=True, **left).to(model.device)
+            new = model.generate(**given, **options)[:, given["input_ids"].shape[1] :].cpu()
+            is_over = torch.isin(new, over).long()
+            made += int((is_over.cumsum(1) == is_over).sum())  # up to the first end of each
+            found = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text in zip(numbers, found, strict=True):
+                for end in stop:
+                    text = text.split(end)[0]
+                texts[i] = text
+    finally:
+        model.train(was_training)
+    return texts, made
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
+    """Return the ids that end an answer: the tokenizer's, and those that the model came with."""
+    theirs = model.generation_config.eos_token_id
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    return sorted({tokenizer.eos_token_id, *theirs} - {None}) or None
+
+
+def encode_prompts(
+    rows: Rows, template: PromptTemplate, tokenizer: Any, room: int
+) -> list[list[int]]:
+    """Return the ids of prompts as training meets them.
+
+    Where one does not fit in `room`, the field that the template allows is cut, as in training;
+    raises ConfigError if it does not even so.
+    """
+    tokens = convert.template_tokens(tokenizer, template, specials=template is AS_IT_IS)
+    encoder = InstructEncoder(tokens, template, None, "truncate_prompt")
+    prompts, cut = [], Counter()
+    texts = tokens.ids([template.prompt(record) for _, record in rows])
+    for (place, record), ids in zip(rows, texts, strict=True):
+        bos = missing_bos(tokens.bos, ids)
+        fitted = encoder.fit_prompt(record, ids, room - len(bos), cut)
+        if fitted is None or not len(bos) + len(fitted):
+            fault = f"a prompt of {len(ids):,} tokens, but the model's positions take 1 to {room:,}"
+            raise ConfigError(f"{place}: {fault} before the answer")
+        prompts.append([*bos.tolist(), *map(int, fitted)])
+    if cut["truncated"]:
+        print(f"{cut['truncated']:,} prompts were cut to fit")
+    return prompts
+
+
+def read_rows(
+    job: Conversion, template: PromptTemplate | None, sample: int | None, seed: int
+) -> tuple[Rows, PromptTemplate]:
+    """Return the rows of a dataset, or some drawn by a seed, and the template that suits them.
+
+    Raises ConfigError: no such data, or they lack a field of the template.
+    """
+    with TemporaryDirectory() as kept:
+        source = convert.open_rows(job, "train", Path(kept))
+        template = template or convert.choose_template(job, source)
+        fields = convert.task_fields(job, template)
+        kinds = {name: kind for name, kind in fields.kinds.items() if name != template.response}
+        fields = replace(fields, kinds=kinds, learned=())
+        found = examine(source, fields, job.max_rejected)
+        convert.check_names(job, found)
+        sound = np.flatnonzero(found.fates == 0).tolist()
+        if sample is not None:
+            sound = random.Random(seed).sample(sound, min(sample, len(sound)))
+        chosen, rows = set(sound), []
+        for number, (place, record) in enumerate(source.read()):
+            if number in chosen:
+                rows.append((f"{source.name}: {place}", fields.read(record, known=True)))
+    lost = Counter(found.reasons[fate] for fate in found.fates if fate)
+    print(f"{source.name}: {len(rows):,} of {found.rows:,} rows{dropped(lost)}")
+    return rows, template
+
+
+def chat(model: Any, tokenizer: Any, room: int, **options: Any) -> None:
+    """Talk in the terminal, by the tokenizer's chat template, until the input ends.
+
+    Raises ConfigError: it has none, or none that training takes, or a text has no `room`.
+    """
+    encoder = ChatEncoder(Tokens(tokenizer, specials=True), None, None, "drop")
+    messages: list[dict[str, str]] = []
+    with suppress(EOFError):
+        while True:
+            messages.append({"role": "user", "content": input("> ")})
+            ids, end = turn(encoder, messages)
+            while len(ids) > room and len(messages) > 2:  # the oldest turns go, as in training
+                messages = messages[2:]
+                ids, end = turn(encoder, messages)
+            if len(ids) > room:
+                raise ConfigError(f"--chat: {len(ids):,} tokens, but there is room for {room:,}")
+            ends = [*(end_tokens(model, tokenizer) or []), end]
+            (said,), _ = answer(model, tokenizer, [ids], 1, eos_token_id=ends, **options)
+            messages.append({"role": "assistant", "content": said})
+
+
+def turn(encoder: ChatEncoder, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+    """Return the ids of a conversation as training has them, and the token that ends an answer."""
+    try:
+        parts = encoder.parts([*messages, {"role": "assistant", "content": "."}])
+    except TemplateError as error:
+        raise ConfigError(f"--chat: the chat template fails: {error}") from None
+    if parts is None:
+        raise ConfigError("--chat: the chat template writes earlier turns anew; name another one")
+    *given, learned = encoder.tokens.ids([text for text, _ in parts])
+    bos = missing_bos(encoder.tokens.bos, given[0])
+    return np.concatenate([bos, *given]).tolist(), int(learned[-1])
+
+
+def generate(
+    trained: Trained, asked: Conversion | list[str], template: Any, sample: int | None, seed: int,
+    batch: int, out: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    """Answer prompts or the rows of a dataset, to the terminal or to a file of JSON lines; without
+    any, talk. The `options` are those of `answer`; raises ConfigError as the functions above do.
+    """
+    from transformers import TextStreamer
+
+    model, tokenizer = trained.model, trained.tokenizer
+    torch.manual_seed(seed)
+    positions, longest = position_limit(model), options["max_new_tokens"]
+    if positions <= longest:
+        raise ConfigError(f"--max_new_tokens {longest}: the model has {positions:,} positions")
+    room = positions - longest
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if not asked:
+        tokenizer.chat_template = template or tokenizer.chat_template
+        return chat(model, tokenizer, room, streamer=streamer, **options)
+    if isinstance(asked, Conversion):
+        learned = next((ledger["template"] for ledger in ledgers(trained.run)), None)
+        if template is None and isinstance(learned, dict):
+            template = parse_template(learned, f"{trained.run}: the template of its data")
+        rows, template = read_rows(asked, template, sample, seed)
+    else:
+        template = template or AS_IT_IS
+        rows = _typed(asked, template)
+    prompts = encode_prompts(rows, template, tokenizer, room)
+    streamed = len(rows) == 1 and not out and options["num_beams"] == 1
+    options |= {"streamer": streamer} if streamed else {}
+    begin = time.perf_counter()
+    texts, made = answer(model, tokenizer, prompts, batch, "answers", **options)
+    seconds = time.perf_counter() - begin
+    shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    lines = []
+    for prompt, (_, record), text in zip(shown, rows, texts, strict=True):
+        row = {"prompt": prompt, "expected": record.get(template.response), "answer": text}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n" if out else f"{prompt}{text}\n")
+    if out:
+        write_aside(out, "".join(lines))
+    elif not streamed:
+        print(*lines, sep="\n")
+    rate = f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.1f} tokens/s"
+    print(f"{len(texts):,} answers{f' in {out}' if out else ''}: {rate}")
+
+
+def _typed(texts: list[str], template: PromptTemplate) -> Rows:
+    """Return prompts as rows, each text in the one field that the template needs."""
+    fields = template.fields().items()
+    needed = [name for name, must in fields if must and name != template.response]
+    if len(needed) != 1:
+        fault = f"the template reads {', '.join(needed)}: give rows that have these with --data"
+        raise ConfigError(f"--prompt_template: {fault}")
+    return [("--prompt", {needed[0]: text}) for text in texts]

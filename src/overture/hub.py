@@ -1,0 +1,82 @@
+"""An exported model on the hub: what its card says, and the upload."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from overture.errors import ConfigError
+from overture.report import summary_lines
+from overture.trained import Trained, ledgers
+
+# What of a run folder the card shows: file, heading, content -> text.
+SHOWN = (
+    ("result.json", "Figures", lambda text: "\n".join(summary_lines(json.loads(text)))),
+    ("config.yaml", "Recipe", str),
+    ("environment.json", "Versions", lambda text: yaml.safe_dump(json.loads(text)["versions"])),
+)
+
+
+def model_card(trained: Trained, merged: bool, license: str) -> str:
+    """Return what a model is, was trained on and reached, as Markdown under the hub's fields."""
+    base, run = trained.base, trained.run
+    is_adapter = base is not None and not merged
+    head = {"license": license, "pipeline_tag": "text-generation"}
+    head["library_name"] = "peft" if is_adapter else "transformers"
+    if base and not Path(base).exists():  # a path here means nothing there
+        head["base_model"] = base
+    what = {True: f"Adapters for {base}", False: f"{base} with its adapters merged in"}
+    count = sum(p.numel() for p in trained.model.parameters())
+    parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
+    parts.append(
+        f"{what[is_adapter] if base else 'A causal language model'}; {count:,} parameters."
+    )
+    if rows := [_data_row(ledger) for ledger in ledgers(run)]:
+        names = "| split | source | sha256 | rows | tokens |\n|---|---|---|---|---|\n"
+        parts.append("## Data\n\n" + names + "\n".join(rows))
+    for file, heading, form in SHOWN if run else ():
+        if (run / file).is_file():
+            text = form((run / file).read_text(encoding="utf-8")).strip()
+            parts.append(f"## {heading}\n\n```\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _data_row(ledger: dict[str, Any]) -> str:
+    source, kept = ledger["source"], ledger["rows"]["kept"]
+    cells = (ledger["folder"].name, source["name"], str(source.get("sha256", "")))
+    return f"| {' | '.join(cells)} | {kept:,} | {ledger['tokens']['total']:,} |"
+
+
+def check_hub(name: str) -> None:
+    """Raise ConfigError if a name cannot be one of the hub, or there is no token to write with."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"--push_to_hub {name}: {' '.join(str(error).split())}") from None
+    if get_token() is None:
+        raise ConfigError("--push_to_hub: there is no token; set HF_TOKEN to one that may write")
+
+
+def push_to_hub(folder: Path, name: str, private: bool) -> str:
+    """Upload a folder as a model of the hub's and return its address; ConfigError if it cannot."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        repo = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo.repo_id).private:
+            raise ConfigError(f"--private: {name} is there already, and public: nothing was sent")
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
+        return str(repo)
+    except HfHubHTTPError as error:
+        said = {401: "the token is not valid", 403: "the token has no right to write there"}
+        reason = said.get(error.response.status_code) or str(error)
+    except (OSError, RuntimeError, ValueError) as error:  # no connection, or one that broke off
+        reason = f"cannot be reached or written to: {error}"
+    reason = " ".join(reason.split())[:200]
+    raise ConfigError(f"--push_to_hub {name}: {reason}; {folder} is whole, so that it can be sent")

@@ -1,0 +1,202 @@
+"""A trained model by any of its names: a run, a checkpoint, a folder of transformers' or of peft's,
+or a name on the hub.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from overture.checkpoint import MANIFEST, checkpoint_to_load, numbered
+from overture.config.schema import ModelConfig
+from overture.data.schema import LEDGER, read_ledger
+from overture.errors import ConfigError
+from overture.models.build import load_network, locate_model
+from overture.models.lora import RECORD, base_record, check_base, load_adapters, model_fingerprint
+from overture.tokenizer import load_tokenizer
+
+ADAPTERS = "adapter_config.json"
+TYPES = ("float32", "bfloat16", "float16")
+# What our functions call by the key of a config is an option of the doors that load a model.
+_OPTIONS = {
+    "model.name: ": "", "load_path: ": "", "set load_unverified=true": "give --load_unverified",
+    "set model.trust_remote_code=true": "give --trust_remote_code",
+}  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """A causal language model, ready to be asked."""
+
+    name: str
+    model: Any  # of transformers, or a PeftModel over one
+    tokenizer: Any
+    base: str | None  # what adapters, if it has some, are over
+    record: dict[str, Any]  # what they keep of it, where they are ours
+    run: Path | None  # the run folder that it comes from
+
+
+def load_trained(
+    name: str, adapter: str | None = None, trust: bool = False, unverified: bool = False
+) -> Trained:
+    """Return a model, on the accelerator if there is one, with the adapters that it has.
+
+    `unverified` allows for a checkpoint without our manifest, `trust` for code of its maker's.
+
+    Raises:
+        ConfigError: nothing of the kind is there, it is no causal language model, or the adapters
+            are for another one.
+        DataError: the base is not, by content, the one that our adapters were trained in, or a
+            checkpoint is not what was written.
+    """
+    with tempfile.TemporaryDirectory() as aside, _options_named():
+        place = _place(name, Path(aside) / "model", unverified)
+        base, adapters, record = place, None, {}
+        if adapter:
+            adapters = _adapter_folder(adapter, Path(aside) / "adapter", unverified)
+        elif (Path(place) / ADAPTERS).is_file():
+            base, adapters = None, Path(place)
+        if adapters:
+            record = _read(adapters / RECORD) if (adapters / RECORD).is_file() else {}
+            base = base or _base_of(name, adapters, record)
+        dtype = record.get("dtype")
+        dtype = dtype if dtype in TYPES else _saved_type(base, trust)
+        wanted = ModelConfig(base, True, dtype, "auto", record.get("config", {}), trust)
+        has_own = adapters and (adapters / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(str(adapters) if has_own else base, trust)
+        model = load_network(wanted, tokenizer)
+        if base.startswith(aside):
+            _refuse_missing(model, base, name)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if adapters:
+            model = load_adapters(model, adapters).eval()
+        if record:
+            check_base(adapters / RECORD, model_fingerprint(model))
+        run = _run_folder(adapter or name)
+        return Trained(name, model, tokenizer, base if adapters else None, record, run)
+
+
+def ledgers(run: Path | None) -> list[dict[str, Any]]:
+    """Return the ledgers of the splits of a run that are still there, that of training first."""
+    if run is None:
+        return []
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    loaders = [config[key] for key in ("train_loader", "eval_loader") if config.get(key)]
+    folders = [Path(config["data_local"]) / loader["dataset"]["split"] for loader in loaders]
+    return [{**read_ledger(f), "folder": f} for f in folders if (f / LEDGER).is_file()]
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        for key, option in _OPTIONS.items():
+            text = text.replace(key, option)
+        raise ConfigError(text) from None
+
+
+def _run_folder(name: str) -> Path | None:
+    parents = (Path(name), *Path(name).absolute().parents[:2]) if Path(name).exists() else ()
+    return next((p for p in parents if (p / "environment.json").is_file()), None)
+
+
+def _place(name: str, aside: Path, unverified: bool) -> str:
+    """Return the folder of what is there under a name, unpacked `aside`, or a name of the hub."""
+    path = Path(name)
+    if (path / "hf").is_dir():
+        return str(path / "hf")
+    is_checkpoint = path.is_file() or "://" in name or (path / MANIFEST).is_file()
+    if not is_checkpoint and not (numbered(path) or numbered(path / "checkpoints")):
+        return name
+    file = checkpoint_to_load(name, unverified, aside.with_name("fetched"))
+    return str(_unpack(file, aside))
+
+
+def _adapter_folder(name: str, aside: Path, unverified: bool) -> Path:
+    folder = Path(_place(name, aside, unverified))
+    if not (folder / ADAPTERS).is_file():
+        raise ConfigError(f"--adapter {name}: holds no adapters ({ADAPTERS} is missing)")
+    return folder
+
+
+def _base_of(name: str, adapters: Path, record: dict[str, Any]) -> str:
+    """Return the model that adapters are for, as their record or peft's config has it."""
+    base = record.get("base") or _read(adapters / ADAPTERS).get("base_model_name_or_path")
+    if not record.get("pretrained", True):
+        fault = "the weights under its adapters were drawn at random, and are kept nowhere"
+        raise ConfigError(f"{name}: {fault}: it cannot be used")
+    if not isinstance(base, str):
+        raise ConfigError(f"{name}: names no base model; give that, and this as --adapter")
+    return base
+
+
+def _saved_type(location: str, trust: bool) -> str:
+    """Return the type that weights are saved in; ConfigError unless they are a causal model's."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    try:
+        content = PretrainedConfig.get_config_dict(locate_model(location))[0]
+    except (OSError, ValueError):
+        return "float32"  # that there is none will be said where it is loaded
+    kinds = content.get("architectures") or []
+    foreign = kinds and not trust and not {*kinds} & {*CAUSAL.values()}
+    if foreign or content.get("is_encoder_decoder"):
+        fault = f"a {kinds[0] if kinds else content.get('model_type')} is no causal language model"
+        raise ConfigError(f"{location}: {fault}, which alone can be asked and exported here")
+    saved = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
+    return saved if saved in TYPES else "float32"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**content}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _unpack(file: Path, into: Path) -> Path:
+    """Write the model or adapters, and the tokenizer, in a checkpoint of Composer's as a folder."""
+    from composer.models import HuggingFaceModel
+    from safetensors.torch import save_file
+
+    into.mkdir(parents=True)
+    try:
+        # A pickle: `checkpoint_to_load` has compared its hash, or the user trusts its maker.
+        state = torch.load(file, map_location="cpu", weights_only=False)["state"]
+        known = state["integrations"]["huggingface"]
+        HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(known, False, str(into))
+        weights = {n.removeprefix("model."): t.clone() for n, t in state["model"].items()}
+        has_adapters = "peft_config" in known["model"]
+        config = known["model"]["peft_config" if has_adapters else "config"]["content"]
+    except Exception as error:  # unpickling can run into anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise ConfigError(f"{file}: holds no model of transformers' ({reason})") from None
+    if has_adapters:
+        weights = {name.replace(".default", ""): tensor for name, tensor in weights.items()}
+    name = "adapter_model" if has_adapters else "model"
+    save_file(weights, into / f"{name}.safetensors", {"format": "pt"})
+    place = into / (ADAPTERS if has_adapters else "config.json")
+    place.write_text(json.dumps(config), encoding="utf-8")
+    if has_adapters and (file.parent / MANIFEST).is_file():
+        manifest = _read(file.parent / MANIFEST)
+        record = base_record(yaml.safe_load(manifest["config"])["model"], manifest["facts"])
+        (into / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    return into
+
+
+def _refuse_missing(model: Any, folder: str, name: str) -> None:
+    """Raise ConfigError if transformers drew some weights at random, as a checkpoint lacks them."""
+    from safetensors import safe_open
+
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        there = {*file.keys(), *(model._tied_weights_keys or ())}
+    if missing := [key for key in model.state_dict() if key not in there]:
+        raise ConfigError(f"{name}: lacks {len(missing)} tensors of its model ({missing[0]}, ...)")
