@@ -75,7 +75,11 @@ def find_load_path(config: Config, model: str) -> Path:
     def look() -> Path:
         state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
         if (state.parent / store.MANIFEST).is_file() and "model" not in config.resume.allow:
-            check_base(state.parent / store.MANIFEST, model)
+            try:
+                check_base(state.parent / store.MANIFEST, model)
+            except DataError:
+                _refuse_other_shape(state.parent / store.MANIFEST, config)
+                raise
         return state
 
     return on_rank_zero(look)
@@ -133,6 +137,18 @@ def check_base(record: Path, model: str) -> None:
             f"{record}: was trained in another model than this one: trained tensors or frozen "
             "weights differ; use its base model, dtype and lora, or set resume.allow=[model]"
         )
+
+
+def _refuse_other_shape(manifest: Path, config: Config) -> None:
+    """Raise ConfigError if a checkpoint's model was begun as another one than the config's."""
+    record = json.loads(manifest.read_text(encoding="utf-8"))
+    theirs = OmegaConf.to_container(OmegaConf.create(record["config"]))["model"]
+    ours = vars(config.model)
+    if not theirs["pretrained"] and not ours["pretrained"]:
+        shapes = [f"{m['name']} of {m['config'] or 'default shape'}" for m in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            fault = f"load_path: {manifest.parent}: is a {shapes[0]}, but model is a {shapes[1]}"
+            raise ConfigError(f"{fault}; set model to what the checkpoint is of")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
