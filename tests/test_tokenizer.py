@@ -56,7 +56,7 @@ def test_refusals(trained, tmp_path):
     train_tokenizer([str(source)], 300, out)
     with pytest.raises(ConfigError, match="is there already"):
         train_tokenizer([str(source)], 300, out)
-    with pytest.raises(ConfigError, match="need 258"):
+    with pytest.raises(ConfigError, match="need 259"):
         train_tokenizer([str(source)], 200, tmp_path / "x")
     with pytest.raises(ConfigError, match="no such file"):
         train_tokenizer(["missing.txt"], 300, tmp_path / "x")

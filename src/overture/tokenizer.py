@@ -15,6 +15,7 @@ from overture.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
+MASK = "<|mask|>"  # for masked language models
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -70,8 +71,8 @@ def train_tokenizer(
 
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} is there already; give --overwrite to replace it")
-    if vocab_size < 258:
-        raise ConfigError(f"--vocab_size {vocab_size}: 256 bytes and 2 special tokens need 258")
+    if vocab_size < 259:
+        raise ConfigError(f"--vocab_size {vocab_size}: 256 bytes and 3 special tokens need 259")
     sources = [_texts(name, prompt_template) for name in inputs]
     tokenizer = Tokenizer(models.BPE())
     # Splitting digits keeps small numbers from becoming opaque pieces.
@@ -79,14 +80,14 @@ def train_tokenizer(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    options = {"special_tokens": [END_OF_TEXT, PADDING], "show_progress": False}
+    options = {"special_tokens": [END_OF_TEXT, PADDING, MASK], "show_progress": False}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator((text for source in sources for text in source), trainer)
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     ends = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PADDING}
-    options = {"clean_up_tokenization_spaces": False, **ends}
+    options = {"clean_up_tokenization_spaces": False, **ends, "mask_token": MASK}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(aside)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)

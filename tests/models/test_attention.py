@@ -82,7 +82,7 @@ def test_is_as_close_to_the_reference_as_torchs_own(dtype):
     tensors = inputs(1, 200, dtype=dtype)
     exact = reference(*tensors, starts, 0.3)
     ours, _ = attention(Layer(), *tensors, starts[:, None, None, :], scaling=0.3)
-    mask = Layout(starts, True, None).mask
+    mask = Layout(starts, True, None).mask(torch.float32)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         *(x.repeat_interleave(4 // x.shape[1], 1) for x in tensors), attn_mask=mask, scale=0.3
     ).transpose(1, 2)
@@ -126,7 +126,7 @@ def test_boundaries_are_those_of_flash_attention():
     starts = starts_of([[3, 4], [8], [2, 1]], 8)
     assert Layout(starts, True, None).boundaries.tolist() == [0, 3, 7, 8, 16, 18, 19, 24]
     # Told how many there are, it asks no device, and comes to the same.
-    assert Layout(starts, True, None, 7).boundaries.tolist() == [0, 3, 7, 8, 16, 18, 19, 24]
+    assert Layout(starts, True, None, spans=7).boundaries.tolist() == [0, 3, 7, 8, 16, 18, 19, 24]
 
 
 def test_masks_of_transformers_go_to_its_own_kernel():

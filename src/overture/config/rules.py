@@ -38,6 +38,10 @@ _VALUES: dict[str, tuple[Callable, str]] = {
         lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
         "must be two numbers in [0, 1)",
     ),
+    **dict.fromkeys(
+        ("train_loader.dataset.mlm_probability", "eval_loader.dataset.mlm_probability"),
+        (lambda share: 0 < share < 1, "must be above 0 and below 1"),
+    ),
     "lora.dropout": (lambda share: 0 <= share < 1, "must be in [0, 1)"),
     "save_num_checkpoints_to_keep": (
         lambda n: n >= 1 or n == -1,
@@ -83,6 +87,12 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         yield "lora", f"is set, but trainable is {config.trainable!r}; set trainable: lora"
     if config.trainable == "all" and config.model.dtype != "float32":
         yield "model.dtype", "training all weights needs float32 (bfloat16 loses small updates)"
+    if config.task == "masked_lm" and config.trainable == "lora":
+        yield "trainable", "adapters are not trained by task: masked_lm; set trainable: all"
+    for key in ("train_loader", "eval_loader"):
+        key = f"{key}.dataset.mlm_probability"
+        if config.task != "masked_lm" and _at(config, key) is not None:
+            yield key, "needs task: masked_lm"
     if config.data_local is None:
         yield "data_local", "missing: the folder of the shards, or the cache for data_remote"
     for key in ("callbacks.loss_target", "eval_first", "generation"):

@@ -94,7 +94,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 
 
 # What a training task reads, by the task that the data was converted for.
-CONVERTED_FOR = {"causal_lm": "text", "instruct": "instruct"}
+CONVERTED_FOR = {"causal_lm": "text", "masked_lm": "text", "instruct": "instruct"}
 
 
 def check_split(

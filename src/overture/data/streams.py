@@ -72,7 +72,7 @@ class CheckedStream(Stream):
 
 
 class TokenStream(StreamingDataset):
-    """Yields the rows of a split, each with its `sample_id`, whatever its columns are.
+    """Yields the rows of a split, each with its `sample_id` and the `epoch`, whatever its columns.
 
     Takes the arguments of StreamingDataset; `local` is where the splits lie, or are cached where
     there is a `remote`. Raises ConfigError if another process uses the same cache, DataError if the
@@ -84,6 +84,7 @@ class TokenStream(StreamingDataset):
     ) -> None:
         stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False)
         self._failed: set[int] = set()
+        self._epoch = 0
         if remote and dist.get_local_rank() == 0:
             claim_cache(Path(local))
         try:
@@ -126,8 +127,11 @@ class TokenStream(StreamingDataset):
             place = os.path.join(self.streams[0].local, self.streams[0].split, name)
             fault = f"sample {sample_id} cannot be read ({_words(error)})"
             raise DataError(f"{place}: {fault}; {REMEDY}") from error
-        row["sample_id"] = int(sample_id)
-        return row
+        return row | {"sample_id": int(sample_id), "epoch": self._epoch}
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        self._epoch, begin = super()._resume_incr_epoch()
+        return self._epoch, begin
 
     def _ready_thread(self, it: Any) -> None:
         # While it waits for a shard it looks at nothing else, and the process would never end.

@@ -69,11 +69,22 @@ def document_mask(model: Any, starts: Tensor, spans: int | None = None) -> Tenso
             padding.
         spans: how many documents and ends of padding there are, so that no GPU has to be asked.
     """
-    if model.config._attn_implementation != NAME:
-        return None
+    return mask_of(starts, spans) if model.config._attn_implementation == NAME else None
+
+
+def mask_of(starts: Tensor, spans: int | None = None, longest: int | None = None) -> Tensor:
+    """Return the mask of `document_mask`; `longest` bounds a document's tokens; default: a row."""
     mask = starts[:, None, None, :]
-    mask.__dict__["spans"] = spans
+    mask.__dict__.update(spans=spans, longest=longest or starts.shape[1])
     return mask
+
+
+def takes_rows_end_to_end(implementation: str, device: torch.device, dtype: Any, size: int) -> bool:
+    """Return whether our kernels take all rows as one, with ALiBi and heads of `size`, without a
+    mask as large as the square of all their tokens.
+    """
+    on_gpu = device.type == "cuda" and _fits_varlen(dtype, size, alibi=True)
+    return implementation == NAME and (device.type == "cpu" or on_gpu)
 
 
 def attention(
@@ -86,6 +97,8 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    slopes: tuple[float, ...] | None = None,
+    implementation: str = NAME,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return [rows, tokens, heads, size], attended within documents, as transformers calls it.
@@ -99,6 +112,8 @@ def attention(
         scaling: of the scores; default 1 / sqrt(size).
         sliding_window: how many tokens back, itself included, a token sees.
         softcap: scores become softcap * tanh(scores / softcap).
+        slopes: of ALiBi, one for each head: scores fall by slope * distance.
+        implementation: `sdpa` or `eager` for torch's kernel or none, with the mask written out.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -110,33 +125,38 @@ def attention(
     causal = kwargs.pop("is_causal", None)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         # Not the argument: families set it to say that a mask is there.
-        layout = _layout(attention_mask, getattr(module, "is_causal", True), sliding_window)
+        is_causal = getattr(module, "is_causal", True)
+        layout = _layout(attention_mask, is_causal, sliding_window, slopes)
         kind = query.device.type
         if torch.is_autocast_enabled(kind):  # our kernels are no operators that it knows
             dtype = torch.get_autocast_dtype(kind)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        usual = not softcap and value.shape[-1] == query.shape[-1]
-        if usual and kind == "cuda" and _fits_varlen(query):
+        usual = implementation == NAME and not softcap and value.shape[-1] == query.shape[-1]
+        if usual and kind == "cuda" and _fits_varlen(query.dtype, query.shape[-1], bool(slopes)):
             return _varlen(query, key, value, layout, scale, dropout), None
         if usual and kind == "cpu":
             with torch.autocast(kind, enabled=False):
                 return BlockAttention.apply(query, key, value, layout, scale, dropout), None
-        attention_mask, causal = layout.mask, None
-    if softcap:
-        return _softcapped(query, key, value, attention_mask, scale, softcap, dropout), None
+        attention_mask, causal = layout.mask(query.dtype), None
+    if softcap or implementation == "eager":
+        return _spelled_out(query, key, value, attention_mask, scale, softcap, dropout), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scale, causal, **kwargs
     )
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float,
-    dropout: float,
+def _spelled_out(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float,
+    softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Return attention with capped scores, which no kernel of torch's has; a bool or added mask."""
+    """Return attention also with capped scores, which no kernel of torch's has; a bool or added
+    mask.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None:  # one query after a cache sees all; more of them are a prompt
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         mask = mask.tril() if len(mask) > 1 else mask
@@ -161,10 +181,11 @@ def _varlen_kernel() -> tuple[str, Any]:
         return "torch's own FlashAttention kernel", torch.ops.aten._flash_attention_forward
 
 
-def _fits_varlen(query: Tensor) -> bool:
+def _fits_varlen(dtype: torch.dtype, size: int, alibi: bool) -> bool:
     """Return whether FlashAttention's kernels take such heads, of this type, on this device."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    size = query.shape[-1]
+    if alibi and not _varlen_kernel()[0].startswith("flash-attn"):  # torch's has no gradient of it
+        return False
+    half = dtype in (torch.bfloat16, torch.float16)
     return half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability() >= (8, 0)
 
 
@@ -174,19 +195,19 @@ def _varlen(
     """Return [rows, tokens, heads, size] from FlashAttention's varlen kernel."""
     rows, heads, tokens, size = query.shape
     flat = [x.transpose(1, 2).reshape(rows * tokens, -1, size) for x in (query, key, value)]
-    ends, causal = layout.boundaries, layout.causal
+    ends, causal, longest = layout.boundaries, layout.causal, layout.longest
     left = -1 if layout.window is None else layout.window - 1
     right = 0 if causal else left
     name, kernel = _varlen_kernel()
     if name.startswith("flash-attn"):
         out = kernel(
-            *flat, ends, ends, tokens, tokens, dropout_p=dropout, softmax_scale=scale,
-            causal=causal, window_size=(left, right),
+            *flat, ends, ends, longest, longest, dropout_p=dropout, softmax_scale=scale,
+            causal=causal, window_size=(left, right), alibi_slopes=layout.slopes,
         )  # fmt: skip
     else:
         window = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
         out = kernel(
-            *flat, ends, ends, tokens, tokens, dropout, causal, False, scale=scale, **window
+            *flat, ends, ends, longest, longest, dropout, causal, False, scale=scale, **window
         )[0]
     return out.view(rows, tokens, heads, size)
 
@@ -195,22 +216,42 @@ class Layout:
     """Which tokens of a batch see each other.
 
     Args:
-        starts, spans: of `document_mask`.
+        starts, spans: of `document_mask`; documents have at most `longest` tokens.
         causal: whether a token sees only itself and those before it.
         window: how many tokens back, itself included, a token sees; None for all.
+        slopes: of ALiBi, for each head; None for none.
     """
 
     def __init__(
-        self, starts: Tensor, causal: bool, window: int | None, spans: int | None = None
-    ) -> None:
+        self, starts: Tensor, causal: bool, window: int | None = None,
+        slopes: tuple[float, ...] | None = None, spans: int | None = None,
+        longest: int | None = None,
+    ) -> None:  # fmt: skip
         self.starts, self.causal, self.window, self.spans = starts, causal, window, spans
+        self.slopes = None if slopes is None else torch.tensor(slopes, device=starts.device)
+        self.longest = longest or starts.shape[1]
         self._blocks: dict[torch.dtype, list[_Block]] = {}
+        self._masks: dict[torch.dtype, Tensor] = {}
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """Return [rows, 1, tokens, tokens] bool, True where a query (third) sees a key (last)."""
-        places = torch.arange(self.starts.shape[1], device=self.starts.device)
-        return self._sees(self.starts, places, places)[:, None]
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return [rows, 1, tokens, tokens] bool, True where a query (third) sees a key (last); with
+        ALiBi what is added to scores, [rows, heads, tokens, tokens].
+        """
+        if dtype not in self._masks:
+            places = torch.arange(self.starts.shape[1], device=self.starts.device)
+            sees = self._sees(self.starts, places, places)[:, None]
+            is_plain = self.slopes is None
+            self._masks[dtype] = sees if is_plain else self._bias(sees, places, places, dtype)
+        return self._masks[dtype]
+
+    def _bias(self, sees: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [rows, 1, queries, keys], with ALiBi [rows, heads, ...], -inf where none sees."""
+        bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+        if self.slopes is not None:
+            distances = (queries[:, None] - keys).abs()
+            falling = (-self.slopes[:, None, None] * distances).to(dtype)
+            bias = falling.expand(len(sees), *falling.shape)
+        return bias.masked_fill(~sees, -torch.inf)
 
     @cached_property
     def boundaries(self) -> Tensor:
@@ -265,7 +306,7 @@ class Layout:
         adjacent = rows[-1] - rows[0] == len(rows) - 1
         chosen = slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows)
         sees = self._sees(self.starts[chosen], places[begin:end], places[low:high])[:, None]
-        bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -torch.inf)
+        bias = self._bias(sees, places[begin:end], places[low:high], dtype)
         return _Block(chosen, begin, end, low, high, bias)
 
 
@@ -275,16 +316,18 @@ class _Block(NamedTuple):
     end: int
     low: int  # of the keys
     high: int
-    bias: Tensor  # [rows, 1, queries, keys], 0 or -inf
+    bias: Tensor  # [rows, 1 or heads, queries, keys], added to the scores
 
 
-def _layout(starts: Tensor, causal: bool, window: int | None) -> Layout:
-    """Return the layout that belongs to a mask of `document_starts`, made once for all layers."""
+def _layout(starts: Tensor, *key: Any) -> Layout:
+    """Return the layout that belongs to a mask of `document_mask`, made once for all layers; `key`
+    is whether it is causal, its window and its slopes.
+    """
     known = starts.__dict__.setdefault("layouts", {})
-    if (causal, window) not in known:
-        spans = starts.__dict__.get("spans")
-        known[causal, window] = Layout(starts[:, 0, 0], causal, window, spans)
-    return known[causal, window]
+    if key not in known:
+        more = {name: starts.__dict__.get(name) for name in ("spans", "longest")}
+        known[key] = Layout(starts[:, 0, 0], *key, **more)
+    return known[key]
 
 
 class BlockAttention(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Model names to models of Hugging Face's, with weights or freshly initialised."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from overture.config.schema import ModelConfig
 from overture.errors import ConfigError, nearest
 from overture.models.attention import choose_attention
 
+ALIASES = {"hf_bert": "bert"}  # so that it stands beside mosaic_bert
+
 
 def load_network(
     wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0, head: str = "CausalLM"
@@ -17,15 +20,21 @@ def load_network(
     """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
-    tokens. Raises ConfigError: no such model, no such key in its config, or too few embeddings for
-    the tokenizer or positions for the rows.
+    tokens. Raises ConfigError: no such model, none with such a head, no such key in its config or
+    weights of another shape, or too few embeddings for the tokenizer or positions for the rows.
     """
     import transformers
 
+    from overture.models.mosaic_bert.model import register_mosaic_bert
+
+    register_mosaic_bert()
     auto = getattr(transformers, f"AutoModelFor{head}")
     name, location = wanted.name, locate_model(wanted.name)
     config = _model_config(location, wanted, tokenizer)
     model_class = auto._model_mapping.get(type(config), None)
+    if model_class is None and not wanted.trust_remote_code:
+        fault = f"{name} is a {config.model_type}, of which there is none for {head}"
+        raise ConfigError(f"model.name: {fault}; name another model, or set another task")
     options = {
         "dtype": getattr(torch, wanted.dtype),
         "trust_remote_code": wanted.trust_remote_code,
@@ -33,7 +42,9 @@ def load_network(
     }
     try:
         if wanted.pretrained:
-            model = auto.from_pretrained(location, config=config, **options)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, loaded = auto.from_pretrained(location, config=config, **options)
+            _refuse_other_shape(wanted, location, loaded)
         else:
             model = auto.from_config(config, **options)
     except (OSError, ValueError) as error:
@@ -54,11 +65,16 @@ def load_network(
 
 def position_limit(model: Any) -> int:
     """Return how many positions a model knows."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    # RoBERTa and its kind count positions from behind the one of the padding.
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return known if padding is None else known - padding - 1
 
 
 def locate_model(name: str) -> str:
     """Return the folder that holds a model in Hugging Face format, or the hub name as it is."""
+    name = ALIASES.get(name, name)
     path = Path(name)
     if (path / "hf").is_dir():  # a run folder
         path, name = path / "hf", str(path / "hf")
@@ -99,6 +115,26 @@ def _model_config(location: str, wanted: ModelConfig, tokenizer: Any) -> Any:
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = fresh(**{"vocab_size": len(tokenizer), **ids, **wanted.config})
     return config
+
+
+def _refuse_other_shape(wanted: ModelConfig, location: str, loaded: dict[str, Any]) -> None:
+    """Refuse a config whose model has other layers, or layers of another size, than the weights."""
+    from transformers import PretrainedConfig
+
+    resized = loaded["mismatched_keys"]
+    both = (*loaded["missing_keys"], *loaded["unexpected_keys"])
+    numbered = [name for name in both if re.search(r"\.\d+\.", name)]  # those of layers
+    theirs = PretrainedConfig.get_config_dict(location)[0]
+    sizes = {key: value for key, value in wanted.config.items() if isinstance(value, int)}
+    differ = {key: size for key, size in sizes.items() if theirs.get(key, size) != size}
+    if resized and not differ:
+        fault = f"the shape of {resized[0]} is not what its own config.json says"
+        raise ConfigError(f"model.name: {wanted.name}: {fault}; save the model anew")
+    if resized or (numbered and differ):
+        ours = ", ".join(f"{key} {value}" for key, value in differ.items())
+        there = ", ".join(f"{key} {theirs[key]}" for key in differ)
+        fault = f"{ours}, but {wanted.name} holds a {theirs['model_type']} with {there}"
+        raise ConfigError(f"model.config: {fault}; leave them out, or set model.pretrained: false")
 
 
 def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> None:

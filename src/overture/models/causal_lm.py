@@ -22,6 +22,8 @@ class CausalLM(HuggingFaceModel):
     microbatch; Composer, accumulating on tokens, weights these to the mean over the global batch.
     """
 
+    seen = 0.5  # share of its document that a token sees
+
     def __init__(
         self, model: Any, tokenizer: Any, eval_samples: int | None, cpu_autocast: bool = False
     ) -> None:
@@ -47,8 +49,7 @@ class CausalLM(HuggingFaceModel):
         """Raise ConfigError unless what is made of the backbone's states are its own logits."""
         was_training, ids = base.training, torch.arange(8, device=base.device)[None]
         base.eval()
-        theirs = base(input_ids=ids, use_cache=False).logits
-        hidden = self._parts["backbone"](input_ids=ids, use_cache=False)[0]
+        theirs, hidden = self._own_logits(base, ids)
         base.train(was_training)
         same = False
         if hidden.shape[-1] == self._parts["head"].weight.shape[-1]:
@@ -61,6 +62,11 @@ class CausalLM(HuggingFaceModel):
                 f"model.name: the logits of a {type(base).__name__} are not simply those of its "
                 "output head, so its loss would be another one here; this family is not supported"
             )
+
+    def _own_logits(self, base: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a model's own logits, and the states that enter its output head here."""
+        theirs = base(input_ids=ids, use_cache=False).logits
+        return theirs, self._parts["backbone"](input_ids=ids, use_cache=False)[0]
 
     def compile_backbone(self) -> None:
         """Compile the backbone, but not for generation; ConfigError without a C++ compiler."""
@@ -125,6 +131,7 @@ class CausalLM(HuggingFaceModel):
         # A token's place in its document, plus one half, sums up to half the length squared.
         places = torch.arange(batch["labels"].shape[1]) - batch["document_starts"].cpu()
         squares = 2 * float((places + 0.5)[batch["document_starts"].cpu() >= 0].sum())
+        squares *= self.seen / 0.5
         weights, head, layers, width = self._shape
         return training_flops(weights, head, self._frozen, tokens, labels, layers, width, squares)
 
@@ -132,7 +139,8 @@ class CausalLM(HuggingFaceModel):
 def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
     """Return (weights in matrix products, those of the head, layers, attention width)."""
     head = model.get_output_embeddings().weight
-    apart = {id(head), id(model.get_input_embeddings().weight)}  # looked up, or counted apart
+    tables = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    apart = {id(head), *map(id, tables)}  # counted apart, or looked up
     sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in apart}
     weights = sum(size for name, size in sizes.items() if "lora_" not in name)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

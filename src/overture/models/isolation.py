@@ -1,4 +1,4 @@
-"""The proof on the model itself that packed documents stay apart and nothing sees ahead."""
+"""The proof on the model itself that documents stay apart, and see neither ahead nor padding."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from overture.errors import ConfigError
 from overture.models.attention import BLOCK, document_mask
+from overture.models.encoder import encoder_inputs
 
 
 @torch.no_grad()
@@ -51,3 +52,50 @@ def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> 
             f"model.name: packed documents see each other in a {type(model).__name__} (logits "
             f"differ by {difference:.2g}); convert the data again with --packing none"
         )
+
+
+@torch.no_grad()
+def prove_encoder(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
+    """Raise ConfigError if an encoder's tokens see padding or, where `packed`, another document.
+
+    Takes what `prove_isolation` takes. A document is asked alone, as its family knows it, and in a
+    row with padding and another document, as it will be trained.
+    """
+    was_training = model.training
+    model.eval()
+    length = min(2 * BLOCK + 40, longest)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
+    first, end = length // 3, length - max(length // 8, 1)
+
+    def logits(begin: int) -> Tensor:
+        """Return those of the document from `first` to `end` in the row that starts at `begin`."""
+        places = torch.arange(begin, length, device=model.device)
+        starts = torch.where(places < first, 0, first - begin).masked_fill_(places >= end, -1)
+        positions = places - begin - starts.clamp(min=0)
+        spans = 2 + (begin < first)
+        row = {"num_tokens": [end - begin], "num_spans": [spans]}
+        given = encoder_inputs(model, starts[None].to(torch.int32), positions[None], **row)
+        return model(input_ids=ids[:, begin:], **given).logits[:, first - begin : end - begin]
+
+    def shifts(begin: int) -> bool:
+        """Return whether a token's logits are other ones there than alone, beyond rounding."""
+        try:
+            moved = (logits(begin) - alone).float().square().mean(-1).sqrt().max().item()
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it takes no such mask
+            return True
+        bound = max(0.02, 8 * torch.finfo(alone.dtype).eps)
+        return not moved <= bound * alone.float().std().item()
+
+    name = type(model).__name__
+    try:
+        every = torch.ones(1, end - first, dtype=torch.long, device=model.device)
+        alone = model(input_ids=ids[:, first:end], attention_mask=every).logits
+        if shifts(first):
+            fault = f"padding changes what the tokens of a {name} become"
+            raise ConfigError(f"model.name: {fault}; try model.attention=sdpa")
+        if packed and shifts(0):
+            fault = f"packed documents see each other in a {name}"
+            raise ConfigError(f"model.name: {fault}; convert the data again with --packing none")
+    finally:
+        model.train(was_training)

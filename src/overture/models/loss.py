@@ -17,18 +17,19 @@ CHUNK = 128
 LARGE_CHUNK = 1024
 
 
-def label_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def label_positions(labels: Tensor, count: int, ahead: int = 1) -> tuple[Tensor, Tensor]:
     """Return (place, target) of every label, each [labels, up to a multiple of CHUNK] int64.
 
     `labels` [rows, tokens] int64 names the token at its own place, -100 for none, as Hugging Face
     has it; it is predicted from the place before, so `place`, which counts through the rows end to
-    end, is one to the left of it. Behind the `count` labels stand places without one, so that few
-    shapes occur. No device has to be waited for, as it would be with torch.nonzero.
+    end, is one to the left of it, or none (`ahead` of 0) in a masked language model. Behind the
+    `count` labels stand places without one, so that few shapes occur. No device has to be waited
+    for, as it would be with torch.nonzero.
     """
-    wanted = F.pad(labels[:, 1:] != -100, (0, 1)).flatten()
+    wanted = F.pad(labels[:, ahead:] != -100, (0, ahead)).flatten()
     room = -(-count // CHUNK) * CHUNK
     places = wanted.to(torch.uint8).argsort(descending=True, stable=True)[:room]
-    return places, labels.flatten().roll(-1)[places].clamp_(min=0)
+    return places, labels.flatten().roll(-ahead)[places].clamp_(min=0)
 
 
 def cross_entropy_at(

@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 from overture.config.schema import Config
 from overture.data.collate import TokenCollator
+from overture.data.masking import MaskingCollator
+from overture.errors import ConfigError
 from overture.models.causal_lm import CausalLM
-from overture.models.isolation import prove_isolation
+from overture.models.isolation import prove_encoder, prove_isolation
+from overture.models.masked_lm import MaskedLM
 
 
 class Task(NamedTuple):
@@ -27,5 +30,19 @@ def _causal_rows(config: Config, tokenizer: Any, training: bool) -> TokenCollato
     return TokenCollator(config.max_seq_len, tokenizer.pad_token_id)
 
 
+def _masked_rows(config: Config, tokenizer: Any, training: bool) -> MaskingCollator:
+    if tokenizer.mask_token_id is None:
+        fault = f"tokenizer_name: {tokenizer.name_or_path} has no mask token"
+        raise ConfigError(f"{fault}, which task masked_lm puts in; use a tokenizer that has one")
+    loader = config.train_loader if training else config.eval_loader
+    share = loader.dataset.mlm_probability or (0.3 if training else 0.15)
+    rows = _causal_rows(config, tokenizer, training)
+    return MaskingCollator(rows, tokenizer, share, config.seed, anew=training)
+
+
 _CAUSAL = Task("CausalLM", prove_isolation, CausalLM, _causal_rows)
-TASKS: dict[str, Task] = {"causal_lm": _CAUSAL, "instruct": _CAUSAL}
+TASKS: dict[str, Task] = {
+    "causal_lm": _CAUSAL,
+    "masked_lm": Task("MaskedLM", prove_encoder, MaskedLM, _masked_rows),
+    "instruct": _CAUSAL,
+}
