@@ -12,19 +12,27 @@ from overture.models.attention import choose_attention
 
 
 def load_network(
-    wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0, head: str = "CausalLM"
+    wanted: ModelConfig,
+    tokenizer: Any,
+    max_seq_len: int = 0,
+    head: str = "CausalLM",
+    labels: dict[str, Any] | None = None,
 ) -> Any:
     """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
-    tokens. Raises ConfigError: no such model, no such key in its config, or too few embeddings for
-    the tokenizer or positions for the rows.
+    tokens. The head on whole rows is for the `labels` of `data/labels.py`, and padding is what the
+    tokenizer takes for it. `made_anew` of the model names the tensors that no checkpoint had.
+    Raises ConfigError: no such model, no such key in its config, weights of other shapes, or too
+    few embeddings for the tokenizer or positions for the rows.
     """
     import transformers
 
     auto = getattr(transformers, f"AutoModelFor{head}")
     name, location = wanted.name, locate_model(wanted.name)
     config = _model_config(location, wanted, tokenizer)
+    if labels:
+        _set_labels(config, labels, wanted)
     model_class = auto._model_mapping.get(type(config), None)
     options = {
         "dtype": getattr(torch, wanted.dtype),
@@ -33,11 +41,16 @@ def load_network(
     }
     try:
         if wanted.pretrained:
-            model = auto.from_pretrained(location, config=config, **options)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, loaded = auto.from_pretrained(location, config=config, **options)
+            model.made_anew = _made_anew(model, loaded, wanted, bool(labels))
         else:
             model = auto.from_config(config, **options)
+            model.made_anew = []
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
+    if labels:
+        model.config.pad_token_id = tokenizer.pad_token_id
     embeddings = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None:  # its own, or the one for the end
         raise ConfigError(f"tokenizer_name: {tokenizer.name_or_path} has no token to pad with")
@@ -99,6 +112,31 @@ def _model_config(location: str, wanted: ModelConfig, tokenizer: Any) -> Any:
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = fresh(**{"vocab_size": len(tokenizer), **ids, **wanted.config})
     return config
+
+
+def _made_anew(
+    model: Any, loaded: dict[str, Any], wanted: ModelConfig, may_differ: bool
+) -> list[str]:
+    """Return the tensors that no checkpoint had in their shape; ConfigError if one that it has is
+    of another, unless it is of a head that `may_differ`.
+    """
+    resized = sorted(loaded["mismatched_keys"])
+    wrong = [n for n in resized if not may_differ or n.startswith(f"{model.base_model_prefix}.")]
+    if wrong:
+        fault = f"its {wrong[0]} has another shape than by model.config and its config.json"
+        raise ConfigError(f"model.name: {wanted.name}: {fault}; leave its sizes as they are")
+    return sorted(loaded["missing_keys"]) + resized
+
+
+def _set_labels(config: Any, labels: dict[str, Any], wanted: ModelConfig) -> None:
+    """Give a model's config its classes; ConfigError if `model.config.num_labels` is another."""
+    count, classes = wanted.config.get("num_labels"), len(labels["id2label"])
+    if count not in (None, classes):
+        is_one = labels["problem_type"] == "regression"
+        there = "numbers (--regression)" if is_one else f"{classes} classes"
+        fault = f"{count}, but the labels of the data are {there}"
+        raise ConfigError(f"model.config.num_labels: {fault}; leave it out")
+    config.update(labels)
 
 
 def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> None:
