@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from overture.config.load import load_config
+from overture.config.load import load_config, load_glue
+from overture.training.glue import plan
 
 ROOT = Path(__file__).parents[1]
-YAMLS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("yamls/**/*.yaml"))
-DOORS = {"causal_lm": "main.py", "instruct": "finetune.py"}
+EVERY = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("yamls/**/*.yaml"))
+GLUE = [path for path in EVERY if "/glue/" in path]
+YAMLS = [path for path in EVERY if path not in GLUE]
+DOORS = {"causal_lm": "main.py", "instruct": "finetune.py", "classify": "finetune.py"}
 
 
 def load(path: str, *overrides: str):
@@ -20,14 +23,26 @@ def test_there_are_some():
     assert len(YAMLS) >= 7
 
 
-@pytest.mark.parametrize("path", YAMLS)
-def test_loads_and_says_what_it_is(path):
-    config = load(path)
-    header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
-    assert header[0].startswith("# Purpose: ")
-    text = "\n".join(header)
+def header(path: str) -> str:
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
+    assert lines[0].startswith("# Purpose: ")
+    text = "\n".join(lines)
     for word in ("Hardware: ", "Launch: ", "Expected: "):
         assert f"# {word}" in text, word
+    return text
+
+
+@pytest.mark.parametrize("path", GLUE)
+def test_glue_loads_and_every_job_of_it_fits(path):
+    config = load_glue([str(ROOT / path)])
+    assert f"Launch: python src/evaluate_glue.py {path}" in header(path)
+    jobs = plan(config)
+    assert len(jobs) == (len(config.tasks) + ("mnli" in config.tasks)) * len(config.seeds)
+
+
+@pytest.mark.parametrize("path", YAMLS)
+def test_loads_and_says_what_it_is(path):
+    config, text = load(path), header(path)
     assert f"composer {DOORS[config.task]} {path}" in text or "make dolly" in text
     assert config.run_name == Path(path).stem or config.run_name in path or "quickstart" in path
     # The smoke run of any YAML.
@@ -42,7 +57,8 @@ def test_smoke_runs_do_what_their_headers_say(path, run_door, smoke, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "completed"
     assert result["steps"] == 16
-    assert result["eval_cross_entropy"] < (5.5 if config.task == "causal_lm" else 6.8)
+    most = {"causal_lm": 5.5, "instruct": 6.8, "classify": 1.9}
+    assert result["eval_cross_entropy"] < most[config.task]
     assert (tmp_path / "run" / "report.html").is_file()
     assert "Warning" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
