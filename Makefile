@@ -24,7 +24,7 @@ DATA ?= databricks/databricks-dolly-15k
 NAME ?= dolly
 CONFIG ?= yamls/finetune/dolly.yaml
 
-.PHONY: venv quickstart dolly test test-all faults benchmark lint audit requirements clean
+.PHONY: venv quickstart dolly glue-smoke test test-all faults benchmark lint audit requirements clean
 
 venv: $(VENV)/.installed data/smoke/.written
 
@@ -39,14 +39,16 @@ $(VENV)/.installed: $(PINS) requirements-dev.txt requirements-uv.txt
 	  -r requirements-dev.txt
 	@touch $@
 
-# A tokenizer and a few shards for yamls/smoke; the two conversions share the two cores.
+# A tokenizer and a few shards for yamls/smoke; the conversions share the two cores.
 SMOKE := python src/convert_dataset.py --dataset embedded --max_rows 400 --test_fraction 0.1 \
   --tokenizer data/smoke/tokenizer --max_seq_len 128 --overwrite
 data/smoke/.written: $(VENV)/.installed
 	@echo "writing data/smoke ..."
 	@python src/train_tokenizer.py --input embedded --vocab_size 1024 --prompt_template dolly \
 	  --out data/smoke/tokenizer --overwrite > /dev/null
-	@$(SMOKE) --task text --prompt_template passage --out_root data/smoke/text > /dev/null & text=$$!; \
+	@{ $(SMOKE) --task text --prompt_template passage --out_root data/smoke/text && \
+	  $(SMOKE) --task classify --field text=instruction label=category --stratify category \
+	  --out_root data/smoke/classify; } > /dev/null & text=$$!; \
 	  $(SMOKE) --task instruct --out_root data/smoke/instruct > /dev/null && wait $$text
 	@touch $@
 
@@ -77,6 +79,16 @@ dolly: venv
 	python src/convert_dataset.py --dataset $(DATA) --task instruct --tokenizer $(MODEL) \
 	  --test_fraction 0.1 --max_seq_len 512 --out_root data/$(NAME) --overwrite $(CONVERT_FLAGS)
 	composer finetune.py $(CONFIG) run_name=$(NAME) model.name=$(MODEL) data_local=data/$(NAME)
+
+# Both kinds of BERT pretrained for a few steps, and the eight tasks of GLUE in small from each.
+GLUE := yamls/glue/smoke.yaml
+glue-smoke: venv
+	@rm -rf data/glue/smoke-* runs/smoke-hf_bert runs/smoke-mosaic_bert runs/glue/smoke-*
+	python tests/glue_files.py data/smoke/glue
+	set -e; for model in hf_bert mosaic_bert; do \
+	  composer main.py yamls/smoke/mlm.yaml model.name=$$model run_name=smoke-$$model; \
+	  python src/evaluate_glue.py $(GLUE) run_name=smoke-$$model finetune.model.name=runs/smoke-$$model; \
+	done
 
 # Most of a test is starting something, so that tests run side by side, with a core each.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n auto --maxprocesses 4 --dist worksteal

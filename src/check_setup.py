@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from overture.config.load import load_config
+from overture.config.schema import DOORS
 from overture.errors import ConfigError, exit_on_error
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     if args.config:
         from overture.prove_resume import prove_resume
 
-        config = load_config(args.config, tasks=("instruct", "causal_lm"))
+        config = load_config(args.config, tasks=tuple(DOORS))
         for line in prove_resume(config, args.config):
             print(line, flush=True)
         return 0 if line.startswith("identical") else 4

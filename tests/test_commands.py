@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overture.config.load import load_config
+from overture.config.load import load_config, load_glue
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,7 +22,8 @@ def commands() -> list[str]:
         lines = [x[2:] for x in path.read_text().splitlines() if x.startswith("# ")]
         text = "\n".join(lines).replace("\\\n", " ")
         found += re.findall(r"^ *(python src/.*)$", text, re.MULTILINE)
-        found += re.findall(r"(?:Launch|Smoke run): (composer .*)$", text, re.MULTILINE)
+        launched = r"(?:Launch|Smoke run): ((?:composer|python src/evaluate_glue.py) .*)$"
+        found += re.findall(launched, text, re.MULTILINE)
     return sorted({" ".join(c.split()) for c in found if c})
 
 
@@ -45,11 +46,17 @@ def test_make_targets(command):
 def test_composer_lines_load(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, door, *arguments = shlex.split(command.replace("=...", "=1"))
-    task = {"main.py": ("causal_lm",), "finetune.py": ("instruct",)}[door]
+    task = {"main.py": ("causal_lm",), "finetune.py": ("instruct", "classify")}[door]
     load_config(arguments, task)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in commands() if "evaluate_glue.py" in c])
+def test_glue_lines_load(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load_glue(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if re.search("^python .* --", c)])
 def test_options_of_python_lines(command):
     _, door, *arguments = shlex.split(command)
     done = subprocess.run(

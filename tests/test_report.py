@@ -121,7 +121,7 @@ def test_every_curve_has_its_points(folder):
     assert page.curve("eval cross-entropy")[0][0] == 0
     assert page.curve("train loss")[0][0] == pytest.approx(5)  # step 4 of 80
     assert page.curve("train loss")[-1][0] == 100
-    for title in ("optimizer step", "cross-entropy (nats per token)", "tokens per second"):
+    for title in ("optimizer step", "cross-entropy (nats per label)", "tokens per second"):
         assert title in page.text
 
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from overture.config.load import load_config
+from overture.config.load import load_config, load_glue
+from overture.config.schema import DOORS
+from overture.training.glue import plan
 
 ROOT = Path(__file__).parents[1]
-YAMLS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("yamls/**/*.yaml"))
-DOORS = {"causal_lm": "main.py", "masked_lm": "main.py", "instruct": "finetune.py"}
-MOST = {"causal_lm": 5.5, "masked_lm": 6.5, "instruct": 6.8}  # eval cross-entropy of a smoke run
+EVERY = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("yamls/**/*.yaml"))
+GLUE = [path for path in EVERY if "/glue/" in path]
+YAMLS = [path for path in EVERY if path not in GLUE]
+# eval cross-entropy of a smoke run
+MOST = {"causal_lm": 5.5, "masked_lm": 6.5, "instruct": 6.8, "classify": 1.9}
 
 
 def load(path: str, *overrides: str):
@@ -21,14 +25,26 @@ def test_there_are_some():
     assert len(YAMLS) >= 7
 
 
-@pytest.mark.parametrize("path", YAMLS)
-def test_loads_and_says_what_it_is(path):
-    config = load(path)
-    header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
-    assert header[0].startswith("# Purpose: ")
-    text = "\n".join(header)
+def header(path: str) -> str:
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
+    assert lines[0].startswith("# Purpose: ")
+    text = "\n".join(lines)
     for word in ("Hardware: ", "Launch: ", "Expected: "):
         assert f"# {word}" in text, word
+    return text
+
+
+@pytest.mark.parametrize("path", GLUE)
+def test_glue_loads_and_every_job_of_it_fits(path):
+    config = load_glue([str(ROOT / path)])
+    assert f"Launch: python src/evaluate_glue.py {path}" in header(path)
+    jobs = plan(config)
+    assert len(jobs) == (len(config.tasks) + ("mnli" in config.tasks)) * len(config.seeds)
+
+
+@pytest.mark.parametrize("path", YAMLS)
+def test_loads_and_says_what_it_is(path):
+    config, text = load(path), header(path)
     assert f"composer {DOORS[config.task]} {path}" in text or "make dolly" in text
     assert config.run_name == Path(path).stem or config.run_name in path or "quickstart" in path
     # The smoke run of any YAML.

@@ -9,6 +9,7 @@ from typing import Any
 from overture.config.load import local_rank
 from overture.config.schema import Config
 from overture.data.integrity import verify_split
+from overture.data.labels import head_config
 from overture.data.schema import check_split
 from overture.errors import ConfigError
 
@@ -33,10 +34,14 @@ def check_data(config: Config) -> None:
     loaders = [(config.train_loader, config.global_train_batch_size)]
     if config.eval_loader is not None:
         loaders.append((config.eval_loader, 1))
+    ledgers = {}
     for loader, batch in loaders:
         folder = Path(config.data_local) / loader.dataset.split
         ledger = check_split(folder, config.task, config.max_seq_len, batch)
+        ledgers[loader.dataset.split] = ledger
         verify_split(folder, ledger, contents=local_rank() == 0)  # hashed once per node
+    if config.task == "classify":
+        head_config(ledgers)
 
 
 def check_environment() -> Iterator[tuple[str, bool, str]]:

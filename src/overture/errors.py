@@ -47,12 +47,15 @@ class GuardError(OvertureError):
 
 
 class Preempted(OvertureError):
-    """The run was asked to stop; `batch` is the step that was saved, None if there was none."""
+    """The run was asked to stop; `batch` is the step that was saved, None if there was none.
+
+    Of other work `saved` says what is kept of it.
+    """
 
     exit_code = EXIT_PREEMPTED
 
-    def __init__(self, batch: int | None) -> None:
-        saved = "nothing was to be saved yet" if batch is None else f"saved at step {batch}"
+    def __init__(self, batch: int | None, saved: str = "nothing was to be saved yet") -> None:
+        saved = saved if batch is None else f"saved at step {batch}"
         super().__init__(f"stopped as asked, {saved}; the same command goes on from there")
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from overture.config.schema import Config
+from overture.config.schema import DOORS, Config
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
 
@@ -28,13 +28,12 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
     doubled while the kill comes too late. Raises ConfigError if the run fails by itself, or is over
     before it can be killed.
     """
-    door = "finetune.py" if config.task == "instruct" else "main.py"
     with tempfile.TemporaryDirectory() as name:
         for attempt in range(4):
             count = steps * 2**attempt
             whole, parts = (Path(name, f"{kind}{attempt}") for kind in ("whole", "parts"))
             options = [*arguments, *SMALL, f"max_duration={count}ba", f"eval_interval={count}ba"]
-            command = [sys.executable, door, *options]
+            command = [sys.executable, DOORS[config.task], *options]
             _finish([*command, f"run_folder={whole}"])
             yield f"{count} steps without an interruption"
             step = _kill([*command, f"run_folder={parts}"], parts, count // 2)

@@ -14,6 +14,7 @@ SPECS = {
     "eval_perplexity": ",.2f", "steps": ",.0f", "tokens_seen": ",.0f", "label_tokens_seen": ",.0f",
     "tokens_per_second": ",.0f", "label_tokens_per_second": ",.0f", "seed": ".0f",
 }  # fmt: skip
+EVAL_SPECS = {"step": ",.0f", "seconds": ",.1f", "cross_entropy": ",.4f", "perplexity": ",.2f"}
 FIRST_SPECS = dict.fromkeys(("eval_cross_entropy", "eval_cross_entropy_before", "target"), ",.4f")
 
 
@@ -39,10 +40,12 @@ def build_report(run_folder: Path) -> Path:
     shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
     columns = {n: [r[k] for r in run.train if _finite(r.get(k))] for k, n in shares.items()}
     medians = [f"{name} {median(column):.1%}" for name, column in columns.items() if column]
+    keys = [key for key in (run.evals[-1] if run.evals else ()) if key != "kind"]
+    evals = {key: EVAL_SPECS.get(key, ",.4f") for key in keys}  # a classifier has scores
     drawn = {"run": run, "charts": _charts(run), "medians": medians, "texts": texts}
     helpers = {"number": _number, "finite": _finite, "duration": _duration, "name": _name}
     title, specs = str(run.result.get("run_name")), {**FIRST_SPECS, **SPECS}
-    write_page(page, Path(__file__), title, specs=specs, **drawn, **helpers)
+    write_page(page, Path(__file__), title, specs=specs, eval_specs=evals, **drawn, **helpers)
     return page
 
 
@@ -51,11 +54,13 @@ def summary_lines(result: dict) -> list[str]:
     metrics, seconds = result.get("metrics") or {}, result.get("time_to_train_seconds")
     losses = [result.get("eval_cross_entropy_before"), result.get("eval_cross_entropy")]
     matches = [metrics.get("exact_match_before"), metrics.get("exact_match_after")]
+    scores = metrics if matches == [None, None] else {}
     rows = {
         "status": str(result.get("status")).replace("_", " "),
         "target": _number(result.get("target")) or "none",
         "eval cross-entropy": " -> ".join(filter(None, map(_number, losses))),
         "exact match": " -> ".join(_number(m, ".1%") for m in matches if m is not None),
+        "scores": ", ".join(f"{name} {_number(score)}" for name, score in scores.items()),
         "time to train": _finite(seconds) and f"{_duration(seconds)} ({seconds:,.1f} s)",
     }
     rows |= {_name(key): _number(result.get(key), spec) for key, spec in SPECS.items()}
@@ -170,7 +175,7 @@ def _charts(run: Run) -> list[dict | None]:
     rate = ("learning rate", "strong", _points(run.train, "learning_rate"))
     marks = {"target": run.result.get("target"), "events": run.events}
     return [
-        _chart("Loss", "cross-entropy (nats per token)", [loss, held], **marks),
+        _chart("Loss", "cross-entropy (nats per label)", [loss, held], **marks),
         _chart("Throughput", "tokens per second", [every, label], from_zero=True),
         _chart("Schedule", "learning rate", [rate], from_zero=True),
     ]

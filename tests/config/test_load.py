@@ -89,7 +89,7 @@ def test_dumped_config_loads_again_to_the_same(yaml, tmp_path):
         ("optimizer.lr=0", ["optimizer.lr: must be above 0"]),
         ("model=gpt2", ["model: expected keys and values, got 'gpt2'"]),
         ("data_local=null", ["data_local: missing"]),
-        ("trainable=all", ["model.dtype: training all weights needs float32"]),
+        ("trainable=all", ["model.dtype: trainable: all needs float32"]),
         (
             "device_train_microbatch_size=3",
             ["device_train_microbatch_size: 3 does not divide the 8"],

@@ -50,6 +50,7 @@ class RunLog(Callback):
         self.throughput = throughput
         self.first_eval: float | None = None
         self.last_eval: float | None = None
+        self.scores: dict[str, float] = {}  # of the last evaluation, where the model has others
         self._writes = dist.get_global_rank() == 0
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -62,7 +63,10 @@ class RunLog(Callback):
         loss = eval_cross_entropy(state)
         self.first_eval = loss if self.first_eval is None else self.first_eval
         self.last_eval = loss
-        figures = {"cross_entropy": loss, "perplexity": math.exp(min(loss, 700.0))}
+        others = {n: m for n, m in state.eval_metrics["eval"].items() if n != METRIC}
+        self.scores = {name: float(metric.compute()) for name, metric in others.items()}
+        perplexity = {} if others else {"perplexity": math.exp(min(loss, 700.0))}
+        figures = {"cross_entropy": loss, **perplexity, **self.scores}
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in figures.items()})
         figures = {name: _finite(value) for name, value in figures.items()}
         self._append("eval", state.timestamp.batch.value, figures)
@@ -72,10 +76,10 @@ class RunLog(Callback):
         self._append("event", step, {"what": redact(what)})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_eval": self.first_eval, "last_eval": self.last_eval}
+        return {n: getattr(self, n) for n in ("first_eval", "last_eval", "scores")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.first_eval, self.last_eval = state["first_eval"], state["last_eval"]
+        vars(self).update(state)
 
     def _append(self, kind: str, step: int, more: dict[str, Any]) -> None:
         if self._writes:

@@ -17,8 +17,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from overture.config.rules import Problem, contradictions
-from overture.config.schema import Config
+from overture.config.rules import Problem, contradictions, glue_contradictions
+from overture.config.schema import Config, GlueConfig
 from overture.config.secrets import learn, redact
 from overture.errors import ConfigError, nearest
 
@@ -31,19 +31,22 @@ _ENVIRONMENT = (
 
 def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
     """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong."""
-    adopt_hub_token()
-    for named in os.environ.items():
-        learn(*named)
-    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
-        raise ConfigError("usage: composer main.py|finetune.py FILE.yaml [key.sub=value ...]")
-    path, *overrides = arguments
-    data = _merge(path, overrides)
-    data.setdefault("run_name", Path(path).stem)
+    return check_config(*_read(arguments, "composer main.py|finetune.py"), tasks)
 
-    def place(key: str) -> str:
-        key = key.split("[")[0] + "."  # of an item, its list
-        is_set_here = any(f"{o.split('=')[0]}.".startswith(key) for o in overrides)
-        return f"command line (over {path})" if is_set_here else path
+
+def load_glue(arguments: list[str]) -> GlueConfig:
+    """Return the checked config of a GLUE evaluation; ConfigError with all that is wrong."""
+    data, place = _read(arguments, "python src/evaluate_glue.py")
+    problems: list[Problem] = []
+    config = _build(GlueConfig, data, "", problems)
+    if not problems:
+        _each_text(config, lambda text, _: text.replace("{run_name}", config.run_name))
+    _raise(problems or [*glue_contradictions(config)], place)
+    return config
+
+
+def check_config(data: dict[str, Any], place: Callable[[str], str], tasks: tuple) -> Config:
+    """Return a tree of keys and values as a checked config; `place` says where a key was set."""
 
     def exported(text: str, key: str) -> str:
         if redact(text, key) != text:
@@ -58,9 +61,44 @@ def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
     if not problems:
         _each_text(config, lambda text, _: text.replace("{run_name}", config.run_name))
         problems = contradictions(config, tasks, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    _raise(problems, place)
+    return config
+
+
+def _raise(problems: list[Problem], place: Callable[[str], str]) -> None:
     if problems:
         raise ConfigError("\n  ".join(f"{place(key)}: {key}: {text}" for key, text in problems))
-    return config
+
+
+def _read(arguments: list[str], door: str) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Return what a YAML and its overrides say, and a function from a key to where it was set."""
+    adopt_hub_token()
+    for named in os.environ.items():
+        learn(*named)
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise ConfigError(f"usage: {door} FILE.yaml [key.sub=value ...]")
+    path, *overrides = arguments
+    data = _merge(path, overrides)
+    data.setdefault("run_name", Path(path).stem)
+
+    def place(key: str) -> str:
+        key = key.split("[")[0] + "."  # of an item, its list
+        is_set_here = any(f"{o.split('=')[0]}.".startswith(key) for o in overrides)
+        return f"command line (over {path})" if is_set_here else path
+
+    return data, place
+
+
+def child_environment(device: int | None, parallel: int) -> dict[str, str]:
+    """Return the environment for one of `parallel` processes: with a CUDA device of its own, or
+    without one with its share of the cores.
+    """
+    given = dict(os.environ)
+    if device is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // parallel)
+        return {"OMP_NUM_THREADS": str(threads), **given}
+    visible = [name for name in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return given | {"CUDA_VISIBLE_DEVICES": visible[device] if visible else str(device)}
 
 
 def dump_config(config: Config) -> str:

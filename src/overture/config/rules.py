@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, get_args
 
-from overture.config.schema import Config, LoraConfig
+from overture.config.schema import DOORS, Config, GlueConfig, GlueTask, LoraConfig
 
 Problem = tuple[str, str]  # key, what is wrong
 
@@ -79,14 +79,14 @@ def _at(config: Config, key: str) -> Any:
 
 def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> Iterator[Problem]:
     if config.task not in tasks:
-        door = "finetune.py" if config.task == "instruct" else "main.py"
-        yield "task", f"{config.task!r} is run by {door} (here: {', '.join(tasks)})"
+        yield "task", f"{config.task!r} is run by {DOORS[config.task]} (here: {', '.join(tasks)})"
     if config.trainable == "lora":
         config.lora = config.lora or LoraConfig()
     elif config.lora is not None:
         yield "lora", f"is set, but trainable is {config.trainable!r}; set trainable: lora"
-    if config.trainable == "all" and config.model.dtype != "float32":
-        yield "model.dtype", "training all weights needs float32 (bfloat16 loses small updates)"
+    if config.trainable != "lora" and config.model.dtype != "float32":
+        reason = "needs float32 (bfloat16 loses small updates)"
+        yield "model.dtype", f"trainable: {config.trainable} {reason}"
     if config.task == "masked_lm" and config.trainable == "lora":
         yield "trainable", "adapters are not trained by task: masked_lm; set trainable: all"
     for key in ("train_loader", "eval_loader"):
@@ -95,11 +95,19 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
             yield key, "needs task: masked_lm"
     if config.data_local is None:
         yield "data_local", "missing: the folder of the shards, or the cache for data_remote"
-    for key in ("callbacks.loss_target", "eval_first", "generation"):
+    for key in ("callbacks.loss_target", "eval_first", "generation", "metrics"):
         if config.eval_loader is None and _at(config, key):
             yield key, "needs an eval_loader"
     if config.generation is not None and config.task != "instruct":
         yield "generation", "scores answers to prompts, so it needs task: instruct"
+    if config.task == "classify":
+        if config.compile:
+            yield "compile", "is for language models; leave it out of task: classify"
+        for key in sorted({"id2label", "label2id", "problem_type"} & config.model.config.keys()):
+            yield f"model.config.{key}", "is what the converted data says; leave it out"
+    elif config.metrics is not None or config.trainable == "last_layer":
+        key = "metrics" if config.metrics is not None else "trainable"
+        yield key, f"{getattr(config, key)} is for task: classify, not {config.task}"
     if config.eval_loader is not None and config.eval_loader.drop_last:
         yield "eval_loader.drop_last", "would leave samples out of the evaluation"
     if not re.fullmatch(r"(?!\.)[\w.=-]+", config.run_name or ""):
@@ -118,6 +126,35 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         divided = f"global_train_batch_size {total} over {world_size} ranks"
         text = f"{micro} does not divide the {each} samples of each rank ({divided})"
         yield "device_train_microbatch_size", text
+
+
+# What evaluate_glue.py sets for each of its jobs.
+_OF_A_JOB = ("task", "seed", "run_name", "run_folder", "data_local", "data_remote", "metrics")
+
+
+def glue_contradictions(config: GlueConfig) -> Iterator[Problem]:
+    """Yield (key, what is wrong) for every value of a GLUE config that cannot be used."""
+    for key in ("tasks", "seeds"):
+        values = getattr(config, key)
+        if not values or len(set(values)) < len(values):
+            yield key, f"{values} must name some, each once"
+    for key, least in (("parallel", 1), ("retries", 0)):
+        value = getattr(config, key)
+        if value is not None and value < least:
+            yield key, f"must be at least {least}"
+    for task in config.overrides.keys() - {*get_args(GlueTask)}:
+        yield f"overrides.{task}", f"is none of the tasks ({', '.join(get_args(GlueTask))})"
+    model = config.finetune.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+        yield "finetune.model.name", "missing: the encoder that is tuned"
+    if not isinstance(config.finetune.get("max_seq_len"), int):
+        yield "finetune.max_seq_len", "missing: tokens of the longest row"
+    sections = {"finetune": config.finetune}
+    sections |= {f"overrides.{task}": keys for task, keys in config.overrides.items()}
+    for name, keys in sections.items():
+        for key in _OF_A_JOB:
+            if key in keys:
+                yield f"{name}.{key}", "is set for each job; leave it out"
 
 
 def _unit(duration: str) -> str:

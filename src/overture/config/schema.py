@@ -7,9 +7,15 @@ path is replaced by the run's name. Durations are Composer's: `3ep` epochs, `200
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Task = Literal["causal_lm", "masked_lm", "instruct"]
+Task = Literal["causal_lm", "masked_lm", "instruct", "classify"]
+# The door that runs each of them.
+DOORS = {
+    "causal_lm": "main.py", "masked_lm": "main.py", "instruct": "finetune.py",
+    "classify": "finetune.py",
+}  # fmt: skip
+Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Schedule = Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"]
 
 
@@ -86,7 +92,8 @@ class AlgorithmsConfig:
 
 @dataclass
 class LossTargetConfig:
-    # Training stops as soon as eval cross-entropy (nats per label token) is at or below this.
+    # Training stops as soon as eval cross-entropy (nats per label token; of a classifier per row,
+    # of a regression the squared error) is at or below this.
     cross_entropy: float
 
 
@@ -183,13 +190,17 @@ class Config:
     data_local: str | None = None
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
     eval_loader: LoaderConfig | None = None
-    trainable: Literal["lora", "all"] = "all"
+    # lora: adapters, and a head that was made anew; last_layer: the head of a classifier alone.
+    trainable: Literal["lora", "all", "last_layer"] = "all"
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
     eval_interval: str = "1ep"
     eval_first: bool = False  # evaluate before the first step too: the base model
+    # Of a classifier; default: accuracy, f1 (of class 1 where there are two, else the mean over
+    # classes) and matthews, or pearson and spearman of a regression.
+    metrics: list[Score] | None = None
     device_train_microbatch_size: int | Literal["auto"] = 1
     device_eval_batch_size: int = 1
     # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16.
@@ -214,3 +225,25 @@ class Config:
     # A bar at the terminal, or (progress_bar: false) a block of lines every console_log_interval.
     progress_bar: bool = True
     console_log_interval: str | None = None
+
+
+GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+
+
+@dataclass
+class GlueConfig:
+    """Keys of yamls/glue/: `finetune.py` once for each task and seed; see training/glue.py."""
+
+    # Keys of Config for every job, over those of the table in training/glue_tasks.py.
+    finetune: dict[str, Any]
+    # A hub dataset with GLUE's subsets, or a folder of its tsv files: CoLA/train.tsv, ...
+    data: str = "nyu-mll/glue"
+    run_name: str = ""  # default: the YAML's file name
+    tasks: list[GlueTask] = field(default_factory=lambda: [*get_args(GlueTask)])
+    seeds: list[int] = field(default_factory=lambda: [17])
+    # Keys of Config for one task: {cola: {max_duration: 5ep}}.
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parallel: int | None = None  # jobs at once; default: one for each CUDA device, or one
+    retries: int = 1  # of a job that failed, but not because of its config or data
+    run_folder: str = "runs/glue/{run_name}"
+    data_local: str = "data/glue/{run_name}"  # where the tasks are converted to

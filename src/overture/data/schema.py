@@ -94,7 +94,9 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 
 
 # What a training task reads, by the task that the data was converted for.
-CONVERTED_FOR = {"causal_lm": "text", "masked_lm": "text", "instruct": "instruct"}
+CONVERTED_FOR = {
+    "causal_lm": "text", "masked_lm": "text", "instruct": "instruct", "classify": "classify",
+}  # fmt: skip
 
 
 def check_split(
@@ -119,7 +121,7 @@ def check_split(
     if ledger["samples"] < batch:
         fault = f"{batch} samples per batch, but {folder} holds only {ledger['samples']}"
         raise ConfigError(f"global_train_batch_size: {fault}; lower it or convert more data")
-    if not ledger["tokens"]["trained"]:
+    if wanted != "classify" and not ledger["tokens"]["trained"]:
         fault = f"{folder}: none of its tokens is a label, so there is nothing to learn or measure"
         raise ConfigError(f"{fault}; convert again, with responses and a longer --max_seq_len")
     if tokenizer_sha256 and tokenizer_sha256 != known["sha256"]:

@@ -111,11 +111,14 @@ def _counts(split: Split, figures: Figures) -> Iterator[str]:
     rows, tokens = ledger["rows"], ledger["tokens"]
     lost = sum(sum(rows.get(why, {}).values()) for why in ("dropped", "malformed"))
     lines = rejected.read_bytes().count(b"\n") if rejected.is_file() else 0
+    labels = found["rows_by_label"] or {}
+    said = {name: n for name, n in (ledger.get("label_counts") or labels).items() if n}
     for name, written, counted in (
         ("samples", ledger["samples"], found["rows_read"]),
         ("documents", ledger["documents"], found["documents"]),
         ("tokens.total", tokens["total"], found.get("tokens", 0)),
         ("tokens.trained", tokens["trained"], found["learned_tokens"] or 0),
+        ("label_counts", said, labels),
         ("rows.in_split", rows["in_split"], rows["kept"] + lost),
         (f"dropped and malformed in {REJECTED}", lost, lines),
     ):

@@ -46,6 +46,8 @@ def write_split(
                 labels = len(document.get("labels", ()))
                 counts["tokens"] += len(document.get("input_ids", ())) + labels
                 counts["trained"] += int(np.sum(document.get("loss_mask", 0))) + labels
+                if facts["labels"]:
+                    counts[f"label {document['label']}"] += 1
         progress.row = window.end
         counts.update(window.notes)
         progress.dropped.update(entry["reason"] for entry in window.rejected)
@@ -130,6 +132,7 @@ def _ledger(
     used = counts["tokens"] / room if method != "none" else 1.0
     malformed = {why: n for why, n in done.dropped.items() if why in found.malformed}
     dropped_rows = {why: n for why, n in done.dropped.items() if why not in malformed}
+    names = enumerate(facts["labels"] or ())
     return {
         **facts,
         "split": rows.split,
@@ -144,6 +147,7 @@ def _ledger(
             "duplicates": int(repeats(found.contents).sum()),
         },
         "documents": counts["documents"],
+        "label_counts": {name: counts[f"label {number}"] for number, name in names} or None,
         "samples": done.samples,
         "tokens": {"total": counts["tokens"]} | {n: counts[n] for n in ("trained", "left_over")},
         "packing": {"method": method, "utilisation": used},

@@ -15,13 +15,19 @@ ALIASES = {"hf_bert": "bert"}  # so that it stands beside mosaic_bert
 
 
 def load_network(
-    wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0, head: str = "CausalLM"
+    wanted: ModelConfig,
+    tokenizer: Any,
+    max_seq_len: int = 0,
+    head: str = "CausalLM",
+    labels: dict[str, Any] | None = None,
 ) -> Any:
     """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
-    tokens. Raises ConfigError: no such model, none with such a head, no such key in its config or
-    weights of another shape, or too few embeddings for the tokenizer or positions for the rows.
+    tokens. The head on whole rows is for the `labels` of `data/labels.py`, and padding is what the
+    tokenizer takes for it. `made_anew` of the model names the tensors that no checkpoint had.
+    Raises ConfigError: no such model, none with such a head, no such key in its config or weights
+    of another shape, or too few embeddings for the tokenizer or positions for the rows.
     """
     import transformers
 
@@ -31,6 +37,8 @@ def load_network(
     auto = getattr(transformers, f"AutoModelFor{head}")
     name, location = wanted.name, locate_model(wanted.name)
     config = _model_config(location, wanted, tokenizer)
+    if labels:
+        _set_labels(config, labels, wanted)
     model_class = auto._model_mapping.get(type(config), None)
     if model_class is None and not wanted.trust_remote_code:
         fault = f"{name} is a {config.model_type}, of which there is none for {head}"
@@ -44,11 +52,14 @@ def load_network(
         if wanted.pretrained:
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, loaded = auto.from_pretrained(location, config=config, **options)
-            _refuse_other_shape(wanted, location, loaded)
+            model.made_anew = _made_anew(model, loaded, wanted, location, bool(labels))
         else:
             model = auto.from_config(config, **options)
+            model.made_anew = []
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
+    if labels:
+        model.config.pad_token_id = tokenizer.pad_token_id
     embeddings = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None:  # its own, or the one for the end
         raise ConfigError(f"tokenizer_name: {tokenizer.name_or_path} has no token to pad with")
@@ -117,11 +128,19 @@ def _model_config(location: str, wanted: ModelConfig, tokenizer: Any) -> Any:
     return config
 
 
-def _refuse_other_shape(wanted: ModelConfig, location: str, loaded: dict[str, Any]) -> None:
-    """Refuse a config whose model has other layers, or layers of another size, than the weights."""
+def _made_anew(
+    model: Any, loaded: dict[str, Any], wanted: ModelConfig, location: str, may_differ: bool
+) -> list[str]:
+    """Return the tensors that no checkpoint had in their shape.
+
+    Raises ConfigError for a config whose model has other layers, or layers of another size, than
+    the weights, but for those of a head that `may_differ`.
+    """
     from transformers import PretrainedConfig
 
-    resized = loaded["mismatched_keys"]
+    within = f"{model.base_model_prefix}."
+    every = sorted(loaded["mismatched_keys"])
+    resized = [name for name in every if not may_differ or name.startswith(within)]
     both = (*loaded["missing_keys"], *loaded["unexpected_keys"])
     numbered = [name for name in both if re.search(r"\.\d+\.", name)]  # those of layers
     theirs = PretrainedConfig.get_config_dict(location)[0]
@@ -135,6 +154,18 @@ def _refuse_other_shape(wanted: ModelConfig, location: str, loaded: dict[str, An
         there = ", ".join(f"{key} {theirs[key]}" for key in differ)
         fault = f"{ours}, but {wanted.name} holds a {theirs['model_type']} with {there}"
         raise ConfigError(f"model.config: {fault}; leave them out, or set model.pretrained: false")
+    return sorted(loaded["missing_keys"]) + every
+
+
+def _set_labels(config: Any, labels: dict[str, Any], wanted: ModelConfig) -> None:
+    """Give a model's config its classes; ConfigError if `model.config.num_labels` is another."""
+    count, classes = wanted.config.get("num_labels"), len(labels["id2label"])
+    if count not in (None, classes):
+        is_one = labels["problem_type"] == "regression"
+        there = "numbers (--regression)" if is_one else f"{classes} classes"
+        fault = f"{count}, but the labels of the data are {there}"
+        raise ConfigError(f"model.config.num_labels: {fault}; leave it out")
+    config.update(labels)
 
 
 def _refuse_hidden_code(content: dict[str, Any], location: str, trust: bool) -> None:

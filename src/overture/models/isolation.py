@@ -1,4 +1,6 @@
-"""The proof on the model itself that documents stay apart, and see neither ahead nor padding."""
+"""The proof on the model itself that a token sees what it may: not ahead, no other document, no
+padding.
+"""
 
 from typing import Any
 
@@ -8,6 +10,8 @@ from torch import Tensor
 from overture.errors import ConfigError
 from overture.models.attention import BLOCK, document_mask
 from overture.models.encoder import encoder_inputs
+
+SHORT = 24  # tokens of the rows that are padded
 
 
 @torch.no_grad()
@@ -99,3 +103,30 @@ def prove_encoder(model: Any, vocab_size: int, longest: int, packed: bool) -> No
             raise ConfigError(f"model.name: {fault}; convert the data again with --packing none")
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def prove_padding(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
+    """Raise ConfigError if padding behind a row changes what a model with a head makes of it.
+
+    Arguments as for `prove_isolation`; rows of a classifier are never packed.
+    """
+    was_training, padding = model.training, model.config.pad_token_id
+    model.eval()
+    room = min(2 * SHORT, longest)
+    short = min(SHORT, room - 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (4, room), generator=generator).to(model.device)
+    ids[ids == padding] = (padding + 1) % vocab_size
+    mask = torch.ones_like(ids)
+    ids[:, short:], mask[:, short:] = padding, 0
+    try:
+        alone = model(input_ids=ids[:, :short], attention_mask=mask[:, :short]).logits
+        padded = model(input_ids=ids, attention_mask=mask).logits
+    finally:
+        model.train(was_training)
+    bound = max(1e-3, 16 * torch.finfo(alone.dtype).eps) * alone.abs().max().item()
+    difference = (padded - alone).abs().max().item()
+    if not difference <= bound:
+        fault = f"padding changes what a {type(model).__name__} makes of a row"
+        raise ConfigError(f"model.name: {fault} (by {difference:.2g}); try model.attention=eager")

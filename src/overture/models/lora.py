@@ -18,11 +18,20 @@ from overture.errors import ConfigError, DataError
 
 RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
 
+# By the head of a model. Of a classifier peft trains and saves the head too.
+TASK_TYPES = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
+
 
 def add_lora(
-    model: Any, r: int, alpha: float, dropout: float, target_modules: str | list[str]
+    model: Any,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | list[str],
+    head: str = "CausalLM",
 ) -> Any:
-    """Return the model as a PeftModel with fresh adapters; everything else is frozen.
+    """Return the model as a PeftModel with fresh adapters; everything else is frozen, but for the
+    `head` of a classifier.
 
     Raises:
         ConfigError: `target_modules` names no module of this model.
@@ -34,7 +43,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
-        task_type="CAUSAL_LM",
+        task_type=TASK_TYPES.get(head),
     )
     try:
         # peft casts the adapters of a half-precision base to float32 (autocast_adapter_dtype).
@@ -105,7 +114,10 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 def _with_our_layers(adapted: Any) -> Any:
     ours = _layer_class()
-    for layer in adapted.modules():
+    for name, layer in adapted.named_modules():
+        if ".modules_to_save." in name and type(layer) is torch.nn.Linear:
+            # The head's own weights are trained: a half-precision base would lose small updates.
+            layer.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))
         # Exactly these: quantised layers and the like are subclasses with a forward of their own.
         if type(layer) is ours.__base__ and type(layer.base_layer) is torch.nn.Linear:
             layer.__class__ = ours

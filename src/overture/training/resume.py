@@ -5,6 +5,7 @@ numbers is never restored, so that dropout differs; and a checkpoint at the end 
 that epoch's number for the data, so that the next one repeats its order.
 """
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -133,14 +134,21 @@ def _refuse_other_shape(manifest: Path, config: Config) -> None:
             raise ConfigError(f"{fault}; set model to what the checkpoint is of")
 
 
-def foreign_state(state_dict: dict[str, Any], trained: set[str], path: Path) -> None:
+def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:
     """Take from another run's state what is not ours: its clock, its counts and its outcome.
 
     Raises:
-        ConfigError: it lacks weights that are to be trained, as that of another model would.
+        ConfigError: it lacks weights that are to be `trained`, given with their shapes, or has them
+            in others, as that of another model would.
     """
     state_dict["state"].pop("callbacks", None)
-    missing = sorted(trained - set(state_dict["state"]["model"]))
+    theirs = {name: list(weight.shape) for name, weight in state_dict["state"]["model"].items()}
+    for name in sorted(trained.keys() & theirs.keys()):
+        if theirs[name] != trained[name]:
+            fault = f"{name} is {theirs[name]} there, but {trained[name]} here"
+            remedy = "name its run as model.name, and a head that does not fit is made anew"
+            raise ConfigError(f"load_path: {path}: {fault}; {remedy}")
+    missing = sorted(trained.keys() - theirs.keys())
     if missing:
         raise ConfigError(
             f"load_path: {path}: has not {len(missing)} of the {len(trained)} tensors that are "

@@ -22,6 +22,7 @@ from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
 from overture.config.schema import Config, LoaderConfig
 from overture.data.cache import open_cache
+from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, check_split, sha256_file
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
@@ -76,7 +77,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     # Model: base weights, then adapters.
     name = config.tokenizer_name or config.model.name
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
-    network = _build_network(config, tokenizer, device, packed=_is_packed(config, tokenizer))
+    ledgers = _check_splits(config, tokenizer)
+    network = _build_network(config, tokenizer, device, ledgers)
     facts = _facts(config, tokenizer, network)
     if found:
         resume.check_facts(found[1]["facts"], facts, config.resume.allow)
@@ -86,6 +88,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if not trained:
         raise ConfigError(f"trainable: {config.trainable}: no parameter would be trained")
     say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
+    if network.made_anew:
+        shown = ", ".join(network.made_anew[:4]) + ", ..." * (len(network.made_anew) > 4)
+        say(f"made anew, as {config.model.name} has none of that name and shape: {shown}")
+    for line in describe_labels(ledgers):
+        say(line)
     say(describe_attention(network, device))
     if device == "cpu":
         say(use_cores())
@@ -102,7 +109,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if config.eval_loader is not None:
         evaluation = loader(config.eval_loader, config.device_eval_batch_size, training=False)
         samples = evaluation.num_samples
-    model = task.model(network, tokenizer, samples, cpu_autocast)
+    model = task.model(config, network, tokenizer, samples, cpu_autocast)
     model.to("cuda" if device == "gpu" else "cpu")
     if config.compile:
         model.compile_backbone()
@@ -122,11 +129,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     per_rank = config.global_train_batch_size // dist.get_world_size()
     training = loader(config.train_loader, per_rank, training=True)
     resume.check_room(config, network)
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
     if config.load_path and not found:
         start = resume.find_load_path(config, facts["model"])
-    foreign = partial(resume.foreign_state, trained=names, path=start)
+    foreign = partial(resume.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
     runs.begin_run(config, command, resumed=found is not None)
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
@@ -200,11 +207,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if answers:
         answers.after = answers.ask(network, "answers after training")
     result = _result(config, log, throughput, target, seconds)
-    result["steps"] = trainer.state.timestamp.batch.value
+    result["steps"], result["metrics"] = trainer.state.timestamp.batch.value, log.scores
     result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
     if dist.get_global_rank() == 0:
         if answers:
-            result["metrics"] = answers.write(run_folder / "generations.jsonl")
+            result["metrics"] |= answers.write(run_folder / "generations.jsonl")
         runs.write_result(run_folder, result)
         page = build_report(run_folder)
         print("\n".join([*summary_lines(result), f"report: {page}"]))
@@ -246,9 +253,13 @@ def _choose_device(config: Config) -> str:
     return device
 
 
-def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) -> Any:
+def _build_network(
+    config: Config, tokenizer: Any, device: str, ledgers: dict[str, dict[str, Any]]
+) -> Any:
     task = TASKS[config.task]
-    network = load_network(config.model, tokenizer, config.max_seq_len, task.head)
+    labels = head_config(ledgers) if config.task == "classify" else None
+    packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
+    network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
     network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
@@ -256,23 +267,27 @@ def _build_network(config: Config, tokenizer: Any, device: str, packed: bool) ->
         task.prove(network, len(tokenizer), longest, packed)
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.trainable == "last_layer":
+        network.base_model.requires_grad_(False)
     if config.trainable == "lora":
-        network = add_lora(network, **vars(config.lora))
+        network = add_lora(network, **vars(config.lora), head=task.head)
     return network
 
 
 def _result(
     config: Config, log: RunLog, throughput: Throughput, target: LossTarget | None, seconds: float
 ) -> dict[str, Any]:
-    """Return the content of result.json, but for the task's own metrics."""
+    """Return the content of result.json, but for the task's own metrics and what guards did."""
     tokens_per_second, label_tokens_per_second = throughput.rates()
     status = "target_reached" if target and target.reached else "target_missed"
+    of_tokens = log.last_eval and config.task != "classify"
+    perplexity = math.exp(min(log.last_eval, 700.0)) if of_tokens else None
     return {
         "run_name": config.run_name,
         "status": status if target else "completed",
         "target": target.target if target else None,
         "eval_cross_entropy": log.last_eval,
-        "eval_perplexity": math.exp(min(log.last_eval, 700.0)) if log.last_eval else None,
+        "eval_perplexity": perplexity,
         "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
         "time_to_train_seconds": target.seconds_to_train if target else seconds,
         "tokens_seen": throughput.tokens,
@@ -280,13 +295,12 @@ def _result(
         "tokens_per_second": tokens_per_second,
         "label_tokens_per_second": label_tokens_per_second,
         "seed": config.seed,
-        "metrics": {},
     }
 
 
-def _is_packed(config: Config, tokenizer: Any) -> bool:
-    """Check the splits against the tokenizer and return whether any holds packed documents."""
-    methods, known = set(), tokenizer_sha256(tokenizer)
+def _check_splits(config: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Check the splits against the tokenizer and return their ledgers, the trained one's first."""
+    ledgers, known = {}, tokenizer_sha256(tokenizer)
     batches = {"train_loader": config.global_train_batch_size, "eval_loader": 1}
     for key, batch in batches.items():
         if loader := getattr(config, key):
@@ -294,9 +308,8 @@ def _is_packed(config: Config, tokenizer: Any) -> bool:
             if config.data_remote is not None:
                 open_cache(config.data_remote, config.data_local, split)
             folder = Path(config.data_local) / split
-            ledger = check_split(folder, config.task, config.max_seq_len, batch, known)
-            methods.add(ledger["packing"]["method"])
-    return "best_fit" in methods
+            ledgers[split] = check_split(folder, config.task, config.max_seq_len, batch, known)
+    return ledgers
 
 
 def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 from overture.config.schema import Config
 from overture.data.collate import TokenCollator
+from overture.data.collate_classify import ClassifyCollator
 from overture.data.masking import MaskingCollator
 from overture.errors import ConfigError
 from overture.models.causal_lm import CausalLM
-from overture.models.isolation import prove_encoder, prove_isolation
+from overture.models.classifier import Classifier
+from overture.models.isolation import prove_encoder, prove_isolation, prove_padding
 from overture.models.masked_lm import MaskedLM
 
 
@@ -19,9 +21,9 @@ class Task(NamedTuple):
     # (network, ids below, tokens of the longest row, whether rows are packed): ConfigError unless
     # tokens see what they may and nothing else
     prove: Callable[[Any, int, int, bool], None]
-    # (network, tokenizer, samples of the eval split, whether a CPU casts to bfloat16) -> the
-    # model that Composer's Trainer takes
-    model: Callable[[Any, Any, int | None, bool], Any]
+    # (config, network, tokenizer, samples of the eval split, whether a CPU casts to bfloat16) ->
+    # the model that Composer's Trainer takes
+    model: Callable[[Config, Any, Any, int | None, bool], Any]
     # (config, tokenizer, whether to train on it) -> rows of a split to a batch
     collator: Callable[[Config, Any, bool], Callable]
 
@@ -40,9 +42,26 @@ def _masked_rows(config: Config, tokenizer: Any, training: bool) -> MaskingColla
     return MaskingCollator(rows, tokenizer, share, config.seed, anew=training)
 
 
-_CAUSAL = Task("CausalLM", prove_isolation, CausalLM, _causal_rows)
+def _whole_rows(config: Config, tokenizer: Any, training: bool) -> ClassifyCollator:
+    return ClassifyCollator(config.max_seq_len, tokenizer.pad_token_id)
+
+
+def _causal_model(config: Config, *parts: Any) -> CausalLM:
+    return CausalLM(*parts)
+
+
+def _masked_model(config: Config, *parts: Any) -> MaskedLM:
+    return MaskedLM(*parts)
+
+
+def _classifier(config: Config, *parts: Any) -> Classifier:
+    return Classifier(*parts, config.metrics)
+
+
+_CAUSAL = Task("CausalLM", prove_isolation, _causal_model, _causal_rows)
 TASKS: dict[str, Task] = {
     "causal_lm": _CAUSAL,
-    "masked_lm": Task("MaskedLM", prove_encoder, MaskedLM, _masked_rows),
+    "masked_lm": Task("MaskedLM", prove_encoder, _masked_model, _masked_rows),
     "instruct": _CAUSAL,
+    "classify": Task("SequenceClassification", prove_padding, _classifier, _whole_rows),
 }

@@ -1,0 +1,177 @@
+"""GLUE: each task converted once, `finetune.py` once for each task and seed, one table at the end.
+
+Every job is a process of its own with a run folder and a log: several run side by side, one that
+fails is tried again and takes no other with it, and one that is finished is kept.
+"""
+
+import csv
+import io
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from overture.config.load import check_config
+from overture.config.schema import GlueConfig
+from overture.data.schema import write_aside
+from overture.errors import ConfigError
+from overture.training.glue_tasks import TASKS, convert_task, find_missing
+from overture.training.jobs import Job, is_finished, run_jobs
+
+# No loss is above it: a run with this target ends at its first evaluation, before a step.
+ANY_LOSS = 1e9
+MISMATCHED = "mnli_mm"
+
+
+def evaluate(config: GlueConfig) -> int:
+    """Run what is not done yet, print and write the table, and return the exit code.
+
+    0 if every job came to its end, else that of the first that failed. Raises ConfigError before
+    anything runs: files are missing, or a job's config is wrong.
+    """
+    find_missing(config)
+    jobs, folder = plan(config), Path(config.run_folder)
+    import torch  # after all that can be wrong is found
+
+    _begin(config, folder, jobs)
+    for task in config.tasks:
+        kept = convert_task(config, task, *_encoding(config))
+        print(f"{task}: converted{' already' if kept else ''}", flush=True)
+    devices = torch.cuda.device_count()
+    count = config.parallel or max(devices, 1)
+    slots = [number % devices if devices else None for number in range(count)]
+    failed = run_jobs(jobs, folder, slots, config.retries)
+    for job in jobs:  # a finished run never goes on from them
+        if job.name not in failed:
+            shutil.rmtree(folder / job.name / "checkpoints", ignore_errors=True)
+    rows, average = summarise(config, folder)
+    model = config.finetune["model"]["name"]
+    table = {"run_name": config.run_name, "model": model, "average": average, "rows": rows}
+    write_aside(folder / "glue.json", json.dumps(table, indent=1) + "\n")
+    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_aside(folder / "glue.csv", file.getvalue())
+    print("\n".join([*table_lines(rows, average), f"in {folder}/glue.json and glue.csv"]))
+    for name, code in failed.items():
+        print(f"failed: {name} with exit code {code}; see {folder}/jobs/{name}.log")
+    return next(iter(failed.values()), 0)
+
+
+def plan(config: GlueConfig) -> list[Job]:
+    """Return the jobs, those that others start from first; ConfigError if a config is wrong."""
+    ordered = [task for task in TASKS if task in config.tasks]
+    jobs = [_job(config, task, seed) for task in ordered for seed in config.seeds]
+    if "mnli" in config.tasks:
+        jobs += [_mismatched(config, seed) for seed in config.seeds]
+    for job in jobs:
+        place = f"{config.run_name}, job {job.name}"
+        check_config(job.config, lambda _, place=place: place, ("classify",))
+    return jobs
+
+
+def _job(config: GlueConfig, task: str, seed: int) -> Job:
+    row, name, common = TASKS[task], f"{task}-{seed}", config.finetune
+    needs = f"mnli-{seed}" if row.from_mnli and "mnli" in config.tasks else None
+    if needs:
+        common = {**common, **_tuned_on_mnli(config, seed)}
+    defaults = {
+        "max_duration": f"{row.epochs}ep",
+        "global_train_batch_size": row.batch,
+        "optimizer": {"lr": row.lr, "weight_decay": row.decay},
+        "eval_loader": {"dataset": {"split": "dev"}},
+        "progress_bar": False,
+    }
+    fixed = {
+        "task": "classify",
+        "seed": seed,
+        "run_name": name,
+        "run_folder": f"{config.run_folder}/{name}",
+        "data_local": f"{config.data_local}/{task}",
+        "metrics": list(row.metrics),
+    }
+    merged = OmegaConf.merge(defaults, common, config.overrides.get(task, {}), fixed)
+    return Job(name, OmegaConf.to_container(merged), needs)
+
+
+def _tuned_on_mnli(config: GlueConfig, seed: int) -> dict[str, Any]:
+    """Return what makes a job start from the model that was tuned on MNLI, whose sizes it has."""
+    model = {key: value for key, value in config.finetune["model"].items() if key != "config"}
+    model |= {"name": f"{config.run_folder}/mnli-{seed}", "pretrained": True}
+    return {"model": model, "tokenizer_name": _encoding(config)[0]}
+
+
+def _mismatched(config: GlueConfig, seed: int) -> Job:
+    """Return the job that evaluates the model tuned on MNLI on texts of other kinds."""
+    job, name = _job(config, "mnli", seed), f"{MISMATCHED}-{seed}"
+    changes = {
+        **_tuned_on_mnli(config, seed),
+        "run_name": name,
+        "run_folder": f"{config.run_folder}/{name}",
+        "eval_loader": {"dataset": {"split": "dev_mm"}},
+        "eval_first": True,
+        "callbacks": {"loss_target": {"cross_entropy": ANY_LOSS}},
+    }
+    job.config.pop("model")
+    return Job(name, OmegaConf.to_container(OmegaConf.merge(job.config, changes)), job.name)
+
+
+def _encoding(config: GlueConfig) -> tuple[str, int]:
+    """Return the tokenizer and the length that the tasks are converted for."""
+    name = config.finetune.get("tokenizer_name") or config.finetune["model"]["name"]
+    return name, config.finetune["max_seq_len"]
+
+
+def _begin(config: GlueConfig, folder: Path, jobs: list[Job]) -> None:
+    """Make the folder, or go on with the one that is there.
+
+    Raises ConfigError if a job was finished with another config, or the data are others.
+    """
+    path, now = folder / "glue.yaml", {"data": config.data}
+    now |= {job.name: job.config for job in jobs}
+    before = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    if done := [key for key in changed if key == "data" or is_finished(folder / key)]:
+        fault = f"run_name: {config.run_name} was begun with another config ({', '.join(done)})"
+        raise ConfigError(f"{fault}; choose another run_name, or delete {folder}")
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    write_aside(path, OmegaConf.to_yaml(OmegaConf.create({**before, **now})))
+
+
+def summarise(config: GlueConfig, folder: Path) -> tuple[list[dict[str, Any]], float | None]:
+    """Return mean, spread and values over the seeds for each metric of each task, and the average.
+
+    GLUE's is the mean over the tasks of the mean of their metrics, MNLI's two parts being one task;
+    None while a task has no result.
+    """
+    rows, parts = [], {}
+    for name in [t for t in (*TASKS, MISMATCHED) if t.removesuffix("_mm") in config.tasks]:
+        task = name.removesuffix("_mm")
+        runs = [folder / f"{name}-{seed}" for seed in config.seeds]
+        results = [json.loads((r / "result.json").read_text()) for r in runs if is_finished(r)]
+        for metric in TASKS[task].metrics:
+            values = [result["metrics"][metric] for result in results]
+            mean = statistics.fmean(values) if values else None
+            std = statistics.stdev(values) if len(values) > 1 else None
+            figures = {"mean": mean, "std": std, "values": values}
+            rows.append({"task": name, "metric": metric, **figures})
+            parts.setdefault(task, []).append(mean)
+    if any(mean is None for means in parts.values() for mean in means):
+        return rows, None
+    return rows, statistics.fmean(map(statistics.fmean, parts.values()))
+
+
+def table_lines(rows: list[dict[str, Any]], average: float | None) -> list[str]:
+    """Return the table for the terminal, scores times 100."""
+
+    def shown(value: float | None) -> str:
+        return f"{'-' if value is None else f'{100 * value:.2f}':>8}"
+
+    lines = [f"{'task':<10}{'metric':<10}{'mean':>8}{'std':>8}{'seeds':>7}"]
+    for row in rows:
+        figures = f"{shown(row['mean'])}{shown(row['std'])}{len(row['values']):>7}"
+        lines.append(f"{row['task']:<10}{row['metric']:<10}{figures}")
+    return [*lines, f"{'average':<20}{shown(average)}"]
