@@ -21,6 +21,7 @@ LAYERS = [
         "data.convert",
         "checkpoint",
         "prove_resume",
+        "launch",
     },
 ]
 APART = {"data", "models", "callbacks"}  # these never import each other
@@ -116,7 +117,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 1250
+DEBT = 1500
 
 
 def test_sizes():

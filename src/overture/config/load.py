@@ -28,8 +28,13 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
-def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
-    """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong."""
+def load_config(
+    arguments: list[str], tasks: tuple[str, ...], world_size: int | None = None
+) -> Config:
+    """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong.
+
+    `world_size` is the number of ranks it is to run on, by default that of this process.
+    """
     adopt_hub_token()
     for named in os.environ.items():
         learn(*named)
@@ -56,7 +61,8 @@ def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
         _each_text(config.model.config, exported)
     if not problems:
         _each_text(config, lambda text, _: text.replace("{run_name}", config.run_name))
-        problems = contradictions(config, tasks, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        problems = contradictions(config, tasks, ranks)
     if problems:
         raise ConfigError("\n  ".join(f"{place(key)}: {key}: {text}" for key, text in problems))
     return config
