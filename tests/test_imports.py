@@ -23,6 +23,7 @@ LAYERS = [
         "data.convert",
         "checkpoint",
         "prove_resume",
+        "launch",
     },
 ]
 APART = {"data", "models", "callbacks"}  # these never import each other

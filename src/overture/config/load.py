@@ -29,9 +29,14 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
-def load_config(arguments: list[str], tasks: tuple[str, ...]) -> Config:
-    """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong."""
-    return check_config(*_read(arguments, "composer main.py|finetune.py"), tasks)
+def load_config(
+    arguments: list[str], tasks: tuple[str, ...], world_size: int | None = None
+) -> Config:
+    """Return the checked config of `FILE.yaml a.b=c ...`; ConfigError with all that is wrong.
+
+    `world_size` is the number of ranks it is to run on, by default that of this process.
+    """
+    return check_config(*_read(arguments, "composer main.py|finetune.py"), tasks, world_size)
 
 
 def load_glue(arguments: list[str]) -> GlueConfig:
@@ -45,7 +50,9 @@ def load_glue(arguments: list[str]) -> GlueConfig:
     return config
 
 
-def check_config(data: dict[str, Any], place: Callable[[str], str], tasks: tuple) -> Config:
+def check_config(
+    data: dict[str, Any], place: Callable[[str], str], tasks: tuple, world_size: int | None = None
+) -> Config:
     """Return a tree of keys and values as a checked config; `place` says where a key was set."""
 
     def exported(text: str, key: str) -> str:
@@ -60,7 +67,8 @@ def check_config(data: dict[str, Any], place: Callable[[str], str], tasks: tuple
         _each_text(config.model.config, exported)
     if not problems:
         _each_text(config, lambda text, _: text.replace("{run_name}", config.run_name))
-        problems = contradictions(config, tasks, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        problems = contradictions(config, tasks, ranks)
     _raise(problems, place)
     return config
 

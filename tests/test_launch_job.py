@@ -1,0 +1,442 @@
+"""Job scripts: what reaches the launcher word by word, what is refused, signals, a real Slurm."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from overture.errors import ConfigError
+from overture.launch import SCHEDULERS, Job, render, submit
+from runs import assert_same, records, result
+
+ROOT = Path(__file__).parents[1]
+SMOKE = "yamls/smoke/finetune.yaml"
+FOUR = ["global_train_batch_size=4", "device_train_microbatch_size=2"]
+EIGHT = ["device_train_microbatch_size=1"]  # up to eight ranks
+HOSTS = {"slurm": None, "sge": None, "ssh": ["user@first", "second"]}
+EVIL = 'it\'s "$(touch broken)" `touch broken`; touch broken & {x} \\ *'
+
+# Stands where composer would: notes its words, starts one rank, returns the rank's code.
+LAUNCHER = f"""#!{sys.executable}
+import os, pathlib, subprocess, sys
+here = pathlib.Path(__file__).parent
+node = sys.argv[sys.argv.index("--node_rank") + 1]
+(here / f"words{{node}}").write_text("\\0".join(sys.argv[1:]))
+lines = "\\0".join(f"{{k}}={{v}}" for k, v in os.environ.items())
+(here / f"environment{{node}}").write_text(lines)
+rank = pathlib.Path(__file__).with_name("rank.py")
+sys.exit(subprocess.run([sys.executable, rank]).returncode if rank.exists() else 0)
+"""
+# As a rank of ours does: it hears USR1 although the launcher was started deaf to it.
+RANK = """
+import pathlib, signal, sys, time
+def stop(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+pathlib.Path(__file__).with_name("ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch) -> Path:
+    """A folder that is first on PATH, beside whose Python a launcher lies."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(folder / "composer", LAUNCHER)
+    monkeypatch.setattr("overture.launch.sys.executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def run(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash"], input=script, cwd=cwd, capture_output=True, text=True, timeout=60,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+FORMS = {
+    "slurm": {"nodes": 2, "time": "24:00:00", "partition": "gpu", "account": "me"},
+    "sge": {"nodes": 2, "time": "0:10:00", "resource": "rt_F", "queue": "all.q", "group": "gaa1"},
+    "ssh": {"nodes": 2, "hosts": ["a", "me@b"]},
+}
+
+
+@pytest.mark.parametrize("scheduler", FORMS)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "all"])
+def test_scripts_pass_the_shell_and_shellcheck(scheduler, plain, tmp_path):
+    job = Job(scheduler, gpus=2, **FORMS[scheduler])
+    if not plain:
+        (tmp_path / "a b.sif").touch()
+        job.container, job.scratch = str(tmp_path / "a b.sif"), Path("/scratch/$USER")
+        job.modules = ["cuda/12.6", "python/3.11"]
+    script = render([SMOKE, *EIGHT, f"run_folder=runs/{EVIL}"], job)
+    parsed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert (parsed.returncode, parsed.stderr) == (0, "")
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    checked = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("scheduler", FORMS)
+def test_every_word_arrives_as_it_was_written(scheduler, programs, tmp_path, monkeypatch):
+    # A folder, a YAML's name, a value and the run folder that would each break out of a quote.
+    here = tmp_path / EVIL.replace("/", "")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    shutil.copy(ROOT / SMOKE, here / "a' b.yaml")
+    arguments = ["a' b.yaml", *FOUR, "run_name=r", f"run_folder={EVIL}/{{run_name}}"]
+    job = Job(scheduler, nodes=2, hosts=HOSTS[scheduler], scratch=here / "scratch")
+    script = render(arguments, job)
+    # Where the scheduler would run something on a node, it is run here.
+    program(programs / "ssh", '#!/bin/bash\nexec env -i PATH="$PATH" "${@: -2}"\n')
+    srun = '#!/bin/bash\nfor node in 0 1; do SLURM_NODEID=$node "${@: -3}" || exit; done\n'
+    program(programs / "srun", srun)
+    program(programs / "scontrol", "#!/bin/bash\necho first; echo second\n")
+    (tmp_path / "hosts").write_text("first 2 all.q\nsecond 2 all.q\nfirst 1 all.q\n")
+    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x[1-2]", "JOB_ID": "7"}
+    given |= {"PE_HOSTFILE": str(tmp_path / "hosts"), "HF_TOKEN": "hf_a'b $c"}
+    monkeypatch.delenv("HF_HOME", raising=False)
+    done = run(script, here, **given)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert not list(tmp_path.rglob("broken"))
+    for node in (0, 1):
+        words = (programs / f"words{node}").read_text().split("\0")
+        assert words[words.index(str(ROOT / "finetune.py")) + 1 :] == arguments
+        options = dict(zip(words[0:14:2], words[1:14:2], strict=True))
+        assert options["-n"] == "1"
+        assert (options["--world_size"], options["--node_rank"]) == ("2", str(node))
+        assert options["--master_addr"] == "first"
+        assert 20000 <= int(options["--master_port"]) < 32000
+        logs = here / EVIL / "r" / "logs"
+        assert here / options["--stdout"].format(rank=1) == logs / "rank1.out"
+        assert (logs / f"rank{node}.err").exists()
+        lines = (programs / f"environment{node}").read_text().split("\0")
+        found = dict(line.split("=", 1) for line in lines)
+        assert found["HF_TOKEN"] == "hf_a'b $c"
+        assert found["HF_HOME"] == str(here / "scratch" / "huggingface")
+        assert Path(found["TMPDIR"]).parent == here / "scratch"
+    assert list((here / "scratch").iterdir()) == [here / "scratch" / "huggingface"]
+    assert "hf_a" not in script
+
+
+def test_container_is_told_what_it_sees(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "over ture.sif").touch()
+    shutil.copy(ROOT / SMOKE, "a.yaml")
+    job = Job("slurm", container="over ture.sif", scratch=Path("/scratch/me"))
+    line = next(x for x in render(["a.yaml"], job).splitlines() if x.startswith("launcher="))
+    words = shlex.split(line.removeprefix("launcher=(").removesuffix(")"))
+    assert words[:3] == ["apptainer", "exec", "--nv"]
+    bound = {words[i + 1] for i, word in enumerate(words) if word == "--bind"}
+    assert bound == {str(tmp_path), str(ROOT), "/scratch/me"}
+    assert words[-4:] == ["--pwd", str(tmp_path), str(tmp_path / "over ture.sif"), "composer"]
+
+
+def test_directives_say_what_was_asked_for():
+    asked = {"time": "0:04:00", "partition": "gpu", "account": "me"}
+    slurm = render([SMOKE, *EIGHT], Job("slurm", 2, 4, **asked, option=["--mem=0", "-C a100"]))
+    for directive in ("nodes=2", "gpus-per-node=4", "time=0:04:00", "partition=gpu", "account=me",
+                      "mem=0", "signal=B:USR1@120"):  # fmt: skip
+        assert f"\n#SBATCH --{directive}\n" in slurm
+    assert "\n#SBATCH -C a100\n" in slurm
+    sge = render([SMOKE, *EIGHT], Job("sge", 2, 4, time="24:00:00", resource="rt_F", group="gaa1"))
+    for directive in ("-l rt_F=2", "-l h_rt=24:00:00", "-N run-finetune"):
+        assert f"\n#$ {directive}\n" in sge
+    assert f"\npatience={24 * 3600 - 300}\n" in sge
+    assert "gaa1" not in sge  # it goes to qsub
+
+
+def test_config_is_checked_for_its_ranks(run_door):
+    done = run_door("src/launch_job.py", SMOKE, "optimiser.lr=1", "--scheduler", "slurm")
+    assert done.returncode == 2
+    assert 'optimiser.lr: unknown key (did you mean "optimizer.lr"?)' in done.stderr
+    assert not done.stdout
+    done = run_door("src/launch_job.py", SMOKE, "--scheduler", "sge", "--nodes", 3, "--gpus", 4)
+    assert done.returncode == 2
+    assert "global_train_batch_size: 8 cannot be divided evenly over 12 ranks" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (Job("slurm", partition="a\n#SBATCH --uid=0"), "--partition: 'a\\n#SBATCH"),
+        (Job("slurm", account="$(id)"), "--account: '$(id)' is not a name"),
+        (Job("slurm", option=["--mem=1;id"]), "--option: '--mem=1;id' is not"),
+        (Job("slurm", option=["mem=1"]), "--option: 'mem=1' is not"),
+        (Job("slurm", resource="rt_F"), "--resource: slurm has no such thing (only sge)"),
+        (Job("sge", partition="gpu"), "--partition: sge has no such thing (only slurm)"),
+        (Job("sge", time="1-00:00:00"), "--time: '1-00:00:00' is not hours:minutes:seconds"),
+        (Job("ssh", nodes=2, hosts=["a"]), "--hosts: names 1 hosts, but --nodes is 2"),
+        (Job("ssh", hosts=["-oProxyCommand=id"]), "--hosts: '-oProxyCommand=id' is not a name"),
+        (Job("slurm", nodes=0), "--nodes: must be at least 1"),
+        (Job("slurm", modules=["a\nb"]), "cannot be printed"),
+        (Job("slurm", container="no.sif"), "--container: no.sif: no such image"),
+    ],
+)
+def test_jobs_that_cannot_be(job, said):
+    arguments = [SMOKE, "global_train_batch_size=4", "device_train_microbatch_size=1"]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        render(arguments, job)
+
+
+def test_newline_in_a_value_is_refused():
+    with pytest.raises(ConfigError, match="cannot be printed"):
+        render([SMOKE, "run_folder=a\n#$ -o /x"], Job("sge"))
+
+
+def test_no_secret_gets_into_a_script():
+    with pytest.raises(ConfigError, match="a secret would stand in the script"):
+        render([SMOKE, "data_remote=s3://user:correcthorse@host/x"], Job("slurm"))
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "sge"])
+def test_submit_hands_over_what_was_shown(scheduler, run_door, tmp_path, monkeypatch):
+    name = SCHEDULERS[scheduler][1]
+    program(tmp_path / name, f'#!/bin/bash\necho "given:$*"\ncat > {tmp_path}/seen\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    out, group = tmp_path / "job.sh", ["--group", "gaa1"] if scheduler == "sge" else []
+    command = ["src/launch_job.py", SMOKE, "--scheduler", scheduler, *group]
+    shown = run_door(*command)
+    assert shown.returncode == 0, shown.stderr
+    assert f"that is done by: {name} {'-g gaa1 ' if group else ''}FILE" in shown.stderr
+    assert not (tmp_path / "seen").exists()
+    done = run_door(*command, "--out", out, "--submit")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen").read_text() == out.read_text() == done.stdout == shown.stdout
+    assert done.stderr.splitlines()[-1] == f"given:{'-g gaa1' if group else ''}"
+    again = run_door(*command, "--out", out)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    nowhere = run_door(*command, "--out", tmp_path / "no" / "job.sh")
+    assert nowhere.returncode == 2
+    assert "cannot be written (No such file or directory)" in nowhere.stderr
+
+
+def test_submit_without_a_scheduler_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no sbatch on this machine"):
+        submit("", Job("slurm"))
+    program(tmp_path / "sbatch", "#!/bin/sh\necho 'error: no such partition' >&2\nexit 1\n")
+    with pytest.raises(ConfigError, match="sbatch refused: error: no such partition"):
+        submit("", Job("slurm"))
+    with pytest.raises(ConfigError, match="ssh has no queue"):
+        submit("", Job("ssh"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 99), (signal.SIGTERM, 99), (signal.SIGUSR2, 75)]
+)
+def test_job_asked_to_stop_runs_again_unless_it_was_deleted(number, code, programs, tmp_path):
+    # As Grid Engine does it: to all of the group. 99 is its code for: run this job again.
+    (programs / "rank.py").write_text(RANK)
+    script = tmp_path / "job.sh"
+    script.write_text(render([SMOKE, f"run_folder={tmp_path}/run"], Job("sge", time="1:00:00")))
+    environment = {**os.environ, "JOB_ID": "7", "PE_HOSTFILE": ""}
+    process = subprocess.Popen(["bash", script], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while not (programs / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=20) == code
+    time.sleep(0.5)
+    left = answer("ps", "-eo", "pgid=,stat=,args=")  # the sleep of the timer must not be
+    assert not [x for x in left.splitlines() if x.split()[0] == str(process.pid) and " Z" not in x]
+
+
+def test_other_exit_codes_come_through(programs, tmp_path):
+    (programs / "rank.py").write_text("import sys; sys.exit(3)")
+    script = render([SMOKE, f"run_folder={tmp_path}/run"], Job("sge"))
+    assert run(script, tmp_path, JOB_ID="7", PE_HOSTFILE="").returncode == 3
+    script = render([SMOKE, *FOUR], Job("sge", nodes=2))
+    done = run(script, tmp_path, JOB_ID="7", PE_HOSTFILE="")
+    assert done.returncode == 2
+    assert "2 nodes were asked for, but this job has 1" in done.stdout
+
+
+def test_apptainer_image_is_that_of_the_dockerfile():
+    docker = (ROOT / "Dockerfile").read_text()
+    apptainer = (ROOT / "launch" / "apptainer.def").read_text()
+    assert re.search(r"^FROM (\S+)", docker, re.M)[1] in apptainer
+    ours = " ".join(apptainer.split())
+    for command in re.findall(r"(?:apt-get|/opt/venv/bin/\w+|python3 -m venv)[^&\\;]+", docker):
+        assert " ".join(command.split()) in ours, command
+
+
+def test_commands_of_the_page_render(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "clusters.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *(python src/launch_job.py .*)$", text, re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        line = re.sub(r"--container \S+|--out \S+|--submit", "", command)
+        line = line.replace("python", sys.executable, 1)
+        done = run(f"{line} > /dev/null", ROOT, SCRATCH="/scratch/me")
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm of two nodes on this machine, with a GPU each in its books."""
+    missing = [x for x in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(x)]
+    if missing or os.geteuid():
+        lack = f"{', '.join(missing)} not found" if missing else "slurmd must be started by root"
+        pytest.skip(f"no Slurm here: {lack} (Debian: slurmctld slurmd munge slurm-client)")
+    folder, host = tmp_path / "slurm", socket.gethostname()
+    for name in ("state", "munge"):
+        (folder / name).mkdir(parents=True)
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    ports = 40000 + os.getpid() % 10000
+    nodes = [
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports + 1 + i} "
+        "CPUs=1 Gres=gpu:1 State=UNKNOWN"
+        for i, name in enumerate((host, "localhost"))
+    ]
+    settings = {
+        "ClusterName": "one", "SlurmctldHost": host, "SlurmUser": "root", "SlurmctldPort": ports,
+        "AuthType": "auth/munge", "AuthInfo": f"socket={folder}/munge/socket,cred_expire=5",
+        "StateSaveLocation": folder / "state", "SlurmdSpoolDir": f"{folder}/spool-%n",
+        "SlurmctldPidFile": folder / "ctld.pid", "SlurmdPidFile": f"{folder}/%n.pid",
+        "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none", "MpiDefault": "none",
+        "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_CPU", "GresTypes": "gpu",
+        "SwitchType": "switch/none", "ReturnToService": 2,
+    }  # fmt: skip
+    lines = [f"{name}={value}" for name, value in settings.items()]
+    lines += [*nodes, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"]
+    (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+    (folder / "gres.conf").write_text("Name=gpu Count=1 File=/dev/null\n")
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    munge = [f"--{x}={folder}/munge/{x}" for x in ("socket", "pid-file", "log-file", "seed-file")]
+    # Each node has a /dev/shm of its own, as two machines would.
+    own = "mount -t tmpfs tmpfs /dev/shm && exec slurmd -D -N "
+    commands = [
+        ["munged", "--foreground", "--force", f"--key-file={key}", *munge],
+        ["slurmctld", "-D"],
+        *(["unshare", "--mount", "sh", "-c", own + name] for name in (host, "localhost")),
+    ]
+    started = []
+    for number, command in enumerate(commands):
+        with (folder / f"log{number}").open("w") as log:
+            started.append(subprocess.Popen(command, stdout=log, stderr=log))
+        time.sleep(1)
+    deadline = time.monotonic() + 30
+    while answer("sinfo", "-h", "-o", "%D %t").strip() != "2 idle":
+        if time.monotonic() > deadline:
+            pytest.fail((folder / "log1").read_text()[-2000:])
+        time.sleep(0.5)
+    yield folder
+    answer("scancel", "-u", "root")
+    while answer("squeue", "-h") and time.monotonic() < deadline + 300:
+        time.sleep(0.5)
+    for process in reversed(started):
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def answer(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_preempted_under_slurm_goes_on_to_the_same_weights(slurm, smoke, run_door, tmp_path):
+    options = [
+        *FOUR, "model.dtype=float32", "lora.dropout=0.1", "max_duration=600ba",
+        "eval_interval=300ba", "save_interval=200ba",
+    ]  # fmt: skip
+
+    def send(name: str) -> str:
+        done = run_door(
+            "src/launch_job.py", SMOKE, *options, f"run_folder={tmp_path / name}",
+            "--scheduler", "slurm", "--nodes", 2, "--gpus", 1, "--time", "0:30:00",
+            "--scratch", tmp_path / "scratch", f"--option=--output={tmp_path}/{name}.out",
+            "--submit",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return re.search(r"Submitted batch job (\d+)", done.stderr)[1]
+
+    def wait_until(job: str, name: str, is_so) -> str:
+        deadline = time.monotonic() + 240
+        while not is_so(log := (tmp_path / f"{name}.out")):
+            state = answer("squeue", "-h", "-j", job, "-o", "%T %r")
+            if time.monotonic() > deadline:
+                logs = [log, *(tmp_path / name / "logs").glob("rank*")]
+                said = "\n".join(f"{x.name}: {x.read_text()[-2000:]}" for x in logs if x.exists())
+                pytest.fail(f"{state}\n{said}")
+            time.sleep(0.1)
+        return log.read_text()
+
+    def has_trained(name: str, step: int):
+        def look(_: Path) -> bool:
+            log = tmp_path / name / "metrics.jsonl"
+            return log.exists() and f'"train", "step": {step},' in log.read_text()
+
+        return look
+
+    def ended(log: Path) -> bool:
+        return log.exists() and bool(re.search(r"exit code (?!75)", log.read_text()))
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert "exit code 0" in wait_until(send("whole"), "whole", ended)
+    job = send("parts")
+    wait_until(job, "parts", has_trained("parts", 20))
+    answer("scancel", "--signal=TERM", job)  # preemption: to the steps of the job
+    wait_until(job, "parts", lambda log: "start 2" in log.read_text())
+    assert result(parts)["status"] == "preempted"
+    saved = max(int(path.name[2:]) for path in parts.glob("checkpoints/ba*"))
+    assert 20 <= saved < 600
+    wait_until(job, "parts", has_trained("parts", saved + 10))
+    answer("scancel", "--signal=USR1", "--batch", job)  # the time is nearly up
+    said = wait_until(job, "parts", ended)
+    assert re.findall(r"start \d", said) == ["start 1", "start 2", "start 3"]
+    assert re.findall(r"exit code \d+", said) == ["exit code 75", "exit code 75", "exit code 0"]
+    assert result(parts)["status"] == "completed"
+    assert len(records(parts, "train")) == 600
+    assert_same(whole, parts)
+    assert (parts / "logs" / "rank1.out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_job_cancelled_under_slurm_saves_and_stays_away(slurm, smoke, run_door, tmp_path):
+    folder = tmp_path / "run"
+    done = run_door(
+        "src/launch_job.py", SMOKE, *FOUR, f"run_folder={folder}", "max_duration=4000ba",
+        "eval_interval=4000ba", "--scheduler", "slurm", "--nodes", 2, "--gpus", 1,
+        "--scratch", tmp_path / "scratch", f"--option=--output={tmp_path}/job.out", "--submit",
+    )  # fmt: skip
+    job = re.search(r"Submitted batch job (\d+)", done.stderr)[1]
+    deadline = time.monotonic() + 120
+    while (
+        not (folder / "metrics.jsonl").exists()
+        or '"step": 5,' not in (folder / "metrics.jsonl").read_text()
+    ):
+        assert time.monotonic() < deadline, answer("squeue", "-j", job)
+        time.sleep(0.1)
+    answer("scancel", job)
+    while answer("squeue", "-h", "-j", job):
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.2)
+    assert result(folder)["status"] == "preempted"
+    assert len(list(folder.glob("checkpoints/ba*"))) == 1
+    assert "JobState=CANCELLED" in answer("scontrol", "show", "job", job)
