@@ -68,7 +68,9 @@ def test_every_task_is_converted_once_from_its_files(glue, smoke):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("task", ["cola", "mrpc", "rte", "stsb", "sst2"])
+@pytest.mark.parametrize(
+    "task", ["cola", "mrpc", "rte", "stsb", pytest.param("sst2", marks=pytest.mark.slow)]
+)
 def test_real_files(task, glue, smoke, real_data):
     config = glue(f"data={real_data}/glue", f"tasks=[{task}]")
     find_missing(config)
