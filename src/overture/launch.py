@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from overture.config.load import load_config
-from overture.config.schema import Config, Task
+from overture.config.schema import DOORS, Config
 from overture.config.secrets import redact
 from overture.errors import ConfigError
 
@@ -61,7 +61,7 @@ def render(arguments: list[str], job: Job) -> str:
     is wrong with the job.
     """
     ranks = max(1, job.nodes * job.gpus)
-    config = load_config(arguments, get_args(Task), world_size=ranks)
+    config = load_config(arguments, tuple(DOORS), world_size=ranks)
     problems = list(_problems([*arguments, config.run_folder], job))
     if problems:
         raise ConfigError("\n  ".join(problems))
