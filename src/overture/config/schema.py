@@ -240,6 +240,7 @@ class GlueConfig:
     data: str = "nyu-mll/glue"
     run_name: str = ""  # default: the YAML's file name
     tasks: list[GlueTask] = field(default_factory=lambda: [*get_args(GlueTask)])
+    # The largest tasks (MNLI, QQP, QNLI) run with the first one only.
     seeds: list[int] = field(default_factory=lambda: [17])
     # Keys of Config for one task: {cola: {max_duration: 5ep}}.
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The labels of a classifier, as the ledgers of its splits have them: what a model must predict."""
+"""The labels of a classifier, from the ledgers of its splits: what the model is to predict."""
 
 from collections.abc import Iterator
 from typing import Any

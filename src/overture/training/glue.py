@@ -64,20 +64,24 @@ def evaluate(config: GlueConfig) -> int:
 def plan(config: GlueConfig) -> list[Job]:
     """Return the jobs, those that others start from first; ConfigError if a config is wrong."""
     ordered = [task for task in TASKS if task in config.tasks]
-    jobs = [_job(config, task, seed) for task in ordered for seed in config.seeds]
+    jobs = [_job(config, task, seed) for task in ordered for seed in _seeds(config, task)]
     if "mnli" in config.tasks:
-        jobs += [_mismatched(config, seed) for seed in config.seeds]
+        jobs.append(_mismatched(config))
     for job in jobs:
         place = f"{config.run_name}, job {job.name}"
         check_config(job.config, lambda _, place=place: place, ("classify",))
     return jobs
 
 
+def _seeds(config: GlueConfig, task: str) -> list[int]:
+    return config.seeds[:1] if TASKS[task].one_seed else config.seeds
+
+
 def _job(config: GlueConfig, task: str, seed: int) -> Job:
     row, name, common = TASKS[task], f"{task}-{seed}", config.finetune
-    needs = f"mnli-{seed}" if row.from_mnli and "mnli" in config.tasks else None
+    needs = f"mnli-{config.seeds[0]}" if row.from_mnli and "mnli" in config.tasks else None
     if needs:
-        common = {**common, **_tuned_on_mnli(config, seed)}
+        common = {**common, **_tuned_on_mnli(config)}
     defaults = {
         "max_duration": f"{row.epochs}ep",
         "global_train_batch_size": row.batch,
@@ -97,18 +101,19 @@ def _job(config: GlueConfig, task: str, seed: int) -> Job:
     return Job(name, OmegaConf.to_container(merged), needs)
 
 
-def _tuned_on_mnli(config: GlueConfig, seed: int) -> dict[str, Any]:
+def _tuned_on_mnli(config: GlueConfig) -> dict[str, Any]:
     """Return what makes a job start from the model that was tuned on MNLI, whose sizes it has."""
     model = {key: value for key, value in config.finetune["model"].items() if key != "config"}
-    model |= {"name": f"{config.run_folder}/mnli-{seed}", "pretrained": True}
+    model |= {"name": f"{config.run_folder}/mnli-{config.seeds[0]}", "pretrained": True}
     return {"model": model, "tokenizer_name": _encoding(config)[0]}
 
 
-def _mismatched(config: GlueConfig, seed: int) -> Job:
+def _mismatched(config: GlueConfig) -> Job:
     """Return the job that evaluates the model tuned on MNLI on texts of other kinds."""
+    seed = config.seeds[0]
     job, name = _job(config, "mnli", seed), f"{MISMATCHED}-{seed}"
     changes = {
-        **_tuned_on_mnli(config, seed),
+        **_tuned_on_mnli(config),
         "run_name": name,
         "run_folder": f"{config.run_folder}/{name}",
         "eval_loader": {"dataset": {"split": "dev_mm"}},
@@ -150,7 +155,7 @@ def summarise(config: GlueConfig, folder: Path) -> tuple[list[dict[str, Any]], f
     rows, parts = [], {}
     for name in [t for t in (*TASKS, MISMATCHED) if t.removesuffix("_mm") in config.tasks]:
         task = name.removesuffix("_mm")
-        runs = [folder / f"{name}-{seed}" for seed in config.seeds]
+        runs = [folder / f"{name}-{seed}" for seed in _seeds(config, task)]
         results = [json.loads((r / "result.json").read_text()) for r in runs if is_finished(r)]
         for metric in TASKS[task].metrics:
             values = [result["metrics"][metric] for result in results]
