@@ -327,12 +327,16 @@ def slurm(tmp_path, monkeypatch):
     (folder / "gres.conf").write_text("Name=gpu Count=1 File=/dev/null\n")
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     munge = [f"--{x}={folder}/munge/{x}" for x in ("socket", "pid-file", "log-file", "seed-file")]
-    # Each node has a /dev/shm of its own, as two machines would.
-    own = "mount -t tmpfs tmpfs /dev/shm && exec slurmd -D -N "
+    # Each node has a /dev/shm and a core of its own, as two machines would.
+    own = "mount -t tmpfs tmpfs /dev/shm && exec taskset --cpu-list "
+    cores = sorted(os.sched_getaffinity(0))
     commands = [
         ["munged", "--foreground", "--force", f"--key-file={key}", *munge],
         ["slurmctld", "-D"],
-        *(["unshare", "--mount", "sh", "-c", own + name] for name in (host, "localhost")),
+        *(
+            ["unshare", "--mount", "sh", "-c", f"{own}{core} slurmd -D -N {name}"]
+            for name, core in ((host, cores[0]), ("localhost", cores[-1]))
+        ),
     ]
     started = []
     for number, command in enumerate(commands):
@@ -361,8 +365,8 @@ def answer(*command: str) -> str:
 @pytest.mark.dist
 def test_preempted_under_slurm_goes_on_to_the_same_weights(slurm, smoke, run_door, tmp_path):
     options = [
-        *FOUR, "model.dtype=float32", "lora.dropout=0.1", "max_duration=600ba",
-        "eval_interval=300ba", "save_interval=200ba",
+        *FOUR, "model.dtype=float32", "lora.dropout=0.1", "max_duration=160ba",
+        "eval_interval=80ba", "save_interval=60ba",
     ]  # fmt: skip
 
     def send(name: str) -> str:
@@ -376,7 +380,7 @@ def test_preempted_under_slurm_goes_on_to_the_same_weights(slurm, smoke, run_doo
         return re.search(r"Submitted batch job (\d+)", done.stderr)[1]
 
     def wait_until(job: str, name: str, is_so) -> str:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not is_so(log := (tmp_path / f"{name}.out")):
             state = answer("squeue", "-h", "-j", job, "-o", "%T %r")
             if time.monotonic() > deadline:
@@ -399,19 +403,19 @@ def test_preempted_under_slurm_goes_on_to_the_same_weights(slurm, smoke, run_doo
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert "exit code 0" in wait_until(send("whole"), "whole", ended)
     job = send("parts")
-    wait_until(job, "parts", has_trained("parts", 20))
+    wait_until(job, "parts", has_trained("parts", 10))
     answer("scancel", "--signal=TERM", job)  # preemption: to the steps of the job
     wait_until(job, "parts", lambda log: "start 2" in log.read_text())
     assert result(parts)["status"] == "preempted"
     saved = max(int(path.name[2:]) for path in parts.glob("checkpoints/ba*"))
-    assert 20 <= saved < 600
-    wait_until(job, "parts", has_trained("parts", saved + 10))
+    assert 10 <= saved < 160
+    wait_until(job, "parts", has_trained("parts", saved + 5))
     answer("scancel", "--signal=USR1", "--batch", job)  # the time is nearly up
     said = wait_until(job, "parts", ended)
     assert re.findall(r"start \d", said) == ["start 1", "start 2", "start 3"]
     assert re.findall(r"exit code \d+", said) == ["exit code 75", "exit code 75", "exit code 0"]
     assert result(parts)["status"] == "completed"
-    assert len(records(parts, "train")) == 600
+    assert len(records(parts, "train")) == 160
     assert_same(whole, parts)
     assert (parts / "logs" / "rank1.out").exists()
 
