@@ -81,13 +81,14 @@ def export_model(
     if merge or dtype:
         model.float()
     asked = [_ask(model, ids) for ids in prompts]
+    tie = BOUNDS[kind]
     if merge:
         model = model.merge_and_unload(safe_merge=True)
         _compare(model, asked, "float32", "merged, against base and adapters")
     if (merge or dtype) and kind != "float32":
         for weights in model.parameters():  # not buffers: a rounded rotation is another one
             weights.data = weights.data.to(getattr(torch, kind))
-        _compare(model, asked, kind, f"in {kind}, against float32")
+        tie = 2 * _compare(model, asked, kind, f"in {kind}, against float32")
     with _aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -95,7 +96,7 @@ def export_model(
             row, room = ("--test_prompt", {"text": test_prompt}), position_limit(base) - NEW_TOKENS
             prompts += encode_prompts([row], AS_IT_IS, tokenizer, room)
         answers = _fresh_answers(aside, kind, prompts)
-        _compare_tokens(prompts, asked, answers, BOUNDS[kind])
+        _compare_tokens(prompts, asked, answers, tie)
     if test_prompt:
         print(f"{test_prompt}{answers[-1][1]}")
 
@@ -161,7 +162,8 @@ def _logits(model: Any, ids: list[int]) -> torch.Tensor:
     return model(input_ids=given, use_cache=False).logits[0].float().cpu()
 
 
-def _compare(model: Any, asked: Sequence[tuple], kind: str, what: str) -> None:
+def _compare(model: Any, asked: Sequence[tuple], kind: str, what: str) -> float:
+    """Return the largest difference of a logit, in standard deviations; DataError if too large."""
     found = [(_logits(model, ids) - before).abs().max().item() for ids, before in asked]
     spread = min(before.std().item() for _, before in asked)
     print(f"{what}: logits, of a spread of {spread:.2g}, differ by {max(found):.2g} at most")
@@ -170,6 +172,7 @@ def _compare(model: Any, asked: Sequence[tuple], kind: str, what: str) -> None:
             f"logits differ by {max(found):.2g} at most, {BOUNDS[kind] * spread:.2g} is rounding"
         )
         raise DataError(f"{what}: {fault}; nothing was written")
+    return max(found) / spread
 
 
 def _fresh_answers(folder: Path, kind: str, prompts: list[list[int]]) -> list[tuple]:
@@ -185,14 +188,14 @@ def _fresh_answers(folder: Path, kind: str, prompts: list[list[int]]) -> list[tu
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _compare_tokens(prompts: list, asked: Sequence[tuple], answers: list, bound: float) -> None:
-    """Raise DataError if greedy tokens differ, but where two had all but the same logit here."""
+def _compare_tokens(prompts: list, asked: Sequence[tuple], answers: list, tie: float) -> None:
+    """Raise DataError if greedy tokens differ, but where logits here were but a tie apart."""
     made = ties = 0
     for prompt, (ids, logits), (theirs, _) in zip(prompts, asked, answers, strict=False):
         ours = ids[len(prompt) :]
         pairs = enumerate(zip(ours, theirs, strict=False), start=len(prompt) - 1)
         place, (one, other) = next((p for p in pairs if p[1][0] != p[1][1]), (len(ids) - 1, (0, 0)))
-        if not logits[place, one] - logits[place, other] <= bound * logits.std():
+        if not logits[place, one] - logits[place, other] <= tie * logits.std():
             fault = f"{other} is token {place + 1} there, {one} here"
             raise DataError(f"plain transformers do not give the same text: {fault}")
         made, ties = made + place + 1 - len(prompt), ties + (one != other)

@@ -57,7 +57,9 @@ def load_trained(
         place = _place(name, Path(aside) / "model", unverified)
         base, adapters, record = place, None, {}
         if adapter:
-            adapters = _adapter_folder(adapter, Path(aside) / "adapter", unverified)
+            adapters = Path(_place(adapter, Path(aside) / "adapter", unverified))
+            if not (adapters / ADAPTERS).is_file():
+                raise ConfigError(f"--adapter {adapter}: holds no adapters ({ADAPTERS} is missing)")
         elif (Path(place) / ADAPTERS).is_file():
             base, adapters = None, Path(place)
         if adapters:
@@ -116,13 +118,6 @@ def _place(name: str, aside: Path, unverified: bool) -> str:
         return name
     file = checkpoint_to_load(name, unverified, aside.with_name("fetched"))
     return str(_unpack(file, aside))
-
-
-def _adapter_folder(name: str, aside: Path, unverified: bool) -> Path:
-    folder = Path(_place(name, aside, unverified))
-    if not (folder / ADAPTERS).is_file():
-        raise ConfigError(f"--adapter {name}: holds no adapters ({ADAPTERS} is missing)")
-    return folder
 
 
 def _base_of(name: str, adapters: Path, record: dict[str, Any]) -> str:

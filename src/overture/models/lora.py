@@ -93,7 +93,7 @@ def check_base(record: Path, model: str, or_else: str = "") -> None:
     Raises:
         DataError: it is another one, in which adapters would mean something else.
     """
-    if json.loads(record.read_text(encoding="utf-8"))["facts"]["model"] != model:
+    if json.loads(record.read_text(encoding="utf-8")).get("facts", {}).get("model") != model:
         raise DataError(
             f"{record}: was trained in another model than this one: trained tensors or frozen "
             f"weights differ; use its base model, dtype and lora{or_else}"
