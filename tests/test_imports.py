@@ -18,6 +18,8 @@ LAYERS = [
         "check",
         "report",
         "tokenizer",
+        "tokenizer_training",
+        "vocabulary",
         "data.convert",
         "checkpoint",
         "prove_resume",
@@ -116,7 +118,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 1250
+DEBT = 1880
 
 
 def test_sizes():
