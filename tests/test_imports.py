@@ -20,6 +20,8 @@ LAYERS = [
         "check",
         "report",
         "tokenizer",
+        "tokenizer_training",
+        "vocabulary",
         "data.convert",
         "checkpoint",
         "prove_resume",

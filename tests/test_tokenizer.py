@@ -1,11 +1,12 @@
-"""Tokenizer training and loading, through files and back."""
+"""The default tokenizer, and loading of any, through files and back."""
 
 import json
 
 import pytest
 
 from overture.errors import ConfigError
-from overture.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256, train_tokenizer
+from overture.tokenizer import load_tokenizer, tokenizer_sha256
+from overture.tokenizer_training import END_OF_TEXT, Plan, train_tokenizer
 
 TEXTS = [
     "The owl hoots in the forest.",
@@ -24,7 +25,7 @@ def trained(tmp_path):
 
 def test_round_trip_of_any_text_and_hf_format(trained):
     source, out = trained
-    size = train_tokenizer([str(source)], 300, out)
+    size, _ = train_tokenizer(Plan([str(source)], 300, out))
     tokenizer = load_tokenizer(str(out))
     assert size == len(tokenizer) <= 300
     for text in [*TEXTS, "unseen: čšž € \x00 🎻"]:
@@ -37,15 +38,15 @@ def test_round_trip_of_any_text_and_hf_format(trained):
 
 def test_template_words_become_pieces(trained):
     source, out = trained
-    train_tokenizer([str(source)], 400, out, prompt_template="dolly")
+    train_tokenizer(Plan([str(source)], 320, out, prompt_template="dolly"))
     tokenizer = load_tokenizer(str(out))
     assert len(tokenizer("### Response:\n")["input_ids"]) <= 4
 
 
 def test_hash_tells_vocabularies_apart_and_nothing_else(trained, tmp_path):
     source, out = trained
-    train_tokenizer([str(source)], 300, out)
-    train_tokenizer([str(source)], 280, tmp_path / "other")
+    train_tokenizer(Plan([str(source)], 300, out))
+    train_tokenizer(Plan([str(source)], 280, tmp_path / "other"))
     one, again, other = (load_tokenizer(str(p)) for p in (out, out, tmp_path / "other"))
     again("pad me", padding="max_length", truncation=True, max_length=4)
     assert tokenizer_sha256(one) == tokenizer_sha256(again) != tokenizer_sha256(other)
@@ -53,13 +54,13 @@ def test_hash_tells_vocabularies_apart_and_nothing_else(trained, tmp_path):
 
 def test_refusals(trained, tmp_path):
     source, out = trained
-    train_tokenizer([str(source)], 300, out)
+    train_tokenizer(Plan([str(source)], 300, out))
     with pytest.raises(ConfigError, match="is there already"):
-        train_tokenizer([str(source)], 300, out)
+        train_tokenizer(Plan([str(source)], 300, out))
     with pytest.raises(ConfigError, match="need 259"):
-        train_tokenizer([str(source)], 200, tmp_path / "x")
+        train_tokenizer(Plan([str(source)], 200, tmp_path / "x"))
     with pytest.raises(ConfigError, match="no such file"):
-        train_tokenizer(["missing.txt"], 300, tmp_path / "x")
+        train_tokenizer(Plan(["missing.txt"], 300, tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
@@ -84,7 +85,7 @@ def test_config_that_trusts_code_itself_runs_none(tmp_path):
 
 
 def test_text_file_with_a_bom(real_data, tmp_path):
-    train_tokenizer([str(real_data / "text" / "botchan.txt")], 1000, tmp_path / "t")
+    train_tokenizer(Plan([str(real_data / "text" / "botchan.txt")], 1000, tmp_path / "t"))
     vocabulary = load_tokenizer(str(tmp_path / "t")).get_vocab()
     assert len(vocabulary) == 1000
     assert not any(piece.startswith("\u00ef\u00bb\u00bf") for piece in vocabulary)

@@ -1,21 +1,12 @@
-"""Loading and training tokenizers; always a fast tokenizer in Hugging Face format."""
+"""Loading tokenizers; always a fast tokenizer in Hugging Face format."""
 
 import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from overture.data.prompts import template
-from overture.data.readers import Malformed
-from overture.data.sources import open_source
 from overture.errors import ConfigError
-
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"
-MASK = "<|mask|>"  # for masked language models
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -50,63 +41,3 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     tokenizer.backend_tokenizer.no_padding()
     parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token), tokenizer.bos_token]
     return hashlib.sha256("\n".join(map(str, parts)).encode("utf-8")).hexdigest()
-
-
-def train_tokenizer(
-    inputs: list[str],
-    vocab_size: int,
-    out: Path,
-    prompt_template: str | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Train a byte-level BPE tokenizer on text or jsonl files, write it to `out`, return its size.
-
-    Every string field of a jsonl record counts as text or, with a template, what the model will
-    see of it, so that the template's own words become single pieces too. Byte-level pieces mean
-    that nothing is unknown and every text comes back as it went in (Radford et al. 2019, GPT-2).
-    The size counts special tokens. Raises ConfigError: a bad input, or `out` is there already.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} is there already; give --overwrite to replace it")
-    if vocab_size < 259:
-        raise ConfigError(f"--vocab_size {vocab_size}: 256 bytes and 3 special tokens need 259")
-    sources = [_texts(name, prompt_template) for name in inputs]
-    tokenizer = Tokenizer(models.BPE())
-    # Splitting digits keeps small numbers from becoming opaque pieces.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    options = {"special_tokens": [END_OF_TEXT, PADDING, MASK], "show_progress": False}
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **options)
-    tokenizer.train_from_iterator((text for source in sources for text in source), trainer)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    ends = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PADDING}
-    options = {"clean_up_tokenization_spaces": False, **ends, "mask_token": MASK}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(aside)
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
-    return tokenizer.get_vocab_size()
-
-
-def _texts(name: str, prompt_template: str | None) -> Iterator[str]:
-    path = Path(name)
-    if path.suffix == ".txt" and path.is_file():
-        return iter(path.read_text(encoding="utf-8-sig").splitlines(keepends=True))
-    chosen = template(prompt_template) if prompt_template else None
-    source = open_source(name)  # here, so that a missing file is an error before training
-
-    def read() -> Iterator[str]:
-        for place, record in source.read():
-            if isinstance(record, Malformed):
-                raise ConfigError(f"{name}: {place} {record.detail}")
-            texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
-            seen = (chosen.prompt(texts), texts.get(chosen.response, "")) if chosen else ()
-            yield from seen or texts.values()
-
-    return read()
