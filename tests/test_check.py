@@ -50,6 +50,29 @@ def test_batch_larger_than_the_split(config):
         check_data(config("global_train_batch_size=4096"))
 
 
+def test_every_stream_is_checked(smoke, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(smoke / "instruct", tmp_path / name)
+    streams = [f"train_loader.streams.{name}.data_local={tmp_path / name}" for name in ("a", "b")]
+    held_out = [f"eval_loader.streams.b={{data_local: {tmp_path / 'b'}, split: test}}"]
+    rest = ["data_local=null", "eval_loader.dataset.split=train"]
+    options = ["yamls/smoke/finetune.yaml", *streams, *held_out, *rest]
+    config = load_config(options, ("instruct",))
+    check_data(config)
+    for split in ("train", "test"):
+        shard = next((tmp_path / "b" / split).glob("shard*"))
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1])
+        with pytest.raises(DataError, match=str(shard)):
+            check_data(config)
+        shard.write_bytes(whole)
+    shutil.rmtree(tmp_path / "b" / "train")
+    with pytest.raises(
+        ConfigError, match=r"b/train: no converted dataset \(the splits there are: "
+    ):
+        check_data(config)
+
+
 def test_split_without_a_label(config, tmp_path):
     ledger = tmp_path / "data" / "test" / "dataset.json"
     content = unseal(ledger)

@@ -29,18 +29,15 @@ def check_data(config: Config) -> None:
     """
     if config.load_path and "://" not in config.load_path and not Path(config.load_path).exists():
         raise ConfigError(f"load_path: {config.load_path}: no such file")
-    if config.data_remote is not None:
-        return  # what lies there is checked when it arrives
-    loaders = [(config.train_loader, config.global_train_batch_size)]
-    if config.eval_loader is not None:
-        loaders.append((config.eval_loader, 1))
     ledgers = {}
-    for loader, batch in loaders:
-        folder = Path(config.data_local) / loader.dataset.split
+    for name, stream, batch in config.splits():
+        if stream.data_remote is not None:
+            continue  # what lies there is checked when it arrives
+        folder = Path(stream.data_local) / stream.split
         ledger = check_split(folder, config.task, config.max_seq_len, batch)
-        ledgers[loader.dataset.split] = ledger
+        ledgers[name] = ledger
         verify_split(folder, ledger, contents=local_rank() == 0)  # hashed once per node
-    if config.task == "classify":
+    if config.task == "classify" and ledgers:
         head_config(ledgers)
 
 

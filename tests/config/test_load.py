@@ -105,6 +105,14 @@ def test_dumped_config_loads_again_to_the_same(yaml, tmp_path):
         ("eval_loader.drop_last=true", ["eval_loader.drop_last: would leave samples out"]),
         ("load_weights_only=true", ["load_weights_only: needs a load_path"]),
         ("save_num_checkpoints_to_keep=0", ["save_num_checkpoints_to_keep: must be at least 1"]),
+        ("algorithms.alibi.max_sequence_length=9", ["unknown key", "ema", "seq_length_warmup"]),
+        ("algorithms.ema.half_life=1ep", ["algorithms.ema.half_life: '1ep' is none", "1000ba"]),
+        ("algorithms.seq_length_warmup={}", ["it is for task: causal_lm"]),
+        ("algorithms.seq_length_warmup.duration=0", ["duration: must be in (0, 1]"]),
+        (
+            "algorithms.seq_length_warmup.min_seq_length=512",
+            ["must be from 2 to below max_seq_len"],
+        ),
     ],
 )
 def test_refusals_name_key_and_remedy(yaml, override, words):
@@ -246,3 +254,70 @@ def test_nothing_where_a_value_must_be_is_one_sentence(yaml):
             assert f"{field.name}: expected" in refusal(yaml, f"{field.name}=null") or (
                 "unknown value None" in refusal(yaml, f"{field.name}=null")
             ), field.name
+
+
+MIXED = """
+task: causal_lm
+model: {name: gpt2}
+max_seq_len: 512
+max_duration: 3ep
+global_train_batch_size: 8
+train_loader:
+  streams:
+    wiki: {data_local: data/wiki, proportion: 1}
+    code: {data_local: data/code, proportion: 3.0, data_remote: s3://b/code, split: old}
+eval_loader:
+  streams: {wiki: {data_local: data/wiki, split: test}}
+"""
+
+
+@pytest.fixture
+def mixed(tmp_path) -> str:
+    path = tmp_path / "mixed.yaml"
+    path.write_text(MIXED)
+    return str(path)
+
+
+def test_streams_are_read_by_name(mixed, yaml, tmp_path):
+    config = load(mixed, tasks=("causal_lm",))
+    assert config.train_loader.streams["code"].proportion == 3.0
+    found = [(name, s.data_local, s.data_remote, s.split) for name, s, _ in config.splits()]
+    assert found == [
+        ("train_loader.wiki", "data/wiki", None, "train"),
+        ("train_loader.code", "data/code", "s3://b/code", "old"),
+        ("eval_loader.wiki", "data/wiki", None, "test"),
+    ]
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load(str(again), tasks=("causal_lm",)) == config
+    single = [(name, s.data_local, rows) for name, s, rows in load(yaml).splits()]
+    assert single == [("train", "data/x", 8), ("test", "data/x", 1)]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data_local=data/x", ["data_local: is set, and so are streams"]),
+        ("train_loader.dataset.split=x", ["train_loader.dataset.split: has no effect"]),
+        ("train_loader.streams.wiki.repeat=2", ["streams.wiki: takes one of proportion, repeat"]),
+        ("train_loader.streams.wiki.proportion=null", ["wiki: has no proportion, but code has"]),
+        ("train_loader.streams.wiki.proportion=0", ["wiki.proportion: must be above 0"]),
+        ("train_loader.streams.wiki.data_lokal=x", ["wiki.data_lokal: unknown key", "data_local"]),
+        ("train_loader.streams.more.split=x", ["more.data_local: missing, and it has no default"]),
+        ("eval_loader.streams.wiki.repeat=2", ["wiki.repeat: an evaluation reads every row once"]),
+        (
+            "train_loader.streams.more={data_local: data/wiki, proportion: 1}",
+            ["train_loader.streams.more: is the same split of the same folder as wiki"],
+        ),
+    ],
+)
+def test_streams_that_cannot_be_mixed(mixed, override, words):
+    said = refusal(mixed, override, tasks=("causal_lm",))
+    assert all(word in said for word in words), said
+
+
+def test_streams_in_one_loader_alone(tmp_path):
+    path = tmp_path / "half.yaml"
+    path.write_text(MIXED.split("eval_loader:")[0] + "eval_loader: {dataset: {split: test}}\n")
+    said = refusal(str(path), tasks=("causal_lm",))
+    assert "eval_loader.streams: missing: if one loader has streams, the other has them" in said

@@ -12,7 +12,13 @@ from streaming import MDSWriter, Stream, StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.constant import SHM_TO_CLEAN
 
-from overture.config.schema import Config, LoaderConfig, ModelConfig
+from overture.config.schema import (
+    Config,
+    DatasetConfig,
+    LoaderConfig,
+    ModelConfig,
+    StreamConfig,
+)
 from overture.data.cache import open_cache
 from overture.data.collate import TokenCollator
 from overture.data.loaders import build_loader
@@ -273,6 +279,64 @@ def test_batch_that_no_data_fill_is_refused(smoke):
     assert len(list(loader(smoke / "text", batch_size=4096))) == 1
 
 
+def mix(write_split, rows={"a": 60, "b": 30}, shuffle=True, **weights):  # noqa: B006
+    """The batches of some epochs of streams with those rows; weights are by name."""
+    streams = {}
+    for name, count in rows.items():
+        split = write_split(f"{name}/train", rows=count)
+        streams[name] = StreamConfig(str(split.parent), **weights.get(name, {}))
+    config = Config("instruct", ModelConfig("none"), 128, "1ep", 4)
+    order = DatasetConfig(shuffle=shuffle)
+    loader = LoaderConfig(order, streams=streams, num_workers=0, drop_last=True)
+    return build_loader(config, loader, TokenCollator(128, 0), batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({}, (60, 30)),
+        # 90 rows to an epoch, of which a quarter and three quarters are 22 and 67, and one more.
+        ({"a": {"proportion": 1}, "b": {"proportion": 3}}, (22, 67)),
+        ({"a": {"repeat": 0.5}, "b": {"repeat": 2}}, (30, 60)),
+        ({"a": {"choose": 9}}, (9, 30)),
+    ],
+)
+def test_streams_are_mixed_as_they_are_weighted(write_split, weights, expected):
+    data = mix(write_split, **weights)
+    assert data.num_samples in range(sum(expected), sum(expected) + 2)
+    assert len(data.dataloader) == data.num_samples // 3
+    epochs = [numbers(data.dataloader) for _ in range(2)]
+    for seen in epochs:
+        assert len(seen) == data.num_samples // 3 * 3
+        counts = sum(n < 60 for n in seen), sum(n >= 60 for n in seen)
+        # A row or two are dropped with the incomplete batch.
+        assert all(-3 < found - wanted <= 1 for found, wanted in zip(counts, expected, strict=True))
+        assert {*seen} <= {*range(90)}
+    assert epochs[0] != epochs[1]
+
+
+def test_rows_of_streams_keep_what_they_are(write_split):
+    data = mix(write_split, {"a": 6, "b": 9}, shuffle=False)
+    rows = [ids for batch in data.dataloader for ids in batch["input_ids"]]
+    one, other = rows[:6], rows[6:]
+    assert len(other) == 9
+    assert all((x == y).all() for x, y in zip(one, other[:6], strict=True))  # of the same source
+    assert numbers(data.dataloader) == list(range(15))
+
+
+def test_stream_that_gives_nothing_is_refused(write_split):
+    with pytest.raises(ConfigError, match=r"streams\.b: gives none of the 60 rows of an epoch"):
+        mix(write_split, b={"repeat": 0.01})
+
+
+def test_damage_in_one_of_several_streams_is_named(write_split):
+    data = mix(write_split)
+    shard = sorted(Path(data.dataloader.dataset.streams[1].local, "train").glob("shard*"))[0]
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    with pytest.raises(DataError, match=rf"^{shard}: sample \d+ cannot be read"):
+        list(data.dataloader)
+
+
 def test_streaming_is_still_the_one_that_data_streams_knows():
     # If this fails, Streaming has changed: read the overrides in data/streams.py again.
     def arguments(function):
@@ -284,6 +348,7 @@ def test_streaming_is_still_the_one_that_data_streams_knows():
     assert arguments(StreamingDataset.prepare_shard) == ["self", "shard_id", "blocking"]
     assert arguments(StreamingDataset.get_item) == ["self", "sample_id", "retry"]
     assert arguments(StreamingDataset._each_sample_id) == ["self", "it"]
+    assert "self.epoch_size = Stream.apply_weights(" in inspect.getsource(StreamingDataset.__init__)
     work = streaming_dataset._Iterator(np.arange(3))
     assert (work.yield_index, work.total, work.should_exit()) == (0, 3, False)
     assert [state.name for state in streaming_dataset._ShardState] == [

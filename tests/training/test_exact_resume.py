@@ -41,19 +41,19 @@ class Outage(Callback):
 def broken(run, monkeypatch):
     """Train, with the power going out at some steps, and go on by the same command each time."""
 
-    def go(name, *options, at=(), between=lambda folder: None, finish=True) -> Path:
+    def go(name, *options, at=(), between=lambda folder: None, finish=True, **more) -> Path:
         build = recipe.build_callbacks
         for step in at:
             monkeypatch.setattr(
                 recipe, "build_callbacks", lambda config, step=step: [*build(config), Outage(step)]
             )
             with pytest.raises(Power):
-                run(*OPTIONS, *options, f"run_name={name}")
+                run(*OPTIONS, *options, f"run_name={name}", **more)
             between(Path("runs") / name)
             monkeypatch.setattr(recipe, "build_callbacks", build)
         if not finish:
             return Path("runs") / name
-        code, folder = run(*OPTIONS, *options, f"run_name={name}")
+        code, folder = run(*OPTIONS, *options, f"run_name={name}", **more)
         assert code == 0
         return folder
 
@@ -94,6 +94,42 @@ def test_weights_of_full_training_too_and_what_the_log_counts(broken):
     assert_same(whole, parts)
     for key in ("steps", "tokens_seen", "label_tokens_seen", "eval_cross_entropy"):
         assert result(parts)[key] == result(whole)[key]
+
+
+def mixed(*places: Path) -> tuple[str, ...]:
+    """Overrides that mix the train splits of some folders and evaluate on the last one's test."""
+    streams = [
+        f"train_loader.streams.s{number}={{data_local: {place}, proportion: {number + 1}}}"
+        for number, place in enumerate(places)
+    ]
+    held_out = f"eval_loader.streams.held={{data_local: {places[-1]}, split: test}}"
+    return ("data_local=null", *streams, held_out, "eval_loader.dataset.split=train")
+
+
+def test_bit_for_bit_over_streams_average_and_growing_lengths(broken, smoke, tmp_path):
+    shutil.copytree(smoke / "text" / "train", tmp_path / "other" / "train")
+    options = (
+        *mixed(tmp_path / "other", smoke / "text"), "task=causal_lm",
+        "algorithms.ema.half_life=3ba",
+        "algorithms.seq_length_warmup={duration: 0.8, min_seq_length: 8, step_size: 4}",
+        "max_duration=11ba",
+    )  # fmt: skip
+    more = {"tasks": ("causal_lm",)}
+    whole = broken("whole", *options, **more)
+    # Eight steps make an epoch: within the first, and in the second, which draws other rows.
+    parts = broken("parts", *options, "save_interval=2ba", at=(3, 9), **more)
+    assert_same(whole, parts)
+
+
+def test_another_stream_under_the_same_name_is_refused(broken, run, smoke, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(smoke / "instruct", tmp_path / name)
+    options = (*mixed(tmp_path / "a", tmp_path / "b"), "max_duration=4ba", "save_interval=2ba")
+    broken("begun", *options, at=(3,), finish=False)
+    shutil.rmtree(tmp_path / "a" / "train")
+    shutil.copytree(smoke / "instruct" / "test", tmp_path / "a" / "train")
+    with pytest.raises(DataError, match=r"the dataset of this run is not what it was begun with"):
+        run(*OPTIONS, *options, "run_name=begun")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "manifest", "missing", "empty"])

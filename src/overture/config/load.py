@@ -235,6 +235,8 @@ def _convert(value: Any, kind: Any, key: str, problems: list[Problem]) -> Any:
         return value
     if origin is list and isinstance(value, list):
         return [_convert(v, arguments[0], f"{key}[{i}]", problems) for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {k: _convert(v, arguments[1], f"{key}.{k}", problems) for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = origin or kind

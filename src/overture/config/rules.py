@@ -19,6 +19,7 @@ _INTERVAL = _written(rf"[1-9]\d*(ep|ba|sp|tok)|{_SHARE}", "1ep, 50ba or 0.25dur"
 _AT_LEAST_ONE = (
     "global_train_batch_size", "device_eval_batch_size", "lora.r", "callbacks.throughput.window",
     "generation.num_prompts", "generation.max_new_tokens", "generation.batch_size",
+    "algorithms.seq_length_warmup.step_size",
 )  # fmt: skip
 _ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy")
 _NOT_NEGATIVE = ("optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers")
@@ -43,6 +44,8 @@ _VALUES: dict[str, tuple[Callable, str]] = {
         (lambda share: 0 < share < 1, "must be above 0 and below 1"),
     ),
     "lora.dropout": (lambda share: 0 <= share < 1, "must be in [0, 1)"),
+    "algorithms.ema.half_life": _written(r"[1-9]\d*ba", "1000ba"),
+    "algorithms.seq_length_warmup.duration": (lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "save_num_checkpoints_to_keep": (
         lambda n: n >= 1 or n == -1,
         "must be at least 1, or -1 to keep all",
@@ -93,8 +96,7 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         key = f"{key}.dataset.mlm_probability"
         if config.task != "masked_lm" and _at(config, key) is not None:
             yield key, "needs task: masked_lm"
-    if config.data_local is None:
-        yield "data_local", "missing: the folder of the shards, or the cache for data_remote"
+    yield from _streams(config)
     for key in ("callbacks.loss_target", "eval_first", "generation", "metrics"):
         if config.eval_loader is None and _at(config, key):
             yield key, "needs an eval_loader"
@@ -118,6 +120,12 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         yield "console_log_interval", "needs progress_bar: false (both would write over each other)"
     if config.scheduler.name == "constant_with_warmup" and config.scheduler.alpha_f is not None:
         yield "scheduler.alpha_f", "has no effect on constant_with_warmup"
+    warmup = config.algorithms.seq_length_warmup
+    if warmup and not 2 <= warmup.min_seq_length < config.max_seq_len:
+        text = f"{warmup.min_seq_length} must be from 2 to below max_seq_len {config.max_seq_len}"
+        yield "algorithms.seq_length_warmup.min_seq_length", text
+    if warmup and config.task != "causal_lm":
+        yield "algorithms.seq_length_warmup", "cuts documents, so it is for task: causal_lm"
     total, micro = config.global_train_batch_size, config.device_train_microbatch_size
     each, rest = divmod(total, world_size)
     if total >= 1 and rest:
@@ -126,6 +134,40 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         divided = f"global_train_batch_size {total} over {world_size} ranks"
         text = f"{micro} does not divide the {each} samples of each rank ({divided})"
         yield "device_train_microbatch_size", text
+
+
+def _streams(config: Config) -> Iterator[Problem]:
+    loaders = {"train_loader": config.train_loader, "eval_loader": config.eval_loader}
+    loaders = {key: loader for key, loader in loaders.items() if loader is not None}
+    if not any(loader.streams for loader in loaders.values()):
+        if config.data_local is None:
+            yield "data_local", "missing: the folder of the shards, or the cache for data_remote"
+        return
+    for key in ("data_local", "data_remote"):
+        if getattr(config, key) is not None:
+            yield key, "is set, and so are streams, which name their own; leave one of them out"
+    for key, loader in loaders.items():
+        if not loader.streams:
+            yield f"{key}.streams", "missing: if one loader has streams, the other has them too"
+        if loader.streams and loader.dataset.split != "train":
+            yield f"{key}.dataset.split", "has no effect: streams name their own splits"
+        places: dict[tuple[str, str], str] = {}
+        relative = [name for name, s in loader.streams.items() if s.proportion is not None]
+        for name, stream in loader.streams.items():
+            here = f"{key}.streams.{name}"
+            weights = {w: getattr(stream, w) for w in ("proportion", "repeat", "choose")}
+            weights = {w: value for w, value in weights.items() if value is not None}
+            if key == "eval_loader" and weights:
+                yield f"{here}.{next(iter(weights))}", "an evaluation reads every row once"
+            elif len(weights) > 1:
+                yield here, f"takes one of {', '.join(weights)}"
+            elif relative and "proportion" not in weights:
+                yield here, f"has no proportion, but {relative[0]} has; all have one or none does"
+            for weight in [w for w, value in weights.items() if value <= 0]:
+                yield f"{here}.{weight}", "must be above 0"
+            other = places.setdefault((stream.data_local, stream.split), name)
+            if other != name:
+                yield here, f"is the same split of the same folder as {other}"
 
 
 # What evaluate_glue.py sets for each of its jobs.

@@ -6,6 +6,7 @@ path is replaced by the run's name. Durations are Composer's: `3ep` epochs, `200
 `1000sp` samples, `2000000tok` tokens; intervals may also be a share of the run, as in `0.25dur`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -56,8 +57,25 @@ class DatasetConfig:
 
 
 @dataclass
+class StreamConfig:
+    """One of several datasets that are mixed. In an epoch a row comes once, on average `repeat`
+    times, or `choose` rows are drawn; or else each stream has its `proportion` of an epoch, which
+    is as long as all of them together.
+    """
+
+    data_local: str
+    data_remote: str | None = None
+    split: str = "train"
+    proportion: float | None = None  # these are relative to each other: 1 and 3, or 0.25 and 0.75
+    repeat: float | None = None
+    choose: int | None = None
+
+
+@dataclass
 class LoaderConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    # Several datasets by names of your own, in place of data_local and dataset.split.
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
     num_workers: int = 0
     drop_last: bool = False
 
@@ -80,14 +98,43 @@ class SchedulerConfig:
 
 
 @dataclass
+class MonitorConfig:
+    """A part of Composer's without options of interest: `lr_monitor: {}` switches it on."""
+
+
+@dataclass
 class GradientClippingConfig:
     clipping_type: Literal["norm", "value", "adaptive"] = "norm"
     clipping_threshold: float = 1.0
 
 
 @dataclass
+class EmaConfig:
+    """Exponential moving average of the weights: it is what is evaluated and exported."""
+
+    half_life: str = "1000ba"  # in steps
+
+
+@dataclass
+class SeqLengthWarmupConfig:
+    """Documents begin as pieces of min_seq_length tokens, which grow to max_seq_len."""
+
+    duration: float = 0.3  # share of the run after which documents are whole
+    min_seq_length: int = 64
+    step_size: int = 8  # pieces grow by multiples of this
+
+
+@dataclass
 class AlgorithmsConfig:
+    """Those of Composer's that work here. Others rebuild the model, so that no one could load it
+    (alibi, gated_linear_units), or need a loss outside of it (label_smoothing, mixup).
+    """
+
     gradient_clipping: GradientClippingConfig | None = None
+    ema: EmaConfig | None = None
+    # torch's LayerNorm in the precision of autocast; needs a CUDA device.
+    low_precision_layernorm: MonitorConfig | None = None
+    seq_length_warmup: SeqLengthWarmupConfig | None = None
 
 
 @dataclass
@@ -106,11 +153,6 @@ class SpeedMonitorConfig:
 class ThroughputConfig:
     window: int = 10  # steps that the rates are taken over
     measure_peak: bool = False  # time a matrix product at the start, for MFU on a CPU too
-
-
-@dataclass
-class MonitorConfig:
-    """A Composer callback without options of interest: `lr_monitor: {}` switches it on."""
 
 
 @dataclass
@@ -186,6 +228,7 @@ class Config:
     seed: int = 17
     tokenizer_name: str | None = None  # a folder or hub name; default: model.name
     # Shards are read from data_local/<split>. With data_remote they are downloaded to data_local.
+    # To mix several datasets, see train_loader.streams.
     data_remote: str | None = None
     data_local: str | None = None
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -225,6 +268,20 @@ class Config:
     # A bar at the terminal, or (progress_bar: false) a block of lines every console_log_interval.
     progress_bar: bool = True
     console_log_interval: str | None = None
+
+    def streams(self, loader: LoaderConfig) -> dict[str, StreamConfig]:
+        """Return what a loader reads: its streams, or the split of data_local by its own name."""
+        split = loader.dataset.split
+        return loader.streams or {split: StreamConfig(self.data_local, self.data_remote, split)}
+
+    def splits(self) -> Iterator[tuple[str, StreamConfig, int]]:
+        """Yield (name, where it is, how many rows it must have) of every split that is read."""
+        batches = {"train_loader": self.global_train_batch_size, "eval_loader": 1}
+        for key, batch in batches.items():
+            if loader := getattr(self, key):
+                for name, stream in self.streams(loader).items():
+                    mixed = bool(loader.streams)  # then a batch is filled from all of them
+                    yield (f"{key}.{name}", stream, 1) if mixed else (name, stream, batch)
 
 
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]

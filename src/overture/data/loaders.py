@@ -26,7 +26,7 @@ class GuardedLoader(StreamingDataLoader):
     """
 
     def __len__(self) -> int:
-        return self._batches(self.dataset.num_samples) if self.drop_last else super().__len__()
+        return self._batches(self.dataset.epoch_size) if self.drop_last else super().__len__()
 
     def _batches(self, rows: int) -> int:
         return rows // (self.batch_size * dist.get_world_size())
@@ -61,20 +61,24 @@ def build_loader(
 
     The order of samples is fixed by the seed and the same on any number of ranks of one node; an
     incomplete last batch is filled with repeated ones until the ranks come out even. Raises
-    ConfigError if every batch would be dropped, DataError as TokenStream does.
+    ConfigError if every batch would be dropped or a stream gives no row, DataError as TokenStream
+    does.
     """
     if dist.get_local_rank() == 0:
         remove_leftovers()
     dist.barrier()  # all ranks must find the same numbers taken
-    split, seed = loader.dataset.split, loader.dataset.shuffle_seed
+    seed, streams = loader.dataset.shuffle_seed, config.streams(loader)
     seed = config.seed if seed is None else seed
-    place = {"local": config.data_local, "remote": config.data_remote, "split": split}
     order = {"shuffle": loader.dataset.shuffle, "shuffle_seed": seed, "num_canonical_nodes": 1}
-    dataset = TokenStream(**place, **order, batch_size=batch_size)
-    rows, full_batch = dataset.num_samples, batch_size * dist.get_world_size()
+    dataset = TokenStream(streams=[*streams.values()], **order, batch_size=batch_size)
+    rows, full_batch = dataset.epoch_size, batch_size * dist.get_world_size()
+    for name, stream in zip(streams, dataset.streams, strict=True):
+        if not stream.choose:
+            fault = f"streams.{name}: gives none of the {rows:,} rows of an epoch"
+            raise ConfigError(f"{fault}; give it more weight, or leave it out")
     if loader.drop_last and rows < full_batch:  # training would wait for a batch for ever
-        fault = f"{full_batch} samples make a batch, but {split} holds only {rows:,}"
-        raise ConfigError(f"drop_last: {fault}; lower the batch size or convert more data")
+        fault = f"{full_batch} samples make a batch, but {' and '.join(streams)} holds only"
+        raise ConfigError(f"drop_last: {fault} {rows:,}; lower the batch size or convert more data")
     batches = GuardedLoader(
         dataset,
         batch_size,

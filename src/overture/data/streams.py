@@ -7,7 +7,7 @@ private parts to mend that is all in this file; tests/data/test_streams.py watch
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from composer.utils import dist
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 
+from overture.config.schema import StreamConfig
 from overture.data.cache import claim_cache
 from overture.data.integrity import REMEDY, ShardFile, find_fault, read_index
 from overture.data.remote import fetch
@@ -72,32 +73,41 @@ class CheckedStream(Stream):
 
 
 class TokenStream(StreamingDataset):
-    """Yields the rows of a split, each with its `sample_id` and the `epoch`, whatever its columns.
+    """Yields the rows of a split, or of several mixed, whatever their columns are.
 
-    Takes the arguments of StreamingDataset; `local` is where the splits lie, or are cached where
-    there is a `remote`. Raises ConfigError if another process uses the same cache, DataError if the
-    index is missing or unsound.
+    Each has the `epoch`, and its `sample_id`, which counts through the splits in order. Takes the
+    arguments of StreamingDataset; `local` is where the splits lie, or are cached where there is a
+    `remote`; `streams` stand in their place. Raises ConfigError if another process uses the same
+    cache, DataError if an index is missing or unsound.
     """
 
     def __init__(
-        self, *, local: str, split: str | None = None, remote: str | None = None, **more: Any
+        self,
+        *,
+        local: str = "",
+        split: str = "",
+        remote: str | None = None,
+        streams: Sequence[StreamConfig] = (),
+        **more: Any,
     ) -> None:
-        stream = CheckedStream(local=local, split=split, remote=remote, keep_zip=False)
+        streams = streams or [StreamConfig(local, remote, split)]
         self._failed: set[int] = set()
         self._epoch = 0
-        if remote and dist.get_local_rank() == 0:
-            claim_cache(Path(local))
+        for stream in streams:
+            if stream.data_remote and dist.get_local_rank() == 0:
+                claim_cache(Path(stream.data_local))
         try:
-            super().__init__(streams=[stream], **more)
+            super().__init__(streams=[_checked(stream) for stream in streams], **more)
         except ValueError as error:
             if "Reused local directory" not in str(error):
                 raise
-            fault = f"data_local: {local}/{split}: is a cache that is in use already"
+            places = ", ".join(f"{stream.data_local}/{stream.split}" for stream in streams)
+            fault = f"data_local: {places}: is a cache that is in use already"
             raise ConfigError(f"{fault}; wait for its end or name another folder") from None
 
     def rows_left(self) -> int:
         """Return how many rows the epoch that begins next still has, all but after a resume."""
-        return self.num_samples - self._resume(self._parallel_rank_world, self.next_epoch)[1]
+        return self.epoch_size - self._resume(self._parallel_rank_world, self.next_epoch)[1]
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard ready, or raise DataError; in the background, not `blocking`, the failure
@@ -123,8 +133,10 @@ class TokenStream(StreamingDataset):
         except DataError:
             raise
         except Exception as error:  # whatever the decoding of damaged bytes runs into
-            name = self.shards[self.spanner[sample_id][0]].raw_data.basename
-            place = os.path.join(self.streams[0].local, self.streams[0].split, name)
+            shard = self.spanner[sample_id][0]
+            stream = self.streams[self.stream_per_shard[shard]]
+            name = self.shards[shard].raw_data.basename
+            place = os.path.join(stream.local, stream.split, name)
             fault = f"sample {sample_id} cannot be read ({_words(error)})"
             raise DataError(f"{place}: {fault}; {REMEDY}") from error
         return row | {"sample_id": int(sample_id), "epoch": self._epoch}
@@ -142,10 +154,17 @@ class TokenStream(StreamingDataset):
         yield from super()._each_sample_id(it)
         # Unless a new epoch was begun before this one was through.
         if it.yield_index < it.total and not it.should_exit():
+            places = ", ".join(stream.local for stream in self.streams)
             raise DataError(
-                f"{self.streams[0].local}: the data ended after {it.yield_index:,} of "
-                f"{it.total:,} samples: a shard is missing, broken or could not be fetched"
+                f"{places}: the data ended after {it.yield_index:,} of {it.total:,} samples: "
+                "a shard is missing, broken or could not be fetched"
             )
+
+
+def _checked(stream: StreamConfig) -> CheckedStream:
+    place = {"local": stream.data_local, "remote": stream.data_remote, "split": stream.split}
+    weights = {name: getattr(stream, name) for name in ("proportion", "repeat", "choose")}
+    return CheckedStream(**place, **weights, keep_zip=False)
 
 
 def _words(error: Exception) -> str:

@@ -1,15 +1,24 @@
 """Composer's own callbacks, algorithms and loggers, by the names of the config."""
 
 import dataclasses
+import warnings
 from typing import Any
 
-from composer.algorithms import GradientClipping
+from composer.algorithms import EMA, GradientClipping
+from composer.algorithms.low_precision_layernorm import apply_low_precision_layernorm
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
-from composer.core import Algorithm, Callback
-from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.core import Algorithm, Callback, Event, Precision, State
+from composer.loggers import (
+    Logger,
+    LoggerDestination,
+    MLFlowLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
 
 from overture.config.schema import Config
 from overture.errors import ConfigError
+from overture.training.seq_length import LengthWarmup
 
 CALLBACKS = {
     "speed_monitor": SpeedMonitor,
@@ -17,7 +26,27 @@ CALLBACKS = {
     "memory_monitor": MemoryMonitor,
     "runtime_estimator": RuntimeEstimator,
 }
-ALGORITHMS = {"gradient_clipping": GradientClipping}
+
+
+class Average(EMA):
+    """EMA that goes on with another number of ranks too: DDP gives the weights other names."""
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        prefix = "module." if hasattr(state.model, "module") else ""
+        if event in self.move_device_events:
+            for kept in (self.ema_model.named_parameters_dict, self.ema_model.named_buffers_dict):
+                for name in list(kept):
+                    kept[prefix + name.removeprefix("module.")] = kept.pop(name)
+        super().apply(event, state, logger)
+
+
+ALGORITHMS = {
+    "gradient_clipping": GradientClipping,
+    "ema": Average,
+    "seq_length_warmup": LengthWarmup,
+}
+# They exchange modules of a model, given its precision, before it is trained.
+SURGERY = {"low_precision_layernorm": apply_low_precision_layernorm}
 # Each is named like the package that it needs.
 LOGGERS = {"tensorboard": TensorboardLogger, "wandb": WandBLogger, "mlflow": MLFlowLogger}
 
@@ -28,8 +57,33 @@ def build_callbacks(config: Config) -> list[Callback]:
 
 
 def build_algorithms(config: Config) -> list[Algorithm]:
-    """Return the Composer algorithms that the config switches on."""
-    return [ALGORITHMS[name](**options) for name, options in _set(config.algorithms, ALGORITHMS)]
+    """Return the algorithms that the config switches on and that act while a model is trained."""
+    chosen = dict(_set(config.algorithms, ALGORITHMS))
+    if "seq_length_warmup" in chosen:
+        chosen["seq_length_warmup"]["max_seq_length"] = config.max_seq_len
+    return [ALGORITHMS[name](**options) for name, options in chosen.items()]
+
+
+def exchange_modules(network: Any, config: Config, precision: str) -> None:
+    """Apply the algorithms that exchange modules; ConfigError for one that finds none to exchange.
+
+    `precision` is what Composer trains in: fp32 on a CPU.
+    """
+    for name, _ in _set(config.algorithms, SURGERY):
+        before = [type(module) for module in network.modules()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says so in its own way
+            SURGERY[name](network, Precision(precision))
+        if [type(module) for module in network.modules()] == before:
+            fault = f"changes nothing in a {type(network).__name__} ({config.model.name})"
+            raise ConfigError(f"algorithms.{name}: {fault} trained in {precision}; leave it out")
+
+
+def adopt_average(state: State) -> None:
+    """Give a trained model the averaged weights that it was evaluated with, if there are any."""
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, EMA) and algorithm.ema_started:
+            algorithm.get_ema_model(state.model)
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:

@@ -163,7 +163,9 @@ def check_room(config: Config, model: torch.nn.Module) -> None:
         GuardError: it is not enough for those that are kept and the one that is being written.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    one = sum(p.numel() * (p.element_size() + 8) for p in trained)  # Adam keeps two float32 each
+    copies = 1 + (config.algorithms.ema is not None)
+    # Adam keeps two float32 of each.
+    one = sum(p.numel() * (copies * p.element_size() + 8) for p in trained)
     count = max(config.save_num_checkpoints_to_keep, 1) + 1
     place = local_folder(config).absolute()
     free = shutil.disk_usage(next(p for p in [place, *place.parents] if p.exists())).free

@@ -36,7 +36,13 @@ from overture.training import resume
 from overture.training import run_folder as runs
 from overture.training.answers import HeldOutAnswers
 from overture.training.cores import use_cores
-from overture.training.monitors import build_algorithms, build_callbacks, build_loggers
+from overture.training.monitors import (
+    adopt_average,
+    build_algorithms,
+    build_callbacks,
+    build_loggers,
+    exchange_modules,
+)
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
@@ -68,6 +74,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     quiet_libraries()
     device = _choose_device(config)
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
+    precision = "fp32" if cpu_autocast else config.precision
     dist.initialize_dist(device, timeout=300)
     reproducibility.seed_all(config.seed)
     run_folder = runs.refuse_finished_run(config)
@@ -79,6 +86,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     ledgers = _check_splits(config, tokenizer)
     network = _build_network(config, tokenizer, device, ledgers)
+    exchange_modules(network, config, precision)
     facts = _facts(config, tokenizer, network)
     if found:
         resume.check_facts(found[1]["facts"], facts, config.resume.allow)
@@ -168,7 +176,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         loggers=build_loggers(config),
         run_name=config.run_name,
         device=device,
-        precision="fp32" if cpu_autocast else config.precision,
+        precision=precision,
         device_train_microbatch_size=config.device_train_microbatch_size,
         # The mean over the label tokens of the global batch, however it is divided.
         accumulate_train_batch_on_tokens=True,
@@ -198,6 +206,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
             trainer.close()
         raise error from None
+    adopt_average(trainer.state)
     trainer.close()
 
     # Outcome: model, answers, result.json, report.
@@ -265,6 +274,13 @@ def _build_network(
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
         longest = min(position_limit(network), config.max_seq_len)
         task.prove(network, len(tokenizer), longest, packed)
+        if config.algorithms.seq_length_warmup and not packed:
+            try:
+                task.prove(network, len(tokenizer), longest, True)
+            except ConfigError:
+                fault = f"pieces of a document see each other in a {type(network).__name__}"
+                remedy = f"({config.model.name}); leave it out"
+                raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     if config.trainable == "last_layer":
@@ -301,24 +317,20 @@ def _result(
 def _check_splits(config: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
     """Check the splits against the tokenizer and return their ledgers, the trained one's first."""
     ledgers, known = {}, tokenizer_sha256(tokenizer)
-    batches = {"train_loader": config.global_train_batch_size, "eval_loader": 1}
-    for key, batch in batches.items():
-        if loader := getattr(config, key):
-            split = loader.dataset.split
-            if config.data_remote is not None:
-                open_cache(config.data_remote, config.data_local, split)
-            folder = Path(config.data_local) / split
-            ledgers[split] = check_split(folder, config.task, config.max_seq_len, batch, known)
+    for name, stream, batch in config.splits():
+        if stream.data_remote is not None:
+            open_cache(stream.data_remote, stream.data_local, stream.split)
+        folder = Path(stream.data_local) / stream.split
+        ledgers[name] = check_split(folder, config.task, config.max_seq_len, batch, known)
     return ledgers
 
 
 def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
     """Return by content what a run must find again when it goes on."""
-    loaders = (config.train_loader, config.eval_loader)
-    splits = [loader.dataset.split for loader in loaders if loader]
+    indices = {name: Path(s.data_local) / s.split / INDEX for name, s, _ in config.splits()}
     return {
         # The index of a split holds the hashes of its shards.
-        "dataset": {s: sha256_file(Path(config.data_local) / s / INDEX) for s in splits},
+        "dataset": {name: sha256_file(index) for name, index in indices.items()},
         "tokenizer": tokenizer_sha256(tokenizer),
         "model": model_fingerprint(network),
     }
