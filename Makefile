@@ -58,7 +58,7 @@ quickstart: venv
 	@rm -rf $(QUICK) runs/quickstart-base runs/quickstart
 	@echo "== 1/4 corpus, tokenizer and shards"
 	python src/convert_dataset.py --dataset embedded --task jsonl --test_fraction 0.1 --out_root $(QUICK)
-	python src/train_tokenizer.py --input $(QUICK)/train.jsonl --vocab_size 2048 \
+	python src/train_tokenizer.py --input $(QUICK)/train.jsonl --vocab_size 1800 \
 	  --eval_input $(QUICK)/test.jsonl --prompt_template dolly --out $(QUICK)/tokenizer
 	@set -x; python src/convert_dataset.py --splits train=$(QUICK)/train.jsonl test=$(QUICK)/test.jsonl \
 	  --task text --prompt_template passage --tokenizer $(QUICK)/tokenizer --max_seq_len 128 \

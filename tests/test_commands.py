@@ -1,4 +1,4 @@
-"""Every command of the README and of the YAML headers: its door, its options, its files."""
+"""Every command of README, docs/pretraining.md and YAML headers: its door, options and files."""
 
 import re
 import shlex
@@ -12,17 +12,19 @@ from overture.config.load import load_config, load_glue
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 
 
 def commands() -> list[str]:
     found = []
-    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL):
+    for block in re.findall(r"```\n(.*?)```", README + PRETRAINING, re.DOTALL):
         found += [line.split("   #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
     for path in ROOT.glob("yamls/**/*.yaml"):
         lines = [x[2:] for x in path.read_text().splitlines() if x.startswith("# ")]
         text = "\n".join(lines).replace("\\\n", " ")
         found += re.findall(r"^ *(python src/.*)$", text, re.MULTILINE)
-        launched = r"(?:Launch|Smoke run): ((?:composer|python src/evaluate_glue.py) .*)$"
+        launched = r"(?:Launch|One node|Many nodes|Smoke run): "
+        launched += r"((?:composer|python src/evaluate_glue.py) .*)$"
         found += re.findall(launched, text, re.MULTILINE)
     return sorted({" ".join(c.split()) for c in found if c})
 
@@ -45,8 +47,13 @@ def test_make_targets(command):
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("composer ")])
 def test_composer_lines_load(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, door, *arguments = shlex.split(command.replace("=...", "=1"))
-    task = {"main.py": ("causal_lm",), "finetune.py": ("instruct", "classify")}[door]
+    words = shlex.split(command.replace("=...", "=1"))
+    number = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    door, arguments = words[number], words[number + 1 :]
+    options = dict(zip(words[1:number:2], words[2:number:2], strict=True))
+    world = options.get("--world_size", options.get("-n", "1"))
+    monkeypatch.setenv("WORLD_SIZE", world)  # batches must divide
+    task = tuple(task for task in DOORS if DOORS[task] == door)
     load_config(arguments, task)
 
 

@@ -1,14 +1,20 @@
 """Every shipped YAML is checked; those that can run here are run."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from overture.config.load import load_config, load_glue
 from overture.config.schema import DOORS
+from overture.models.build import load_network
+from overture.tokenizer import load_tokenizer
 from overture.training.glue import plan
 from overture.training.glue_tasks import TASKS
+from overture.training.run import train
+from runs import result
 
 ROOT = Path(__file__).parents[1]
 EVERY = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("yamls/**/*.yaml"))
@@ -23,7 +29,7 @@ def load(path: str, *overrides: str):
 
 
 def test_there_are_some():
-    assert len(YAMLS) >= 7
+    assert len(YAMLS) >= 10
 
 
 def header(path: str) -> str:
@@ -64,3 +70,51 @@ def test_smoke_runs_do_what_their_headers_say(path, run_door, smoke, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
     assert "Warning" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+# name -> parameters with GPT-2's vocabulary, by the formulas of the architectures, and a tiny shape
+SHAPES = {
+    "gpt-125m": (
+        50_257 * 768 + 2048 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768,
+        {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    ),
+    "llama-1b": (
+        50_257 * 2048 + 16 * (2048 * (2 * 2048 + 2 * 512 + 3 * 8192) + 2 * 2048) + 2048,
+        LLAMA,
+    ),
+    "llama-7b": (
+        2 * 50_257 * 4096 + 32 * (4096 * (4 * 4096 + 3 * 11_008) + 2 * 4096) + 4096,
+        LLAMA,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_pretraining_shapes_are_as_large_as_their_headers_say(name, smoke):
+    path = f"yamls/pretrain/{name}.yaml"
+    model, expected = load(path).model, SHAPES[name][0]
+    model.config["vocab_size"] = 50_257
+    with torch.device("meta"):
+        network = load_network(model, load_tokenizer(str(smoke / "tokenizer")), 2048)
+    assert sum(p.numel() for p in network.parameters()) == expected
+    # Weights, gradients and two states of Adam, in float32.
+    header = (ROOT / path).read_text()
+    assert f"{16 * expected / 2**30:.0f} GiB on each" in " ".join(header.replace("#", "").split())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_pretraining_recipes_run_in_small(name, smoke, tmp_path, monkeypatch):
+    config = load(
+        f"yamls/pretrain/{name}.yaml", f"tokenizer_name={smoke / 'tokenizer'}",
+        f"data_local={smoke / 'text'}", "eval_loader.dataset.split=test", "max_duration=3ba",
+        "scheduler.t_warmup=1ba", "global_train_batch_size=8", "eval_interval=3ba",
+        "max_seq_len=128", "train_loader.num_workers=0", "eval_loader.num_workers=0",
+        *(f"model.config.{key}={value}" for key, value in SHAPES[name][1].items()),
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert train(config, command="python main.py") == 0
+    outcome = result(tmp_path / "runs" / name)
+    assert outcome["steps"] == 3
+    assert outcome["eval_cross_entropy"] == pytest.approx(math.log(1024), abs=0.4)
