@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from overture.config.load import load_config, load_glue
+from overture.config.schema import DOORS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
