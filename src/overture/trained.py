@@ -87,8 +87,11 @@ def ledgers(run: Path | None) -> list[dict[str, Any]]:
     if run is None:
         return []
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    loaders = [config[key] for key in ("train_loader", "eval_loader") if config.get(key)]
-    folders = [Path(config["data_local"]) / loader["dataset"]["split"] for loader in loaders]
+    streams: list[dict[str, Any]] = []
+    for loader in filter(None, (config.get("train_loader"), config.get("eval_loader"))):
+        single = {"data_local": config["data_local"], "split": loader["dataset"]["split"]}
+        streams += (loader.get("streams") or {"": single}).values()
+    folders = [Path(stream["data_local"]) / stream["split"] for stream in streams]
     return [{**read_ledger(f), "folder": f} for f in folders if (f / LEDGER).is_file()]
 
 
