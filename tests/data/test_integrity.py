@@ -124,6 +124,7 @@ BAD_INDEXES = {
     "column name is a number": setting(3, *SHARD, "column_names", 0),
     "pickle": setting("pkl", *SHARD, "column_encodings", 0),
     "pickle with options": setting("pkl:x", *SHARD, "column_encodings", 0),
+    "array of objects": setting("ndarray:object", *SHARD, "column_encodings", 0),
     "image": setting("pil", *SHARD, "column_encodings", 0),
     "encoding is a number": setting(3, *SHARD, "column_encodings", 0),
     "parent": setting("../../x", *NAME),

@@ -26,7 +26,9 @@ _SHARD_KEYS = {
 }  # fmt: skip
 # A list of what may pass, since a `pkl` column runs code and image columns run their parsers.
 _SAFE_ENCODING = re.compile(
-    r"str|bytes|int|u?int(8|16|32|64)|float(16|32|64)|ndarray(:[a-z0-9]+(:\d+(,\d+)*)?)?"
+    r"str|bytes|int|NUMBER|ndarray(:NUMBER(:\d+(,\d+)*)?)?".replace(
+        "NUMBER", "(u?int(8|16|32|64)|float(16|32|64))"
+    )
 )
 _SAFE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
