@@ -108,6 +108,7 @@ benchmark: venv
 	python benchmarks/finetune_throughput.py $(BENCHMARK_FLAGS)
 	python benchmarks/pretrain_throughput.py $(BENCHMARK_FLAGS)
 	python benchmarks/ablation.py
+	python benchmarks/bert_throughput.py
 
 lint: venv
 	ruff check .
