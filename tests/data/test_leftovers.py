@@ -122,6 +122,21 @@ def test_held_lock_and_foreign_names_stay(tmp_path, monkeypatch):
     assert not stale.exists() and held.exists() and all(path.exists() for path in others)
 
 
+def test_tensor_that_was_on_its_way_goes_unless_it_is_mapped():
+    name = SHARED_MEMORY / "torch_1_2_900003"
+    try:
+        name.write_bytes(b"\0" * 4096)
+        with name.open("r+b") as file:
+            mapping = mmap.mmap(file.fileno(), 4096)
+        remove_leftovers()
+        assert name.exists()
+        mapping.close()
+        remove_leftovers()
+        assert not name.exists()
+    finally:
+        name.unlink(missing_ok=True)
+
+
 def test_segments_that_are_mapped_but_closed_stay():
     # A dataset's segments may be held by nothing but a mapping, or a part of them by nobody.
     name = SHARED_MEMORY / "900002_locals"

@@ -1,6 +1,7 @@
 """Shared memory and lock files that killed processes left behind.
 
-Streaming names them `000000_locals`, `000000_cache_filelock` and so on, one number per dataset.
+Streaming names them `000000_locals`, `000000_cache_filelock` and so on, one number per dataset;
+torch `torch_<process>_<random>_<number>`, one per tensor that a worker was about to send.
 Whether a segment is in use is asked of the kernel, by a write lease: it is granted only while
 nobody else, of any user and in any container, has the file open or mapped (man 2 fcntl). Where
 there are no leases, nothing is removed; Streaming then takes the next number.
@@ -18,10 +19,14 @@ from typing import BinaryIO
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 
 SHARED_MEMORY = Path("/dev/shm")
+# torch's, for a tensor from a worker: the name is gone as soon as it is mapped, or stays for ever.
+ON_ITS_WAY = "torch_[0-9]*_[0-9]*_[0-9]*"
 
 
 def remove_leftovers() -> None:
     """Remove what dead processes of this user left; called once per node."""
+    for path in SHARED_MEMORY.glob(ON_ITS_WAY):
+        _claim(path, _lease, remove=True)
     # Locks are listed first: a dataset makes its segments before its locks, so that a lock listed
     # here, if it is in use, has its segments in the later listing.
     locks = _by_number(Path(tempfile.gettempdir()), [BARRIER_FILELOCK, CACHE_FILELOCK])
