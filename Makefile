@@ -49,7 +49,9 @@ data/smoke/.written: $(VENV)/.installed
 	@{ $(SMOKE) --task text --prompt_template passage --out_root data/smoke/text && \
 	  $(SMOKE) --task classify --field text=instruction label=category --stratify category \
 	  --out_root data/smoke/classify; } > /dev/null & text=$$!; \
-	  $(SMOKE) --task instruct --out_root data/smoke/instruct > /dev/null && wait $$text
+	  $(SMOKE) --task instruct --out_root data/smoke/instruct > /dev/null && \
+	  $(SMOKE) --task seq2seq --prompt_template dolly --out_root data/smoke/seq2seq > /dev/null && \
+	  wait $$text
 	@touch $@
 
 # From nothing to a fine-tuned model: its folders are written anew each time.

@@ -16,7 +16,7 @@ from overture.errors import exit_on_error
 
 def main(arguments: list[str]) -> int:
     """Train as the YAML says and return the process's exit code."""
-    config = load_config(arguments, tasks=("instruct", "classify"))
+    config = load_config(arguments, tasks=("instruct", "chat", "seq2seq", "classify"))
     check_data(config)
     print(f"{config.run_name}: config and data fit; loading torch and Composer ...", flush=True)
     from overture.training.run import train  # imports torch, so after the config is known good

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,16 +29,17 @@ NEW_TOKENS = 24
 MAX_PROMPT = 128  # tokens
 # Plain transformers, in a process that knows nothing of this kit.
 FRESH = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, dtype, options, prompts = json.load(sys.stdin)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+import json, sys, torch, transformers
+folder, head, dtype, options, prompts = json.load(sys.stdin)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+kind = getattr(transformers, "AutoModelFor" + head)
+model = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 model.to("cuda" if torch.cuda.is_available() else "cpu")
 answers = []
 for ids in prompts:
     ids = torch.tensor([ids], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1]:]
+    begin = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, begin:]
     answers.append((out.tolist(), tokenizer.decode(out, skip_special_tokens=True)))
 print(json.dumps(answers))
 """
@@ -94,9 +95,10 @@ def export_model(
         (aside / "README.md").write_text(card, encoding="utf-8")
         if test_prompt:
             row, room = ("--test_prompt", {"text": test_prompt}), position_limit(base) - NEW_TOKENS
-            prompts += encode_prompts([row], AS_IT_IS, tokenizer, room)
-        answers = _fresh_answers(aside, kind, prompts)
-        _compare_tokens(prompts, asked, answers, tie)
+            pairs = base.config.is_encoder_decoder
+            prompts += encode_prompts([row], AS_IT_IS, tokenizer, room, pairs)
+        answers = _fresh_answers(aside, trained.head, kind, prompts)
+        _compare_tokens(asked, answers, tie)
     if test_prompt:
         print(f"{test_prompt}{answers[-1][1]}")
 
@@ -140,32 +142,48 @@ def _prompts(trained: Trained) -> list[list[int]]:
     room = min(MAX_PROMPT, position_limit(trained.model) - NEW_TOKENS)
     for ledger in reversed(ledgers(trained.run)):
         split, prompts = Split(ledger["folder"]), []
-        for number in range(min(len(SENTENCES), len(split)) if split.kind == "tokens" else 0):
+        has_prompts = split.kind in ("tokens", "seq2seq")
+        for number in range(min(len(SENTENCES), len(split)) if has_prompts else 0):
             row = split.row(number)
-            given = max(8, int(row["loss_mask"].argmax()))  # of running text but one is not learned
+            # Of running text but one token is not learned.
+            given = max(8, int(row["loss_mask"].argmax())) if "loss_mask" in row else room
             prompts.append(row["input_ids"][: min(given, room)].tolist())
         if prompts:
             return prompts
-    return encode_prompts([("", {"text": t}) for t in SENTENCES], AS_IT_IS, trained.tokenizer, room)
+    rows, pairs = [("", {"text": t}) for t in SENTENCES], trained.head == "Seq2SeqLM"
+    return encode_prompts(rows, AS_IT_IS, trained.tokenizer, room, pairs)
 
 
-def _ask(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    """Return a prompt with its greedy continuation, and [tokens, vocabulary] float32 logits."""
-    ids = torch.tensor([prompt], device=model.device)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, **GREEDY}
-    whole = model.generate(input_ids=ids, **options)
-    return whole[0].tolist(), _logits(model, whole[0].tolist())
+class Asked(NamedTuple):
+    """A prompt, and what a model made of it."""
+
+    prompt: list[int]
+    ids: list[int]  # greedy, behind the prompt, or what a decoder of its own began with
+    begin: int  # of what was made in `ids`
+    logits: torch.Tensor  # [ids, vocabulary] float32
 
 
-def _logits(model: Any, ids: list[int]) -> torch.Tensor:
-    given = torch.tensor([ids], device=model.device)
-    return model(input_ids=given, use_cache=False).logits[0].float().cpu()
+def _ask(model: Any, prompt: list[int]) -> Asked:
+    given = torch.tensor([prompt], device=model.device)
+    options = {"attention_mask": torch.ones_like(given), "max_new_tokens": NEW_TOKENS, **GREEDY}
+    ids = model.generate(input_ids=given, **options)[0].tolist()
+    begin = 1 if model.config.is_encoder_decoder else len(prompt)
+    return Asked(prompt, ids, begin, _logits(model, prompt, ids))
 
 
-def _compare(model: Any, asked: Sequence[tuple], kind: str, what: str) -> float:
+def _logits(model: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    made = torch.tensor([ids], device=model.device)
+    given = {"input_ids": made}
+    if model.config.is_encoder_decoder:
+        source = torch.tensor([prompt], device=model.device)
+        given = {"input_ids": source, "decoder_input_ids": made}
+    return model(**given, use_cache=False).logits[0].float().cpu()
+
+
+def _compare(model: Any, asked: Sequence[Asked], kind: str, what: str) -> float:
     """Return the largest difference of a logit, in standard deviations; DataError if too large."""
-    found = [(_logits(model, ids) - before).abs().max().item() for ids, before in asked]
-    spread = min(before.std().item() for _, before in asked)
+    found = [(_logits(model, a.prompt, a.ids) - a.logits).abs().max().item() for a in asked]
+    spread = min(one.logits.std().item() for one in asked)
     print(f"{what}: logits, of a spread of {spread:.2g}, differ by {max(found):.2g} at most")
     if not max(found) <= BOUNDS[kind] * spread:
         fault = (
@@ -175,10 +193,10 @@ def _compare(model: Any, asked: Sequence[tuple], kind: str, what: str) -> float:
     return max(found) / spread
 
 
-def _fresh_answers(folder: Path, kind: str, prompts: list[list[int]]) -> list[tuple]:
+def _fresh_answers(folder: Path, head: str, kind: str, prompts: list[list[int]]) -> list[tuple]:
     """Return the (ids, text) that plain transformers give for each prompt."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
-    asked = json.dumps([str(folder), kind, options, prompts])
+    asked = json.dumps([str(folder), head, kind, options, prompts])
     # -I: neither this folder nor PYTHONPATH, through which it could meet this kit.
     command = [sys.executable, "-I", "-c", FRESH]
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
@@ -188,16 +206,15 @@ def _fresh_answers(folder: Path, kind: str, prompts: list[list[int]]) -> list[tu
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _compare_tokens(prompts: list, asked: Sequence[tuple], answers: list, tie: float) -> None:
+def _compare_tokens(asked: Sequence[Asked], answers: list, tie: float) -> None:
     """Raise DataError if greedy tokens differ, but where logits here were but a tie apart."""
     made = ties = 0
-    for prompt, (ids, logits), (theirs, _) in zip(prompts, asked, answers, strict=False):
-        ours = ids[len(prompt) :]
-        pairs = enumerate(zip(ours, theirs, strict=False), start=len(prompt) - 1)
+    for (_, ids, begin, logits), (theirs, _) in zip(asked, answers, strict=False):
+        pairs = enumerate(zip(ids[begin:], theirs, strict=False), start=begin - 1)
         place, (one, other) = next((p for p in pairs if p[1][0] != p[1][1]), (len(ids) - 1, (0, 0)))
         if not logits[place, one] - logits[place, other] <= tie * logits.std():
             fault = f"{other} is token {place + 1} there, {one} here"
             raise DataError(f"plain transformers do not give the same text: {fault}")
-        made, ties = made + place + 1 - len(prompt), ties + (one != other)
+        made, ties = made + place + 1 - begin, ties + (one != other)
     parted = f", {ties} of which then part at a tie" if ties else ""
     print(f"a fresh process gives the same {made} greedy tokens on {len(asked)} prompts{parted}")

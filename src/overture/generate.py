@@ -1,4 +1,4 @@
-"""Text from a causal language model: prompts in batches, on a stream, or in a conversation."""
+"""Text from a language model: prompts in batches, on a stream, or in a conversation."""
 
 import json
 import random
@@ -20,6 +20,7 @@ from overture.data import convert
 from overture.data.conversion import Conversion
 from overture.data.encode import InstructEncoder, Tokens, missing_bos
 from overture.data.encode_chat import ChatEncoder
+from overture.data.encode_pairs import Seq2SeqEncoder
 from overture.data.examine import dropped, examine
 from overture.data.prompts import PromptTemplate, parse_template
 from overture.data.schema import write_aside
@@ -56,15 +57,18 @@ def answer(
     if stop:
         options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     texts, made = [""] * len(prompts), 0
-    left = {"padding_side": "left", "return_tensors": "pt"}  # so that answers start together
+    # On the left, so that answers start together; a decoder of its own starts anew.
+    apart = model.config.is_encoder_decoder
+    side = {"padding_side": "right" if apart else "left", "return_tensors": "pt"}
     # Prompts of like length together: less padding, and the answers go back to their places.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     try:
         for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
             ids = {"input_ids": [prompts[i] for i in numbers]}
-            given = tokenizer.pad(ids, return_attention_mask=True, **left).to(model.device)
-            new = model.generate(**given, **options)[:, given["input_ids"].shape[1] :].cpu()
+            given = tokenizer.pad(ids, return_attention_mask=True, **side).to(model.device)
+            begin = 1 if apart else given["input_ids"].shape[1]
+            new = model.generate(**given, **options)[:, begin:].cpu()
             is_over = torch.isin(new, over).long()
             made += int((is_over.cumsum(1) == is_over).sum())  # up to the first end of each
             found = tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -85,23 +89,24 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
 
 
 def encode_prompts(
-    rows: Rows, template: PromptTemplate, tokenizer: Any, room: int
+    rows: Rows, template: PromptTemplate, tokenizer: Any, room: int, pairs: bool = False
 ) -> list[list[int]]:
-    """Return the ids of prompts as training meets them.
+    """Return the ids of prompts as training meets them; `pairs` is of encoder-decoders.
 
     Where one does not fit in `room`, the field that the template allows is cut, as in training;
     raises ConfigError if it does not even so.
     """
     tokens = convert.template_tokens(tokenizer, template, specials=template is AS_IT_IS)
-    encoder = InstructEncoder(tokens, template, None, "truncate_prompt")
+    of_task = Seq2SeqEncoder if pairs else InstructEncoder
+    encoder = of_task(tokens, template, None, "truncate_prompt")
     prompts, cut = [], Counter()
-    texts = tokens.ids([template.prompt(record) for _, record in rows])
-    for (place, record), ids in zip(rows, texts, strict=True):
-        bos = missing_bos(tokens.bos, ids)
+    for place, record in rows:
+        ids = encoder.prompt_ids(template.prompt(record))
+        bos = tokens.bos[:0] if pairs else missing_bos(tokens.bos, ids)
         fitted = encoder.fit_prompt(record, ids, room - len(bos), cut)
         if fitted is None or not len(bos) + len(fitted):
             fault = f"a prompt of {len(ids):,} tokens, but the model's positions take 1 to {room:,}"
-            raise ConfigError(f"{place}: {fault} before the answer")
+            raise ConfigError(f"{place}: {fault}" + " before the answer" * (not pairs))
         prompts.append([*bos.tolist(), *map(int, fitted)])
     if cut["truncated"]:
         print(f"{cut['truncated']:,} prompts were cut to fit")
@@ -183,9 +188,12 @@ def generate(
     positions, longest = position_limit(model), options["max_new_tokens"]
     if positions <= longest:
         raise ConfigError(f"--max_new_tokens {longest}: the model has {positions:,} positions")
-    room = positions - longest
+    pairs = model.config.is_encoder_decoder
+    room = positions if pairs else positions - longest
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if not asked:
+        if pairs:
+            raise ConfigError(f"--chat: {trained.name} has an encoder; it answers a --prompt alone")
         tokenizer.chat_template = template or tokenizer.chat_template
         return chat(model, tokenizer, room, streamer=streamer, **options)
     if isinstance(asked, Conversion):
@@ -196,7 +204,7 @@ def generate(
     else:
         template = template or AS_IT_IS
         rows = _typed(asked, template)
-    prompts = encode_prompts(rows, template, tokenizer, room)
+    prompts = encode_prompts(rows, template, tokenizer, room, pairs)
     streamed = len(rows) == 1 and not out and options["num_beams"] == 1
     options |= {"streamer": streamer} if streamed else {}
     begin = time.perf_counter()
@@ -206,7 +214,8 @@ def generate(
     lines = []
     for prompt, (_, record), text in zip(shown, rows, texts, strict=True):
         row = {"prompt": prompt, "expected": record.get(template.response), "answer": text}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n" if out else f"{prompt}{text}\n")
+        said = f"{prompt}\n-> {text}\n" if pairs else f"{prompt}{text}\n"
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n" if out else said)
     if out:
         write_aside(out, "".join(lines))
     elif not streamed:

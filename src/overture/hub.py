@@ -22,7 +22,9 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     """Return what a model is, was trained on and reached, as Markdown under the hub's fields."""
     base, run = trained.base, trained.run
     is_adapter = base is not None and not merged
-    head = {"license": license, "pipeline_tag": "text-generation"}
+    pairs = trained.head == "Seq2SeqLM"
+    kind = "text2text-generation" if pairs else "text-generation"
+    head = {"license": license, "pipeline_tag": kind}
     head["library_name"] = "peft" if is_adapter else "transformers"
     if base and not Path(base).exists():  # a path here means nothing there
         head["base_model"] = base
@@ -30,7 +32,7 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     count = sum(p.numel() for p in trained.model.parameters())
     parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
     parts.append(
-        f"{what[is_adapter] if base else 'A causal language model'}; {count:,} parameters."
+        f"{what[is_adapter] if base else 'A model of ' + trained.head}; {count:,} parameters."
     )
     if rows := [_data_row(ledger) for ledger in ledgers(run)]:
         names = "| split | source | sha256 | rows | tokens |\n|---|---|---|---|---|\n"

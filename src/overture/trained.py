@@ -30,9 +30,10 @@ _OPTIONS = {
 
 
 class Trained(NamedTuple):
-    """A causal language model, ready to be asked."""
+    """A language model, ready to be asked."""
 
     name: str
+    head: str  # of transformers: CausalLM or Seq2SeqLM
     model: Any  # of transformers, or a PeftModel over one
     tokenizer: Any
     base: str | None  # what adapters, if it has some, are over
@@ -48,8 +49,8 @@ def load_trained(
     `unverified` allows for a checkpoint without our manifest, `trust` for code of its maker's.
 
     Raises:
-        ConfigError: nothing of the kind is there, it is no causal language model, or the adapters
-            are for another one.
+        ConfigError: nothing of the kind is there, it is no language model that writes, or the
+            adapters are for another one.
         DataError: the base is not, by content, the one that our adapters were trained in, or a
             checkpoint is not what was written.
     """
@@ -65,12 +66,12 @@ def load_trained(
         if adapters:
             record = _read(adapters / RECORD) if (adapters / RECORD).is_file() else {}
             base = base or _base_of(name, adapters, record)
-        dtype = record.get("dtype")
-        dtype = dtype if dtype in TYPES else _saved_type(base, trust)
+        head, dtype = _saved_as(base, trust)
+        dtype = record["dtype"] if record.get("dtype") in TYPES else dtype
         wanted = ModelConfig(base, True, dtype, "auto", record.get("config", {}), trust)
         has_own = adapters and (adapters / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(adapters) if has_own else base, trust)
-        model = load_network(wanted, tokenizer)
+        model = load_network(wanted, tokenizer, head=head)
         if base.startswith(aside):
             _refuse_missing(model, base, name)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -79,7 +80,7 @@ def load_trained(
         if record:
             check_base(adapters / RECORD, model_fingerprint(model))
         run = _run_folder(adapter or name)
-        return Trained(name, model, tokenizer, base if adapters else None, record, run)
+        return Trained(name, head, model, tokenizer, base if adapters else None, record, run)
 
 
 def ledgers(run: Path | None) -> list[dict[str, Any]]:
@@ -134,22 +135,25 @@ def _base_of(name: str, adapters: Path, record: dict[str, Any]) -> str:
     return base
 
 
-def _saved_type(location: str, trust: bool) -> str:
-    """Return the type that weights are saved in; ConfigError unless they are a causal model's."""
+def _saved_as(location: str, trust: bool) -> tuple[str, str]:
+    """Return the head (CausalLM, Seq2SeqLM) and the type that weights are saved with; ConfigError
+    unless they are a model's that writes.
+    """
     from transformers import PretrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto import modeling_auto as auto
 
     try:
         content = PretrainedConfig.get_config_dict(locate_model(location))[0]
     except (OSError, ValueError):
-        return "float32"  # that there is none will be said where it is loaded
-    kinds = content.get("architectures") or []
-    foreign = kinds and not trust and not {*kinds} & {*CAUSAL.values()}
-    if foreign or content.get("is_encoder_decoder"):
-        fault = f"a {kinds[0] if kinds else content.get('model_type')} is no causal language model"
-        raise ConfigError(f"{location}: {fault}, which alone can be asked and exported here")
+        return "CausalLM", "float32"  # that there is none will be said where it is loaded
+    kinds, pairs = content.get("architectures") or [], content.get("is_encoder_decoder")
+    names = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM" if pairs else "MODEL_FOR_CAUSAL_LM"
+    known = {*getattr(auto, f"{names}_MAPPING_NAMES").values()}
+    if kinds and not trust and not {*kinds} & known:
+        fault = f"a {kinds[0]} writes no text, so it can be neither asked nor exported here"
+        raise ConfigError(f"{location}: {fault}")
     saved = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
-    return saved if saved in TYPES else "float32"
+    return "Seq2SeqLM" if pairs else "CausalLM", saved if saved in TYPES else "float32"
 
 
 def _read(path: Path) -> dict[str, Any]:

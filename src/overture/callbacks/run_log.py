@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ class RunLog(Callback):
         self.path = run_folder / "metrics.jsonl"
         self.clock = clock
         self.throughput = throughput
+        self.step = 0  # of the last evaluation
         self.first_eval: float | None = None
         self.last_eval: float | None = None
         self.scores: dict[str, float] = {}  # of the last evaluation, where the model has others
+        self.more: Callable[[], dict[str, float]] = dict  # asked for more of them
         self._writes = dist.get_global_rank() == 0
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -60,16 +63,17 @@ class RunLog(Callback):
         self._append("train", state.timestamp.batch.value, figures)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        loss = eval_cross_entropy(state)
+        loss, self.step = eval_cross_entropy(state), state.timestamp.batch.value
         self.first_eval = loss if self.first_eval is None else self.first_eval
         self.last_eval = loss
         others = {n: m for n, m in state.eval_metrics["eval"].items() if n != METRIC}
         self.scores = {name: float(metric.compute()) for name, metric in others.items()}
         perplexity = {} if others else {"perplexity": math.exp(min(loss, 700.0))}
+        self.scores |= self.more()
         figures = {"cross_entropy": loss, **perplexity, **self.scores}
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in figures.items()})
         figures = {name: _finite(value) for name, value in figures.items()}
-        self._append("eval", state.timestamp.batch.value, figures)
+        self._append("eval", self.step, figures)
 
     def note(self, step: int, what: str) -> None:
         """Record an event."""

@@ -48,7 +48,7 @@ class Throughput(Callback):
         self._counted = (
             sum(batch["num_tokens"]),
             sum(batch["num_labels"]),
-            batch["input_ids"].numel(),
+            _room(batch),
             _plain(state).flops_per_batch(batch),
         )
 
@@ -99,6 +99,13 @@ class Throughput(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.label_tokens = state["tokens"], state["labels"]
         self._seconds = state["seconds"]
+
+
+def _room(batch: dict[str, Any]) -> int:
+    """Return the places of a batch that are computed on, padding included."""
+    if "source_room" in batch:  # of pairs, without what all rows of a microbatch pad
+        return sum(batch["source_room"]) + sum(batch["target_room"])
+    return batch["input_ids"].numel()
 
 
 def _plain(state: State) -> Any:

@@ -6,6 +6,7 @@ from functools import reduce
 from typing import Any, get_args
 
 from overture.config.schema import DOORS, Config, GlueConfig, GlueTask, LoraConfig
+from overture.errors import nearest
 
 Problem = tuple[str, str]  # key, what is wrong
 
@@ -19,10 +20,14 @@ _INTERVAL = _written(rf"[1-9]\d*(ep|ba|sp|tok)|{_SHARE}", "1ep, 50ba or 0.25dur"
 _AT_LEAST_ONE = (
     "global_train_batch_size", "device_eval_batch_size", "lora.r", "callbacks.throughput.window",
     "generation.num_prompts", "generation.max_new_tokens", "generation.batch_size",
+    "generation.num_beams", "callbacks.early_stop.patience",
     "algorithms.seq_length_warmup.step_size",
 )  # fmt: skip
 _ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy")
-_NOT_NEGATIVE = ("optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers")
+_NOT_NEGATIVE = (
+    "optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers",
+    "callbacks.early_stop.min_delta",
+)  # fmt: skip
 # key -> (whether a value is fine, what is wrong with it); what is not set is fine.
 _VALUES: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(_AT_LEAST_ONE, (lambda n: n >= 1, "must be at least 1")),
@@ -43,7 +48,9 @@ _VALUES: dict[str, tuple[Callable, str]] = {
         ("train_loader.dataset.mlm_probability", "eval_loader.dataset.mlm_probability"),
         (lambda share: 0 < share < 1, "must be above 0 and below 1"),
     ),
-    "lora.dropout": (lambda share: 0 <= share < 1, "must be in [0, 1)"),
+    **dict.fromkeys(
+        ("lora.dropout", "label_smoothing"), (lambda share: 0 <= share < 1, "must be in [0, 1)")
+    ),
     "algorithms.ema.half_life": _written(r"[1-9]\d*ba", "1000ba"),
     "algorithms.seq_length_warmup.duration": (lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "save_num_checkpoints_to_keep": (
@@ -83,13 +90,7 @@ def _at(config: Config, key: str) -> Any:
 def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> Iterator[Problem]:
     if config.task not in tasks:
         yield "task", f"{config.task!r} is run by {DOORS[config.task]} (here: {', '.join(tasks)})"
-    if config.trainable == "lora":
-        config.lora = config.lora or LoraConfig()
-    elif config.lora is not None:
-        yield "lora", f"is set, but trainable is {config.trainable!r}; set trainable: lora"
-    if config.trainable != "lora" and config.model.dtype != "float32":
-        reason = "needs float32 (bfloat16 loses small updates)"
-        yield "model.dtype", f"trainable: {config.trainable} {reason}"
+    yield from _trainable(config)
     if config.task == "masked_lm" and config.trainable == "lora":
         yield "trainable", "adapters are not trained by task: masked_lm; set trainable: all"
     for key in ("train_loader", "eval_loader"):
@@ -97,19 +98,30 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         if config.task != "masked_lm" and _at(config, key) is not None:
             yield key, "needs task: masked_lm"
     yield from _streams(config)
-    for key in ("callbacks.loss_target", "eval_first", "generation", "metrics"):
+    for key in (
+        "callbacks.loss_target", "callbacks.early_stop", "eval_first", "generation", "metrics",
+    ):  # fmt: skip
         if config.eval_loader is None and _at(config, key):
             yield key, "needs an eval_loader"
-    if config.generation is not None and config.task != "instruct":
-        yield "generation", "scores answers to prompts, so it needs task: instruct"
+    if config.generation is not None and config.task not in ("instruct", "chat", "seq2seq"):
+        yield "generation", "scores answers to prompts, so it needs task: instruct, chat or seq2seq"
+    if config.task != "seq2seq":
+        for key in ("label_smoothing", "generation.bleu_tokenize"):
+            if _at(config, key):
+                yield key, f"is for task: seq2seq, not {config.task}"
+    elif config.compile:
+        yield "compile", "is for models without an encoder before them; leave it out"
+    if config.algorithms.ema is not None:
+        for key in ("callbacks.early_stop", "generation" if config.task == "seq2seq" else ""):
+            if _at(config, key) is not None:
+                yield key, "would meet other weights than algorithms.ema evaluates; leave one out"
     if config.task == "classify":
         if config.compile:
             yield "compile", "is for language models; leave it out of task: classify"
         for key in sorted({"id2label", "label2id", "problem_type"} & config.model.config.keys()):
             yield f"model.config.{key}", "is what the converted data says; leave it out"
-    elif config.metrics is not None or config.trainable == "last_layer":
-        key = "metrics" if config.metrics is not None else "trainable"
-        yield key, f"{getattr(config, key)} is for task: classify, not {config.task}"
+    elif config.metrics is not None:
+        yield "metrics", f"{config.metrics} is for task: classify, not {config.task}"
     if config.eval_loader is not None and config.eval_loader.drop_last:
         yield "eval_loader.drop_last", "would leave samples out of the evaluation"
     if not re.fullmatch(r"(?!\.)[\w.=-]+", config.run_name or ""):
@@ -134,6 +146,35 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         divided = f"global_train_batch_size {total} over {world_size} ranks"
         text = f"{micro} does not divide the {each} samples of each rank ({divided})"
         yield "device_train_microbatch_size", text
+
+
+def _trainable(config: Config) -> Iterator[Problem]:
+    trainable, model = config.trainable, config.model
+    known = ("lora", "all", "last_layer")
+    if isinstance(trainable, str) and trainable not in known:
+        hint = nearest(trainable, known)
+        text = f"{trainable!r} is none{hint}; allowed: {', '.join(known)}, or a list of patterns"
+        yield "trainable", text
+    if not trainable:
+        yield "trainable", "names nothing to train"
+    if trainable == "lora":
+        if model.adapter is None:
+            config.lora = config.lora or LoraConfig()
+    else:
+        for key in ("lora", "model.adapter"):
+            if _at(config, key) is not None:
+                yield key, f"is set, but trainable is {trainable!r}; set trainable: lora"
+        if model.dtype != "float32":
+            reason = "needs float32 (bfloat16 loses small updates)"
+            yield "model.dtype", f"trainable: {trainable} {reason}"
+    quantised = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key)]
+    for key in quantised:
+        if trainable != "lora":
+            yield f"model.{key}", "such weights cannot be trained; set trainable: lora"
+        elif not model.pretrained:
+            yield f"model.{key}", "is for weights that were trained; leave it out"
+    if len(quantised) == 2:
+        yield "model.load_in_8bit", "is set, and so is load_in_4bit; leave one of them out"
 
 
 def _streams(config: Config) -> Iterator[Problem]:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Task = Literal["causal_lm", "masked_lm", "instruct", "classify"]
+Task = Literal["causal_lm", "masked_lm", "instruct", "chat", "seq2seq", "classify"]
 # The door that runs each of them.
 DOORS = {
-    "causal_lm": "main.py", "masked_lm": "main.py", "instruct": "finetune.py",
-    "classify": "finetune.py",
+    "causal_lm": "main.py", "masked_lm": "main.py",
+    **dict.fromkeys(("instruct", "chat", "seq2seq", "classify"), "finetune.py"),
 }  # fmt: skip
 Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Schedule = Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"]
@@ -32,6 +32,11 @@ class ModelConfig:
     # the family uses transformers' attention interface; else sdpa, torch's fused kernels.
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     config: dict[str, Any] = field(default_factory=dict)  # overrides: hidden_size, ...
+    # trainable: lora: adapters to go on with, of a run or a folder of peft's, not fresh ones.
+    adapter: str | None = None
+    # The base in 4 bits (QLoRA, Dettmers et al. 2023, 2305.14314) or 8; CUDA with bitsandbytes.
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     trust_remote_code: bool = False  # run the Python code of a hub model; only if you have read it
     # Keep no activations within layers but make them again in the backward pass: a third more
     # arithmetic for a fraction of the memory.
@@ -42,6 +47,8 @@ class ModelConfig:
 class LoraConfig:
     r: int = 16  # rank of each adapter
     alpha: float = 32.0  # adapters are scaled by alpha / r
+    rslora: bool = False  # by alpha / sqrt(r): rank-stabilised (Kalajdzievski 2023, 2312.03732)
+    dora: bool = False  # a magnitude of its own for each output (Liu et al. 2024, 2402.09353)
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"  # or names of modules: [q_proj, v_proj]
 
@@ -145,6 +152,15 @@ class LossTargetConfig:
 
 
 @dataclass
+class EarlyStopConfig:
+    """Ends training once eval cross-entropy has not fallen in `patience` evaluations."""
+
+    patience: int = 3
+    min_delta: float = 0.0  # in nats; less than this is no fall
+    keep_best: bool = True  # what the run gives is the model of the best evaluation, not the last
+
+
+@dataclass
 class SpeedMonitorConfig:
     window_size: int = 10
 
@@ -158,6 +174,7 @@ class ThroughputConfig:
 @dataclass
 class CallbacksConfig:
     loss_target: LossTargetConfig | None = None
+    early_stop: EarlyStopConfig | None = None
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)  # always on
     speed_monitor: SpeedMonitorConfig | None = None
     lr_monitor: MonitorConfig | None = None
@@ -193,11 +210,17 @@ class LoggersConfig:
 
 @dataclass
 class GenerationConfig:
-    """Greedy answers to held-out prompts before and after training, scored by exact match."""
+    """Answers to held-out prompts before and after training, scored by exact match and by F1 of
+    characters; of seq2seq at every evaluation, by BLEU and chrF (sacrebleu).
+    """
 
     num_prompts: int = 200
     max_new_tokens: int = 64
     batch_size: int = 50
+    num_beams: int = 1  # 1: greedy
+    # seq2seq: how sacrebleu divides the texts; default: 13a. `none` keeps the spaces as they are,
+    # `char` is for languages without any; ja-mecab, ko-mecab and spm need further packages.
+    bleu_tokenize: str | None = None
 
 
 @dataclass
@@ -233,8 +256,9 @@ class Config:
     data_local: str | None = None
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
     eval_loader: LoaderConfig | None = None
-    # lora: adapters, and a head that was made anew; last_layer: the head of a classifier alone.
-    trainable: Literal["lora", "all", "last_layer"] = "all"
+    # lora: adapters, and the head of a classifier. last_layer: that head alone, or the last block
+    # of a language model and what follows it. Or patterns of names: ["*.mlp.*", "lm_head.*"].
+    trainable: str | list[str] = "all"
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -265,6 +289,8 @@ class Config:
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
     generation: GenerationConfig | None = None
+    # seq2seq: share of the truth that the training loss spreads over all pieces.
+    label_smoothing: float = 0.0
     # A bar at the terminal, or (progress_bar: false) a block of lines every console_log_interval.
     progress_bar: bool = True
     console_log_interval: str | None = None

@@ -95,7 +95,8 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 
 # What a training task reads, by the task that the data was converted for.
 CONVERTED_FOR = {
-    "causal_lm": "text", "masked_lm": "text", "instruct": "instruct", "classify": "classify",
+    "causal_lm": "text", "masked_lm": "text", "instruct": "instruct", "chat": "chat",
+    "seq2seq": "seq2seq", "classify": "classify",
 }  # fmt: skip
 
 

@@ -25,15 +25,16 @@ NAME = "overture"
 BLOCK = 128  # queries per block; 64 and 256 were slower on packed Dolly at 1,024 tokens
 
 
-def choose_attention(wanted: str, model_class: Any) -> str:
+def choose_attention(wanted: str, model_class: Any, pairs: bool = False) -> str:
     """Return the transformers attention implementation for `model.attention`.
 
-    Families that bypass transformers' attention interface cannot use ours.
+    Families that bypass transformers' attention interface cannot use ours; nor do encoder-decoders,
+    whose `pairs` are never packed: on a CPU torch's kernel takes twice as long for these as none.
     """
-    if wanted != "auto":
-        return wanted
+    if wanted != "auto" or (pairs and not torch.cuda.is_available()):
+        return "eager" if wanted == "auto" else wanted
     has_sdpa = getattr(model_class, "_supports_sdpa", False)  # no sinks and the like
-    if has_sdpa and getattr(model_class, "_supports_attention_backend", False):
+    if has_sdpa and not pairs and getattr(model_class, "_supports_attention_backend", False):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 

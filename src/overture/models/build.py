@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def load_network(
     options = {
         "dtype": getattr(torch, wanted.dtype),
         "trust_remote_code": wanted.trust_remote_code,
-        "attn_implementation": choose_attention(wanted.attention, model_class),
+        "attn_implementation": choose_attention(
+            wanted.attention, model_class, getattr(config, "is_encoder_decoder", False)
+        ),
     }
+    if wanted.load_in_4bit or wanted.load_in_8bit:
+        options |= _quantised(wanted)
     try:
         if wanted.pretrained:
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -124,8 +129,28 @@ def _model_config(location: str, wanted: ModelConfig, tokenizer: Any) -> Any:
     if fresh:
         # Made anew, as some defaults follow others: key-value heads are as many as heads.
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if config.is_encoder_decoder:  # as Marian and T5 have it; families differ
+            ids["decoder_start_token_id"] = tokenizer.pad_token_id
+            ids |= {"forced_eos_token_id": tokenizer.eos_token_id, "forced_bos_token_id": None}
         config = fresh(**{"vocab_size": len(tokenizer), **ids, **wanted.config})
     return config
+
+
+def _quantised(wanted: ModelConfig) -> dict[str, Any]:
+    """Return what loads a model in 4 or 8 bits; ConfigError where that cannot be."""
+    from transformers import BitsAndBytesConfig
+
+    key = f"model.load_in_{4 if wanted.load_in_4bit else 8}bit"
+    if not torch.cuda.is_available():
+        fault = "needs a CUDA device; on a CPU model.dtype=bfloat16 halves the weights"
+        raise ConfigError(f"{key}: {fault}")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key}: needs bitsandbytes (requirements-gpu.txt)")
+    # As in the paper: normal floats of 4 bits, their scales quantised once more.
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    four |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(**(four if wanted.load_in_4bit else {"load_in_8bit": True}))
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _made_anew(

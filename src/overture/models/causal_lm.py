@@ -53,8 +53,7 @@ class CausalLM(HuggingFaceModel):
         base.train(was_training)
         same = False
         if hidden.shape[-1] == self._parts["head"].weight.shape[-1]:
-            ours = self._parts["head"](hidden) * self._scale
-            ours = self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
+            ours = self._our_logits(hidden)
             rounding = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
             same = (ours - theirs).abs().max().item() <= rounding
         if not same:
@@ -67,6 +66,10 @@ class CausalLM(HuggingFaceModel):
         """Return a model's own logits, and the states that enter its output head here."""
         theirs = base(input_ids=ids, use_cache=False).logits
         return theirs, self._parts["backbone"](input_ids=ids, use_cache=False)[0]
+
+    def _our_logits(self, hidden: Tensor) -> Tensor:
+        ours = self._parts["head"](hidden) * self._scale
+        return self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
 
     def compile_backbone(self) -> None:
         """Compile the backbone, but not for generation; ConfigError without a C++ compiler."""

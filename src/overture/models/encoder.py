@@ -48,3 +48,23 @@ def head_states(model: Any, hidden: Tensor) -> Tensor:
         return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device)).logits
     finally:
         del base.forward, head.forward
+
+
+def states_of_head(model: Any, **given: Any) -> Tensor:
+    """Return what enters the output embedding of a model that is `given` this, [..., width].
+
+    Families differ in what they do between their last layer and it; so the model itself is run,
+    its output embedding keeping what it is handed and making nothing of it.
+    """
+    head, kept = model.get_output_embeddings(), []
+
+    def keep(states: Tensor) -> Tensor:
+        kept.append(states)
+        return states.new_zeros(1, 1, 1)
+
+    head.forward = keep
+    try:
+        model(**given)
+    finally:
+        del head.forward
+    return kept[0]

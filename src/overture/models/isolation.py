@@ -130,3 +130,38 @@ def prove_padding(model: Any, vocab_size: int, longest: int, packed: bool) -> No
     if not difference <= bound:
         fault = f"padding changes what a {type(model).__name__} makes of a row"
         raise ConfigError(f"model.name: {fault} (by {difference:.2g}); try model.attention=eager")
+
+
+@torch.no_grad()
+def prove_pairs(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
+    """Raise ConfigError if padding changes what a model with an encoder says, or if its decoder
+    sees the labels to come. Arguments as for `prove_isolation`; pairs are never packed.
+    """
+    was_training, padding = model.training, model.config.pad_token_id
+    model.eval()
+    room = min(2 * SHORT, longest)
+    short = min(SHORT, room - 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (2, 4, room), generator=generator).to(model.device)
+    source, target = ids.masked_fill_(ids == padding, (padding + 1) % vocab_size)
+    mask = torch.ones_like(source)
+
+    def logits(of_source: int, of_target: int) -> Tensor:
+        """Return those of the first `short` places, of rows of these lengths."""
+        given = {"input_ids": source[:, :of_source], "attention_mask": mask[:, :of_source]}
+        given["decoder_input_ids"] = target[:, :of_target]
+        return model(**given, use_cache=False).logits[:, :short]
+
+    try:
+        mask[:, short:], source[:, short:] = 0, padding
+        alone, padded, longer = logits(short, short), logits(room, short), logits(short, room)
+    finally:
+        model.train(was_training)
+    bound = max(1e-3, 16 * torch.finfo(alone.dtype).eps) * alone.abs().max().item()
+    name = type(model).__name__
+    for others, fault in {
+        padded: f"padding changes what a {name} makes of a source",
+        longer: f"tokens of a {name}'s decoder see what comes after them",
+    }.items():
+        if not (others - alone).abs().max().item() <= bound:
+            raise ConfigError(f"model.name: {fault}; try model.attention=eager")

@@ -19,7 +19,9 @@ from overture.errors import ConfigError, DataError
 RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
 
 # By the head of a model. Of a classifier peft trains and saves the head too.
-TASK_TYPES = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
+TASK_TYPES = {
+    "CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ_CLS",
+}  # fmt: skip
 
 
 def add_lora(
@@ -28,6 +30,8 @@ def add_lora(
     alpha: float,
     dropout: float,
     target_modules: str | list[str],
+    rslora: bool = False,
+    dora: bool = False,
     head: str = "CausalLM",
 ) -> Any:
     """Return the model as a PeftModel with fresh adapters; everything else is frozen, but for the
@@ -36,13 +40,17 @@ def add_lora(
     Raises:
         ConfigError: `target_modules` names no module of this model.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
+        use_rslora=rslora,
+        use_dora=dora,
         task_type=TASK_TYPES.get(head),
     )
     try:
@@ -57,8 +65,8 @@ def add_lora(
     return _with_our_layers(adapted)
 
 
-def load_adapters(model: Any, folder: Path) -> Any:
-    """Return the model as a PeftModel with the adapters of a folder, to be used, not trained.
+def load_adapters(model: Any, folder: Path, trained: bool = False) -> Any:
+    """Return the model as a PeftModel with the adapters of a folder, to be used or `trained` on.
 
     Raises:
         ConfigError: they cannot be read, or are for a model with other tensors.
@@ -69,11 +77,38 @@ def load_adapters(model: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             # What the file lacks would stay as it was drawn; peft only warns.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(folder))
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trained)
     except Exception as error:  # peft, torch and safetensors have a dozen kinds; all mean the same
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{folder}: adapters that do not fit this model ({reason})") from None
     return _with_our_layers(adapted)
+
+
+def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> Any:
+    """Return the model with the adapters of a run or a folder of peft's, to be trained on.
+
+    Raises:
+        ConfigError: no adapters are there, or for another model, or not what is `wanted`: a
+            section `lora` of the config, None for what they are.
+        DataError: they are ours, and were trained in another base, by its content.
+    """
+    folder = Path(name) / "hf" if (Path(name) / "hf").is_dir() else Path(name)
+    if not (folder / "adapter_config.json").is_file():
+        fault = "holds no adapters (adapter_config.json is missing)"
+        raise ConfigError(f"model.adapter: {name}: {fault}")
+    adapted = load_adapters(model, folder, trained=True)
+    if (folder / RECORD).is_file():
+        check_base(folder / RECORD, model_fingerprint(adapted))
+    config = adapted.peft_config["default"]
+    theirs = {
+        "r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+        "rslora": config.use_rslora, "dora": config.use_dora,
+    }  # fmt: skip
+    for key, value in theirs.items():
+        if wanted is not None and wanted[key] != value:
+            fault = f"{wanted[key]}, but the adapters of {name} have {value}"
+            raise ConfigError(f"lora.{key}: {fault}; write that, or leave lora out")
+    return adapted
 
 
 def base_record(model: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 # Rows of logits at a time. On a CPU they stay within its last-level cache (128 x 50,257 in float32
@@ -34,21 +34,24 @@ def label_positions(labels: Tensor, count: int, ahead: int = 1) -> tuple[Tensor,
 
 def cross_entropy_at(
     hidden: Tensor,
-    head: nn.Module,
+    head: Any,
     targets: Tensor,
     scale: float = 1.0,
     softcap: float | None = None,
     count: int | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the labels' cross-entropies, and each of them without gradient, in nats.
 
     Args:
         hidden: [room, width], the last hidden states at the positions that predict a label.
-        head: the output embedding, [width] -> [vocabulary], as an nn.Linear.
+        head: the output embedding, [width] -> [vocabulary], with the `weight` and `bias` of an
+            nn.Linear.
         targets: [room] int64.
         scale: factor on the logits, for the model families that scale them (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap), as Gemma 2 has it.
         count: how many of them are labels, the others standing behind; default: all.
+        smoothing: share of the truth that is spread over the vocabulary evenly.
 
     Returns:
         (scalar, [count]), both of float32 or the wider type of `hidden`.
@@ -58,22 +61,24 @@ def cross_entropy_at(
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     chunk = LARGE_CHUNK if weight.requires_grad or hidden.is_cuda else CHUNK
     count = len(hidden) if count is None else count
-    return _CrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, chunk, count)
+    rules = scale, softcap, smoothing, chunk, count
+    return _CrossEntropy.apply(hidden, weight, bias, targets, *rules)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        scale: float, softcap: float | None, chunk: int, count: int,
+        scale: float, softcap: float | None, smoothing: float, chunk: int, count: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        # A shape met for the first time costs a kernel compilation on a CPU: all chunks are whole.
+        # A shape met for the first time costs a kernel compilation on a CPU, hence few of them.
         room = len(hidden)
-        rows = F.pad(hidden.to(dtype), (0, 0, 0, -room % chunk))
-        targets = F.pad(targets, (0, -room % chunk))
+        rows = F.pad(hidden.to(dtype), (0, 0, 0, -room % CHUNK))
+        targets = F.pad(targets, (0, -room % CHUNK))
+        chunk = min(chunk, len(rows))
         weight, types = weight.to(dtype), (hidden.dtype, weight.dtype, bias is not None)
         losses = hidden.new_empty(len(rows), dtype=exact)
         wanted = ctx.needs_input_grad[:3]
@@ -81,13 +86,16 @@ class _CrossEntropy(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=exact) if wanted[2] else None
         # Made once: new memory of this size would cost more than the arithmetic in it.
-        narrow = rows.new_empty(chunk, len(weight))
-        logits = torch.empty_like(narrow, dtype=exact)
+        narrow_room = rows.new_empty(chunk, len(weight))
+        logits_room = torch.empty_like(narrow_room, dtype=exact)
         # On a CPU, where the kernel goes element by element, in the place of the logits.
-        shares = torch.empty_like(logits) if softcap or kind != "cpu" else logits
+        apart = softcap or kind != "cpu"
+        shares_room = torch.empty_like(logits_room) if apart else logits_room
         with torch.autocast(kind, enabled=False):
             for begin in range(0, len(rows), chunk):
                 part, ids = rows[begin : begin + chunk], targets[begin : begin + chunk, None]
+                rooms = (narrow_room, logits_room, shares_room)
+                narrow, logits, shares = (x[: len(part)] for x in rooms)
                 logits.copy_(torch.mm(part, weight.t(), out=narrow))
                 if bias is not None:
                     logits += bias
@@ -98,13 +106,17 @@ class _CrossEntropy(torch.autograd.Function):
                 # log(sum(exp)) from the greatest logit and its share, which is never small.
                 most, place = logits.max(-1, keepdim=True)
                 truth = logits.gather(1, ids)
+                if smoothing:  # a line through the logits, as the truth is
+                    truth = torch.lerp(truth, logits.mean(-1, keepdim=True), smoothing)
                 torch._softmax(logits, -1, False, out=shares)
                 logsum = most - shares.gather(1, place).log()
                 losses[begin : begin + chunk] = (logsum - truth)[:, 0]
                 if not any(wanted):
                     continue
                 step = shares  # of the loss along the logits: what is predicted less the truth
-                step.scatter_add_(1, ids, step.new_full(ids.shape, -1))
+                if smoothing:
+                    step -= smoothing / len(weight)
+                step.scatter_add_(1, ids, step.new_full(ids.shape, smoothing - 1))
                 if begin + chunk > count:
                     step[max(count - begin, 0) :] = 0
                 if softcap:
@@ -133,7 +145,7 @@ class _CrossEntropy(torch.autograd.Function):
         grads = [None if x is None else x * given for x in (of_hidden, of_weight, of_bias)]
         for i, dtype in enumerate(ctx.types[:2]):
             grads[i] = None if grads[i] is None else grads[i].to(dtype)
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 class TokenCrossEntropy(Metric):

@@ -1,78 +1,145 @@
-"""Greedy answers to held-out prompts before and after training, and how many are exactly right."""
+"""Answers to held-out prompts before and after training, and how good they are."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from composer.utils import dist
 
+from overture.callbacks.run_log import RunLog
 from overture.config.schema import GenerationConfig
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
-from overture.generate import answer
+from overture.generate import answer, end_tokens
+
+Pairs = list[tuple[list[int], list[int]]]  # ids of a prompt, and of the answer with its end
 
 
 class HeldOutAnswers:
-    """Asks the model the first prompts of the eval split `dataset`, which is an instruct one.
+    """Asks the model the first prompts of the eval split `dataset`.
 
     Ranks share the work. Prompts that leave no room for an answer in the model's `positions` are
     passed over; ConfigError if all of them are.
     """
 
+    COUNT = "exact_match_prompts"
+
     def __init__(
         self, dataset: Any, tokenizer: Any, config: GenerationConfig, positions: int
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        longest = positions - config.max_new_tokens
-        pairs = held_out_prompts(dataset, config.num_prompts, longest)
+        pairs = self.pairs(dataset, positions - config.max_new_tokens)
         if not pairs:
             fault = f"{config.max_new_tokens} leave no room for a prompt in the model's {positions}"
             raise ConfigError(f"generation.max_new_tokens: {fault} positions")
         self._ids = [prompt for prompt, _ in pairs]
+        self._ends = {expected[-1] for _, expected in pairs}  # of a chat it is no EOS
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
-        self.expected = tokenizer.batch_decode([answer for _, answer in pairs])
+        self.expected = [self.text(expected) for _, expected in pairs]
         self.before: list[str] = []
         self.after: list[str] = []
 
+    def pairs(self, dataset: Any, longest: int) -> Pairs:
+        """Return the pairs of a split whose prompts have up to `longest` tokens, up to those that
+        the config wants.
+        """
+        return held_out_prompts(dataset, self.config.num_prompts, longest)
+
+    def text(self, expected: list[int]) -> str:
+        """Return an expected answer as text."""
+        return self.tokenizer.decode(expected[:-1])
+
     def ask(self, model: Any, title: str) -> list[str]:
-        """Return the model's greedy answers, in the order of the prompts, on every rank."""
+        """Return the model's answers, in the order of the prompts, on every rank."""
         rank, ranks = dist.get_global_rank(), dist.get_world_size()
-        mine, batch = self._ids[rank::ranks], self.config.batch_size
-        longest = self.config.max_new_tokens
+        mine, config = self._ids[rank::ranks], self.config
+        options = {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams}
+        options["eos_token_id"] = sorted({*(end_tokens(model, self.tokenizer) or ()), *self._ends})
         answers = [""] * len(self._ids)
-        found, _ = answer(model, self.tokenizer, mine, batch, title, max_new_tokens=longest)
+        found, _ = answer(model, self.tokenizer, mine, config.batch_size, title, **options)
         for share, part in enumerate(dist.all_gather_object(found)):
             answers[share::ranks] = part
         return answers
 
     def write(self, path: Path) -> dict[str, float]:
-        """Write one line per prompt and return the exact-match scores."""
+        """Write one line per prompt and return the scores, before and after training."""
         names = ("prompt", "expected", "before", "after")
         columns = zip(self.prompts, self.expected, self.before, self.after, strict=True)
         rows = [dict(zip(names, row, strict=True)) for row in columns]
-        scores: dict[str, float] = {}
-        for when in ("before", "after"):
-            for row in rows:
-                row[f"exact_{when}"] = is_exact(row[when], row["expected"])
-            scores[f"exact_match_{when}"] = sum(r[f"exact_{when}"] for r in rows) / len(rows)
+        for row in rows:
+            row |= {f"exact_{when}": is_exact(row[when], row["expected"]) for when in names[2:]}
         write_aside(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        return {**scores, "exact_match_prompts": len(rows)}
+        scores: dict[str, float] = {}
+        for name in self.scores(self.after):
+            for when in names[2:]:
+                scores[f"{name}_{when}"] = self.scores(getattr(self, when))[name]
+        return {**scores, self.COUNT: len(rows)}
+
+    def scores(self, answers: list[str]) -> dict[str, float]:
+        """Return how good answers are, by names, as shares of what could be."""
+        pairs = list(zip(answers, self.expected, strict=True))
+        right = sum(is_exact(*pair) for pair in pairs) / len(pairs)
+        return {"exact_match": right, "character_f1": sum(f1(*pair) for pair in pairs) / len(pairs)}
 
 
-def held_out_prompts(
-    dataset: Any, count: int, longest: int = 2**31
-) -> list[tuple[list[int], list[int]]]:
-    """Return (prompt ids, answer ids without EOS) of a split, of prompts of up to `longest`."""
-    pairs = []
+class Translations(HeldOutAnswers):
+    """Those of an encoder-decoder, scored by sacrebleu, at every evaluation too."""
+
+    COUNT, SHOWN = "bleu_sentences", 3
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        from sacrebleu.metrics import BLEU, CHRF
+
+        name = self.config.bleu_tokenize or BLEU.TOKENIZER_DEFAULT
+        try:
+            # Beforehand: it would only say so when all is translated.
+            self._metrics = {"bleu": BLEU(tokenize=name), "chrf": CHRF()}
+        except (ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(f"generation.bleu_tokenize: {name}: {reason}") from None
+
+    def pairs(self, dataset: Any, longest: int) -> Pairs:
+        rows = (dataset[index] for index in range(dataset.num_samples))
+        pairs = ((row["input_ids"].tolist(), row["labels"].tolist()) for row in rows)
+        count = self.config.num_prompts
+        return [pair for pair, _ in zip(pairs, range(count), strict=False)]
+
+    def text(self, expected: list[int]) -> str:
+        return self.tokenizer.decode(expected, skip_special_tokens=True)
+
+    def scores(self, answers: list[str]) -> dict[str, float]:
+        texts, expected = [a.strip() for a in answers], [[e.strip() for e in self.expected]]
+        return {n: m.corpus_score(texts, expected).score for n, m in self._metrics.items()}
+
+    def judge(self, model: Any, log: RunLog) -> dict[str, float]:
+        """Return the scores of what the model makes of the prompts now, and `log` some of it."""
+        step, answers = log.step, self.ask(model, "translations")
+        rows = zip(self.prompts, answers, self.expected, strict=True)
+        for prompt, text, truth in list(rows)[: self.SHOWN]:
+            log.note(step, f"{prompt} -> {text} (expected: {truth})")
+        return self.scores(answers)
+
+
+def held_out_prompts(dataset: Any, count: int, longest: int = 2**31) -> Pairs:
+    """Return the pairs of an instruct or chat split, of prompts of up to `longest` tokens.
+
+    The answer is the last stretch that is learned; all before it is the prompt.
+    """
+    pairs: Pairs = []
     for index in range(dataset.num_samples):
         row = dataset[index]
         borders = row["document_ends"][:-1]
         documents = (np.split(row[name], borders) for name in ("input_ids", "loss_mask"))
         for ids, mask in zip(*documents, strict=True):
-            prompt, answer = ids[mask == 0].tolist(), ids[mask == 1].tolist()
-            if len(prompt) <= longest:
-                pairs.append((prompt, answer[:-1]))
+            if not mask.any():
+                continue
+            end = int(np.flatnonzero(mask)[-1]) + 1
+            begin = end - int((mask[:end][::-1] == 0).argmax() or end)
+            if 0 < begin <= longest:
+                pairs.append((ids[:begin].tolist(), ids[begin:end].tolist()))
             if len(pairs) == count:
                 return pairs
     return pairs
@@ -81,3 +148,14 @@ def held_out_prompts(
 def is_exact(answer: str, expected: str) -> bool:
     """Return whether two answers are the same but for white space at their ends."""
     return answer.strip() == expected.strip()
+
+
+def f1(answer: str, expected: str) -> float:
+    """Return the F1 of an answer's characters, white space left out, as JGLUE counts them.
+
+    The harmonic mean of the shares of one's characters that are the other's too, each as often
+    (Kurihara et al. 2022, "JGLUE", section 5.2; Rajpurkar et al. 2016, 1606.05250, have words).
+    """
+    ours, theirs = (Counter("".join(text.split())) for text in (answer, expected))
+    common, total = (ours & theirs).total(), ours.total() + theirs.total()
+    return 2 * common / total if total else 1.0

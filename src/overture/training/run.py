@@ -15,6 +15,7 @@ import torch
 from composer import Trainer
 from composer.utils import dist, reproducibility
 
+from overture.callbacks.early_stop import EarlyStop
 from overture.callbacks.guards import FiniteGuard, GradientGuard, SpikeGuard, Watchdog
 from overture.callbacks.loss_target import LossTarget
 from overture.callbacks.run_log import RunClock, RunLog
@@ -25,16 +26,19 @@ from overture.data.cache import open_cache
 from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, check_split, sha256_file
+from overture.data.shards import Split
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
 from overture.export import save_model
 from overture.models.attention import describe_attention
 from overture.models.build import load_network, position_limit
-from overture.models.lora import add_lora, base_record, model_fingerprint
+from overture.models.lora import add_lora, base_record, continue_adapters, model_fingerprint
+from overture.models.seq2seq import begin_as_trained
+from overture.models.trainable import describe_trained, freeze_others
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training import resume
 from overture.training import run_folder as runs
-from overture.training.answers import HeldOutAnswers
+from overture.training.answers import HeldOutAnswers, Translations
 from overture.training.cores import use_cores
 from overture.training.monitors import (
     adopt_average,
@@ -53,6 +57,7 @@ LOST = {
     r"DataLoader worker": "a worker of the loader died",
     r"closed by peer|reset by peer|NCCL|remote process exited": "another rank ended",
 }
+BEST = "best.safetensors"  # the trained weights of the best evaluation, until the end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -91,11 +96,10 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if found:
         resume.check_facts(found[1]["facts"], facts, config.resume.allow)
         say(f"going on from {found[0]}")
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in network.parameters())
-    if not trained:
+    if not any(p.requires_grad for p in network.parameters()):
         raise ConfigError(f"trainable: {config.trainable}: no parameter would be trained")
-    say(f"{config.model.name}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
+    for line in [config.model.name, *describe_trained(network)]:
+        say(line)
     if network.made_anew:
         shown = ", ".join(network.made_anew[:4]) + ", ..." * (len(network.made_anew) > 4)
         say(f"made anew, as {config.model.name} has none of that name and shape: {shown}")
@@ -124,14 +128,19 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     answers = None
     if config.generation is not None:
         held_out, limit = evaluation.dataloader.dataset, position_limit(network)
-        answers = HeldOutAnswers(held_out, tokenizer, config.generation, limit)
+        asks = Translations if config.task == "seq2seq" else HeldOutAnswers
+        answers = asks(held_out, tokenizer, config.generation, limit)
         answers.before = answers.ask(network, "answers before training")
 
     # Time to train starts here, before the first touch of the training data.
     clock = RunClock()
     throughput = Throughput(**vars(config.callbacks.throughput))
     log = RunLog(run_folder, clock, throughput)
-    target = None
+    if isinstance(answers, Translations):
+        log.more = partial(answers.judge, network, log)
+    early = target = None
+    if config.callbacks.early_stop is not None:
+        early = EarlyStop(**vars(config.callbacks.early_stop), path=run_folder / BEST, log=log)
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     per_rank = config.global_train_batch_size // dist.get_world_size()
@@ -168,7 +177,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             throughput,  # before the log, which reads its figures
             log,
             spikes,
-            *([target] if target else []),
+            *filter(None, (target, early)),
             Watchdog(config.guards.timeout, stacks, workers, fail),
             # Last, as it keeps the state of the others.
             resume.Checkpointer(config, facts, request),
@@ -207,6 +216,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             trainer.close()
         raise error from None
     adopt_average(trainer.state)
+    if early:
+        early.restore(trainer.state)
     trainer.close()
 
     # Outcome: model, answers, result.json, report.
@@ -216,7 +227,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if answers:
         answers.after = answers.ask(network, "answers after training")
     result = _result(config, log, throughput, target, seconds)
-    result["steps"], result["metrics"] = trainer.state.timestamp.batch.value, log.scores
+    result["steps"] = trainer.state.timestamp.batch.value
+    result["metrics"] = {} if isinstance(answers, Translations) else log.scores
     result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
     if dist.get_global_rank() == 0:
         if answers:
@@ -269,7 +281,13 @@ def _build_network(
     labels = head_config(ledgers) if config.task == "classify" else None
     packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
     network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
-    network.to("cuda" if device == "gpu" else "cpu")
+    if config.task == "seq2seq":
+        _, stream, _ = next(config.splits())
+        split = Split(Path(stream.data_local) / stream.split)
+        targets = [split.row(number)["labels"].tolist() for number in range(min(len(split), 32))]
+        begin_as_trained(network, targets, {*tokenizer.all_special_ids})
+    if not getattr(network, "is_quantized", False):  # that is where it belongs already
+        network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
         longest = min(position_limit(network), config.max_seq_len)
@@ -283,9 +301,11 @@ def _build_network(
                 raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.trainable == "last_layer":
-        network.base_model.requires_grad_(False)
-    if config.trainable == "lora":
+    freeze_others(network, config.trainable, task.head)
+    if config.model.adapter is not None:
+        section = config.lora and vars(config.lora)
+        network = continue_adapters(network, config.model.adapter, section)
+    elif config.trainable == "lora":
         network = add_lora(network, **vars(config.lora), head=task.head)
     return network
 

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 from overture.config.schema import Config
 from overture.data.collate import TokenCollator
 from overture.data.collate_classify import ClassifyCollator
+from overture.data.collate_pairs import PairCollator
 from overture.data.masking import MaskingCollator
 from overture.errors import ConfigError
 from overture.models.causal_lm import CausalLM
 from overture.models.classifier import Classifier
-from overture.models.isolation import prove_encoder, prove_isolation, prove_padding
+from overture.models.isolation import prove_encoder, prove_isolation, prove_padding, prove_pairs
 from overture.models.masked_lm import MaskedLM
+from overture.models.seq2seq import Seq2SeqLM
 
 
 class Task(NamedTuple):
@@ -46,6 +48,12 @@ def _whole_rows(config: Config, tokenizer: Any, training: bool) -> ClassifyColla
     return ClassifyCollator(config.max_seq_len, tokenizer.pad_token_id)
 
 
+def _pairs(config: Config, tokenizer: Any, training: bool) -> PairCollator:
+    together = config.device_train_microbatch_size if training else config.device_eval_batch_size
+    together = config.global_train_batch_size if together == "auto" else together
+    return PairCollator(tokenizer.pad_token_id, together)
+
+
 def _causal_model(config: Config, *parts: Any) -> CausalLM:
     return CausalLM(*parts)
 
@@ -58,10 +66,16 @@ def _classifier(config: Config, *parts: Any) -> Classifier:
     return Classifier(*parts, config.metrics)
 
 
+def _seq2seq_model(config: Config, *parts: Any) -> Seq2SeqLM:
+    return Seq2SeqLM(*parts, smoothing=config.label_smoothing)
+
+
 _CAUSAL = Task("CausalLM", prove_isolation, _causal_model, _causal_rows)
 TASKS: dict[str, Task] = {
     "causal_lm": _CAUSAL,
     "masked_lm": Task("MaskedLM", prove_encoder, _masked_model, _masked_rows),
     "instruct": _CAUSAL,
+    "chat": _CAUSAL,
+    "seq2seq": Task("Seq2SeqLM", prove_pairs, _seq2seq_model, _pairs),
     "classify": Task("SequenceClassification", prove_padding, _classifier, _whole_rows),
 }

@@ -1,0 +1,99 @@
+"""Stop when evaluations get no better, and keep the weights of the best one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from overture.callbacks.run_log import RunLog
+from overture.errors import DataError
+
+
+class EarlyStop(Callback):
+    """Ends training once eval cross-entropy has not fallen by more than `min_delta` (nats) in
+    `patience` evaluations in a row.
+
+    With `keep_best` the trained weights of each best evaluation are written to `path`, whole or not
+    at all, from where `restore` takes them back. Composer's own EarlyStopper takes a falling metric
+    for a rising one unless told otherwise, and keeps nothing. The `log` comes before it.
+    """
+
+    def __init__(
+        self, patience: int, min_delta: float, keep_best: bool, path: Path, log: RunLog
+    ) -> None:
+        self.patience, self.min_delta, self.keep_best = patience, min_delta, keep_best
+        self.path, self.log = path, log
+        # Step, cross-entropy and other scores of the best evaluation so far.
+        self.best: tuple[int, float, dict[str, float]] | None = None
+        self.waited = 0
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        step, loss = state.timestamp.batch.value, self.log.last_eval
+        if self.best is None or loss < self.best[1] - self.min_delta:
+            self.best, self.waited = (step, loss, self.log.scores), 0
+            if self.keep_best and dist.get_global_rank() == 0:
+                self._write(state)
+            return
+        self.waited += 1
+        if self.waited >= self.patience and state.timestamp < state.max_duration:
+            fault = f"no fall in {self.waited} evaluations below the {self.best[1]:.4f} of"
+            self.log.note(step, f"stopped early: {fault} step {self.best[0]}")
+            state.stop_training()
+
+    def _write(self, state: State) -> None:
+        from safetensors.torch import save_file
+
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        kept = {name: p.detach().cpu().contiguous() for name, p in _trained(state).items()}
+        save_file(kept, aside, {"step": str(self.best[0])})
+        os.replace(aside, self.path)
+
+    def restore(self, state: State) -> None:
+        """Give the model the weights, and the log the scores, of the best evaluation.
+
+        Raises DataError if the file is not of that evaluation.
+        """
+        if not self.keep_best or self.best is None:
+            return
+        step, self.log.last_eval, self.log.scores = self.best
+        if step == state.timestamp.batch.value:
+            return
+        fault = None
+        if dist.get_global_rank() == 0:
+            fault = self._read(state, step)
+        (fault, *_) = dist.all_gather_object(fault)
+        if fault:
+            raise DataError(f"{self.path}: {fault}; set callbacks.early_stop.keep_best=false")
+        for p in _trained(state).values():
+            dist.broadcast(p.data, src=0)
+        self.log.note(step, "the weights of this step are kept, as no evaluation was better")
+        self.path.unlink(missing_ok=True)
+
+    def _read(self, state: State, step: int) -> str | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                if file.metadata() != {"step": str(step)}:
+                    return f"is not of step {step}, {json.dumps(file.metadata())}"
+                for name, p in _trained(state).items():
+                    p.data.copy_(file.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            return f"the weights of the best evaluation cannot be read ({error})"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def _trained(state: State) -> dict[str, Any]:
+    """Return the trained parameters by their names, with or without DDP around the model."""
+    named = state.model.named_parameters()
+    return {name.removeprefix("module."): p for name, p in named if p.requires_grad}

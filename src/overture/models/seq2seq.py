@@ -1,0 +1,121 @@
+"""The encoder-decoder as Composer trains it: logits at labels only, as in the other models."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overture.errors import ConfigError
+from overture.flops import training_flops
+from overture.models.causal_lm import CausalLM
+from overture.models.encoder import states_of_head
+from overture.models.loss import cross_entropy_at, label_positions
+
+
+class Head(NamedTuple):
+    """An output embedding, with what the family adds to its logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., vocabulary] of [..., width]."""
+        return F.linear(hidden, self.weight, self.bias)
+
+
+class Seq2SeqLM(CausalLM):
+    """CausalLM with an encoder before it: a label is predicted from the whole source and from the
+    labels before it. Takes batches of `data/collate_pairs.py`.
+
+    `smoothing` is the share of the truth that training spreads over all pieces evenly (Szegedy et
+    al. 2015, 1512.00567, section 7); evaluation measures plain cross-entropy.
+    """
+
+    def __init__(self, *args: Any, smoothing: float = 0.0) -> None:
+        super().__init__(*args)
+        self._smoothing = smoothing
+        base = self._base
+        self._weights = [_weights(side) for side in (base.get_encoder(), base.get_decoder())]
+        names = ("encoder_layers", "num_layers"), ("decoder_layers", "num_decoder_layers")
+        known = [[getattr(base.config, name, None) for name in of] for of in names]
+        self._layers = [next(filter(None, sizes)) for sizes in known]
+
+    @property
+    def _base(self) -> Any:
+        """The model of transformers, without adapters around it."""
+        has_adapters = hasattr(self.model, "get_base_model")
+        return self.model.get_base_model() if has_adapters else self.model
+
+    @property
+    def _head(self) -> Head:
+        head, added = self._parts["head"], getattr(self._base, "final_logits_bias", None)
+        bias = [x.flatten() for x in (head.bias, added) if x is not None]
+        return Head(head.weight, sum(bias) if bias else None)
+
+    def _own_logits(self, base: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+        given = {"input_ids": ids, "decoder_input_ids": ids.flip(1), "use_cache": False}
+        return base(**given).logits, states_of_head(base, **given)
+
+    def _our_logits(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden)
+
+    def compile_backbone(self) -> None:
+        raise ConfigError("compile: is for models without an encoder before them; leave it out")
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
+        source, target = (max(batch[name]) for name in ("source_room", "target_room"))
+        labels, count = batch["labels"][:, :target], sum(batch["num_labels"])
+        smoothing = self._smoothing if self.training else 0.0
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
+            hidden = states_of_head(
+                self._base,
+                input_ids=batch["input_ids"][:, :source],
+                attention_mask=batch["attention_mask"][:, :source],
+                decoder_input_ids=self._base.prepare_decoder_input_ids_from_labels(labels=labels),
+                use_cache=False,
+            )
+            places, targets = label_positions(labels, count, ahead=0)
+            chosen = hidden.flatten(0, 1).index_select(0, places)
+            total, losses = cross_entropy_at(
+                chosen, self._head, targets, count=count, smoothing=smoothing
+            )
+        return {"loss": total, "token_losses": losses, "rows": places[:count] // labels.shape[1]}
+
+    def flops_per_batch(self, batch: dict[str, Any]) -> float:
+        """Return the training FLOPs of a batch, over real tokens only.
+
+        What the decoder makes of the source's states counts as if these were as many as labels.
+        """
+        targets = batch["num_labels"]
+        sources = [n - labels for n, labels in zip(batch["num_tokens"], targets, strict=True)]
+        (inward, outward), (layers, above) = self._weights, self._layers
+        _, head, _, width = self._shape
+        squares = 2.0 * sum(n**2 for n in sources)
+        crossed = sum(n * (n + 2.0 * m) for n, m in zip(targets, sources, strict=True))
+        count, labels, frozen = sum(sources), sum(targets), self._frozen
+        encoder = training_flops(inward, 0, frozen, count, 0, layers, width, squares)
+        return encoder + training_flops(
+            outward, head, frozen, labels, labels, above, width, crossed
+        )
+
+
+def _weights(side: nn.Module) -> int:
+    """Return the weights in matrix products of an encoder or a decoder, without its adapters."""
+    linear = {n: m for n, m in side.named_modules() if isinstance(m, nn.Linear)}
+    return sum(m.weight.numel() for name, m in linear.items() if "lora_" not in name)
+
+
+def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) -> None:
+    """Let generation begin as the decoder does in training, whatever the family makes of `targets`,
+    ids of some labels: mBART begins with a language code or the end, of which its config knows
+    nothing. A `special` token that all targets begin with is one that generation puts there.
+    """
+    rows = [torch.tensor([ids], device=model.device) for ids in targets]
+    first = {model.prepare_decoder_input_ids_from_labels(labels=row)[0, 0].item() for row in rows}
+    codes = {ids[0] for ids in targets}
+    if len(first) == 1:
+        model.generation_config.decoder_start_token_id = first.pop()
+    if len(codes) == 1 and codes <= special:
+        model.generation_config.forced_bos_token_id = codes.pop()
