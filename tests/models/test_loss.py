@@ -36,23 +36,27 @@ def test_few_shapes_occur_and_what_fills_them_up_counts_for_nothing():
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("count", [0, 1, 127, 128, 300])
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 300, 1300])
 @pytest.mark.parametrize(
-    ("scale", "softcap", "bias", "trained"),
-    [(1.0, None, False, False), (0.25, None, True, True), (1.0, 5.0, False, True)],
-)
-def test_equals_torch_in_float64(count, scale, softcap, bias, trained):
+    ("scale", "softcap", "smoothing", "bias", "trained"),
+    [
+        (1.0, None, 0.0, False, False), (0.25, None, 0.0, True, True), (1.0, 5.0, 0.0, False, True),
+        (0.5, None, 0.1, True, True), (1.0, 5.0, 0.3, False, True),
+    ],
+)  # fmt: skip
+def test_equals_torch_in_float64(count, scale, softcap, smoothing, bias, trained):
     torch.manual_seed(0)
     head = torch.nn.Linear(12, 40, bias=bias).double().requires_grad_(trained)
     hidden = torch.randn(count, 12, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 40, (count,))
-    total, losses = cross_entropy_at(hidden, head, targets, scale, softcap)
+    options = {"scale": scale, "softcap": softcap, "smoothing": smoothing}
+    total, losses = cross_entropy_at(hidden, head, targets, **options)
     assert losses.shape == (count,)
     assert not losses.requires_grad
     logits = head(hidden) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    expected = F.cross_entropy(logits, targets, reduction="none")
+    expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(total, expected.sum())
     wanted = [hidden, *(head.parameters() if trained else ())]
@@ -61,7 +65,7 @@ def test_equals_torch_in_float64(count, scale, softcap, bias, trained):
         torch.testing.assert_close(mine, other)
     if count == 300 and softcap:
         assert torch.autograd.gradcheck(
-            lambda h: cross_entropy_at(h, head, targets[:5], scale, softcap)[0],
+            lambda h: cross_entropy_at(h, head, targets[:5], **options)[0],
             hidden[:5].detach().requires_grad_(),
         )
 

@@ -78,7 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
         room = len(hidden)
         rows = F.pad(hidden.to(dtype), (0, 0, 0, -room % CHUNK))
         targets = F.pad(targets, (0, -room % CHUNK))
-        chunk = min(chunk, len(rows))
+        chunk = max(min(chunk, len(rows)), 1)
         weight, types = weight.to(dtype), (hidden.dtype, weight.dtype, bias is not None)
         losses = hidden.new_empty(len(rows), dtype=exact)
         wanted = ctx.needs_input_grad[:3]
