@@ -17,6 +17,7 @@ DOORS = {
     **dict.fromkeys(("instruct", "chat", "seq2seq", "classify"), "finetune.py"),
 }  # fmt: skip
 Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+BleuTokenizer = Literal["13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab"]
 Schedule = Literal["constant_with_warmup", "cosine_with_warmup", "linear_decay_with_warmup"]
 
 
@@ -219,8 +220,8 @@ class GenerationConfig:
     batch_size: int = 50
     num_beams: int = 1  # 1: greedy
     # seq2seq: how sacrebleu divides the texts; default: 13a. `none` keeps the spaces as they are,
-    # `char` is for languages without any; ja-mecab, ko-mecab and spm need further packages.
-    bleu_tokenize: str | None = None
+    # `char` is for languages without any; the two of mecab need `pip install sacrebleu[ja,ko]`.
+    bleu_tokenize: BleuTokenizer | None = None
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Translations(HeldOutAnswers):
         super().__init__(*args)
         from sacrebleu.metrics import BLEU, CHRF
 
-        name = self.config.bleu_tokenize or BLEU.TOKENIZER_DEFAULT
+        name = self.config.bleu_tokenize or "13a"
         try:
             # Beforehand: it would only say so when all is translated.
             self._metrics = {"bleu": BLEU(tokenize=name), "chrf": CHRF()}
