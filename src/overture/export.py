@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,9 @@ model.to("cuda" if torch.cuda.is_available() else "cpu")
 answers = []
 for ids in prompts:
     ids = torch.tensor([ids], device=model.device)
+    if head == "SequenceClassification":
+        answers.append((model(ids).logits[0].tolist(), ""))
+        continue
     begin = 1 if model.config.is_encoder_decoder else ids.shape[1]
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, begin:]
     answers.append((out.tolist(), tokenizer.decode(out, skip_special_tokens=True)))
@@ -73,11 +76,21 @@ def export_model(
         raise ConfigError("--dtype is of whole models: give --merge too, or leave it out")
     if merge and not hasattr(model.base_model, "merge_and_unload"):
         raise ConfigError(f"--merge: {trained.name}: its kind of adapters cannot be merged")
+    if model.config.model_type == "mosaic_bert":
+        fault = "plain transformers have no mosaic_bert, so no folder of theirs can hold it"
+        raise ConfigError(f"{trained.name}: {fault}; use it here, as a run")
+    classifies = trained.head == "SequenceClassification"
+    if test_prompt and classifies:
+        raise ConfigError(f"--test_prompt: {trained.name} classifies; ask src/generate_text.py")
+    if classifies and trained.base and not merge:
+        fault = "plain transformers cannot know the labels of a classifier's adapters"
+        raise ConfigError(f"{trained.name}: {fault}; give --merge")
     kind = dtype or str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     base = model.get_base_model() if trained.base else model
     # So that plain transformers end where training taught it to.
-    base.generation_config.eos_token_id = end_tokens(base, tokenizer)
-    base.generation_config.pad_token_id = tokenizer.pad_token_id
+    if not classifies:
+        base.generation_config.eos_token_id = end_tokens(base, tokenizer)
+        base.generation_config.pad_token_id = tokenizer.pad_token_id
     prompts = _prompts(trained)
     if merge or dtype:
         model.float()
@@ -85,11 +98,13 @@ def export_model(
     tie = BOUNDS[kind]
     if merge:
         model = model.merge_and_unload(safe_merge=True)
-        _compare(model, asked, "float32", "merged, against base and adapters")
+        again = (_logits(model, a.prompt, a.ids) for a in asked)
+        _compare(again, asked, "float32", "merged, against base and adapters")
     if (merge or dtype) and kind != "float32":
         for weights in model.parameters():  # not buffers: a rounded rotation is another one
             weights.data = weights.data.to(getattr(torch, kind))
-        tie = 2 * _compare(model, asked, kind, f"in {kind}, against float32")
+        again = (_logits(model, a.prompt, a.ids) for a in asked)
+        tie = 2 * _compare(again, asked, kind, f"in {kind}, against float32")
     with _aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -98,7 +113,11 @@ def export_model(
             pairs = base.config.is_encoder_decoder
             prompts += encode_prompts([row], AS_IT_IS, tokenizer, room, pairs)
         answers = _fresh_answers(aside, trained.head, kind, prompts)
-        _compare_tokens(asked, answers, tie)
+        if classifies:
+            logits = [torch.tensor([ids]) for ids, _ in answers]
+            _compare(logits, asked, kind, "in a fresh process of plain transformers")
+        else:
+            _compare_tokens(asked, answers, tie)
     if test_prompt:
         print(f"{test_prompt}{answers[-1][1]}")
 
@@ -142,7 +161,7 @@ def _prompts(trained: Trained) -> list[list[int]]:
     room = min(MAX_PROMPT, position_limit(trained.model) - NEW_TOKENS)
     for ledger in reversed(ledgers(trained.run)):
         split, prompts = Split(ledger["folder"]), []
-        has_prompts = split.kind in ("tokens", "seq2seq")
+        has_prompts = split.kind != "raw"
         for number in range(min(len(SENTENCES), len(split)) if has_prompts else 0):
             row = split.row(number)
             # Of running text but one token is not learned.
@@ -165,6 +184,8 @@ class Asked(NamedTuple):
 
 def _ask(model: Any, prompt: list[int]) -> Asked:
     given = torch.tensor([prompt], device=model.device)
+    if not model.can_generate():
+        return Asked(prompt, prompt, 0, _logits(model, prompt, prompt))
     options = {"attention_mask": torch.ones_like(given), "max_new_tokens": NEW_TOKENS, **GREEDY}
     ids = model.generate(input_ids=given, **options)[0].tolist()
     begin = 1 if model.config.is_encoder_decoder else len(prompt)
@@ -177,13 +198,21 @@ def _logits(model: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         source = torch.tensor([prompt], device=model.device)
         given = {"input_ids": source, "decoder_input_ids": made}
-    return model(**given, use_cache=False).logits[0].float().cpu()
+    more = {"use_cache": False} if model.can_generate() else {}
+    logits = model(**given, **more).logits.float().cpu()
+    return logits[0] if model.can_generate() else logits
 
 
-def _compare(model: Any, asked: Sequence[Asked], kind: str, what: str) -> float:
+def _compare(again: Iterable[torch.Tensor], asked: Sequence[Asked], kind: str, what: str) -> float:
     """Return the largest difference of a logit, in standard deviations; DataError if too large."""
-    found = [(_logits(model, a.prompt, a.ids) - a.logits).abs().max().item() for a in asked]
-    spread = min(one.logits.std().item() for one in asked)
+    pairs = zip(again, (one.logits for one in asked), strict=True)
+    found = [(now - before).abs().max().item() for now, before in pairs]
+    # Of a regression there is one, whose spread is that over the rows.
+    spread = (
+        min(one.logits.std().item() for one in asked)
+        if asked[0].logits.numel() > 1
+        else (torch.cat([one.logits for one in asked]).std().item())
+    )
     print(f"{what}: logits, of a spread of {spread:.2g}, differ by {max(found):.2g} at most")
     if not max(found) <= BOUNDS[kind] * spread:
         fault = (

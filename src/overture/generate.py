@@ -1,4 +1,4 @@
-"""Text from a language model: prompts in batches, on a stream, or in a conversation."""
+"""What a trained model makes of prompts: in batches, on a stream, or in a conversation."""
 
 import json
 import random
@@ -26,9 +26,11 @@ from overture.data.prompts import PromptTemplate, parse_template
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
 from overture.models.build import position_limit
+from overture.predict import ROW, predict
 from overture.trained import Trained, ledgers
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+WRITING = {"max_new_tokens": 64, "num_beams": 1, "stop": []}  # what the door gives by itself
 AS_IT_IS = PromptTemplate(("{text}",))  # of a --prompt; what spells a special token in it is one
 Rows = list[tuple[Any, dict[str, Any]]]  # where each stands, and the record
 
@@ -184,6 +186,8 @@ def generate(
     from transformers import TextStreamer
 
     model, tokenizer = trained.model, trained.tokenizer
+    if trained.head == "SequenceClassification":
+        return _label(trained, asked, template, (sample, seed), batch, out, options)
     torch.manual_seed(seed)
     positions, longest = position_limit(model), options["max_new_tokens"]
     if positions <= longest:
@@ -222,6 +226,32 @@ def generate(
         print(*lines, sep="\n")
     rate = f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.1f} tokens/s"
     print(f"{len(texts):,} answers{f' in {out}' if out else ''}: {rate}")
+
+
+def _label(
+    trained: Trained, asked: Conversion | list[str], template: Any, drawn: tuple, batch: int,
+    out: Path | None, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Say what a classifier makes of texts or the rows of a dataset."""
+    if template or not asked or options != WRITING:
+        fault = f"{trained.name} classifies: it takes no --chat, no template and no option of text"
+        raise ConfigError(f"{fault} that is written; give --prompt or --data alone")
+    rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else None
+    rows = [("--prompt", {"text": text}) for text in asked] if rows is None else rows
+    room = position_limit(trained.model)
+    found = predict(trained.model, trained.tokenizer, [row for _, row in rows], batch, room)
+    lines = []
+    for (_, row), (label, share) in zip(rows, found, strict=True):
+        content = {"prompt": ROW.prompt(row), "expected": row.get("label")}
+        content |= {"answer": label, "probability": share}
+        sure = "" if share is None else f" ({share:.1%})"
+        said = f"{content['prompt']} -> {label}{sure}\n"
+        lines.append(json.dumps(content, ensure_ascii=False) + "\n" if out else said)
+    if out:
+        write_aside(out, "".join(lines))
+    else:
+        print("".join(lines), end="")
+    print(f"{len(lines):,} rows{f' in {out}' if out else ''}")
 
 
 def _typed(texts: list[str], template: PromptTemplate) -> Rows:

@@ -10,6 +10,10 @@ from overture.errors import ConfigError
 from overture.report import summary_lines
 from overture.trained import Trained, ledgers
 
+PIPELINES = {
+    "CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation",
+    "SequenceClassification": "text-classification",
+}  # fmt: skip
 # What of a run folder the card shows: file, heading, content -> text.
 SHOWN = (
     ("result.json", "Figures", lambda text: "\n".join(summary_lines(json.loads(text)))),
@@ -22,9 +26,7 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     """Return what a model is, was trained on and reached, as Markdown under the hub's fields."""
     base, run = trained.base, trained.run
     is_adapter = base is not None and not merged
-    pairs = trained.head == "Seq2SeqLM"
-    kind = "text2text-generation" if pairs else "text-generation"
-    head = {"license": license, "pipeline_tag": kind}
+    head = {"license": license, "pipeline_tag": PIPELINES[trained.head]}
     head["library_name"] = "peft" if is_adapter else "transformers"
     if base and not Path(base).exists():  # a path here means nothing there
         head["base_model"] = base

@@ -17,10 +17,18 @@ from overture.config.schema import ModelConfig
 from overture.data.schema import LEDGER, read_ledger
 from overture.errors import ConfigError
 from overture.models.build import load_network, locate_model
-from overture.models.lora import RECORD, base_record, check_base, load_adapters, model_fingerprint
+from overture.models.lora import (
+    RECORD,
+    TASK_TYPES,
+    base_record,
+    check_base,
+    load_adapters,
+    model_fingerprint,
+)
 from overture.tokenizer import load_tokenizer
 
 ADAPTERS = "adapter_config.json"
+HEADS = {kind: head for head, kind in TASK_TYPES.items()}
 TYPES = ("float32", "bfloat16", "float16")
 # What our functions call by the key of a config is an option of the doors that load a model.
 _OPTIONS = {
@@ -30,10 +38,10 @@ _OPTIONS = {
 
 
 class Trained(NamedTuple):
-    """A language model, ready to be asked."""
+    """A model that writes or classifies, ready to be asked."""
 
     name: str
-    head: str  # of transformers: CausalLM or Seq2SeqLM
+    head: str  # of transformers: CausalLM, Seq2SeqLM or SequenceClassification
     model: Any  # of transformers, or a PeftModel over one
     tokenizer: Any
     base: str | None  # what adapters, if it has some, are over
@@ -49,7 +57,7 @@ def load_trained(
     `unverified` allows for a checkpoint without our manifest, `trust` for code of its maker's.
 
     Raises:
-        ConfigError: nothing of the kind is there, it is no language model that writes, or the
+        ConfigError: nothing of the kind is there, it neither writes nor classifies, or the
             adapters are for another one.
         DataError: the base is not, by content, the one that our adapters were trained in, or a
             checkpoint is not what was written.
@@ -66,12 +74,14 @@ def load_trained(
         if adapters:
             record = _read(adapters / RECORD) if (adapters / RECORD).is_file() else {}
             base = base or _base_of(name, adapters, record)
-        head, dtype = _saved_as(base, trust)
+        kind = _read(adapters / ADAPTERS).get("task_type") if adapters else None
+        head, dtype = _saved_as(base, trust, HEADS.get(kind))
+        labels = _labels(record, adapters) if kind == "SEQ_CLS" else None
         dtype = record["dtype"] if record.get("dtype") in TYPES else dtype
         wanted = ModelConfig(base, True, dtype, "auto", record.get("config", {}), trust)
         has_own = adapters and (adapters / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(adapters) if has_own else base, trust)
-        model = load_network(wanted, tokenizer, head=head)
+        model = load_network(wanted, tokenizer, head=head, labels=labels)
         if base.startswith(aside):
             _refuse_missing(model, base, name)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -135,9 +145,9 @@ def _base_of(name: str, adapters: Path, record: dict[str, Any]) -> str:
     return base
 
 
-def _saved_as(location: str, trust: bool) -> tuple[str, str]:
-    """Return the head (CausalLM, Seq2SeqLM) and the type that weights are saved with; ConfigError
-    unless they are a model's that writes.
+def _saved_as(location: str, trust: bool, head: str | None) -> tuple[str, str]:
+    """Return the head and the type that weights are saved with; ConfigError unless they are a
+    model's that writes or classifies. With adapters for a `head` it may be another one's.
     """
     from transformers import PretrainedConfig
     from transformers.models.auto import modeling_auto as auto
@@ -145,15 +155,29 @@ def _saved_as(location: str, trust: bool) -> tuple[str, str]:
     try:
         content = PretrainedConfig.get_config_dict(locate_model(location))[0]
     except (OSError, ValueError):
-        return "CausalLM", "float32"  # that there is none will be said where it is loaded
+        return head or "CausalLM", "float32"  # that there is none will be said where it is loaded
     kinds, pairs = content.get("architectures") or [], content.get("is_encoder_decoder")
+    saved = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
+    dtype = saved if saved in TYPES else "float32"
+    if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        head = head or "SequenceClassification"
+    if head == "SequenceClassification":
+        return head, dtype
     names = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM" if pairs else "MODEL_FOR_CAUSAL_LM"
     known = {*getattr(auto, f"{names}_MAPPING_NAMES").values()}
     if kinds and not trust and not {*kinds} & known:
-        fault = f"a {kinds[0]} writes no text, so it can be neither asked nor exported here"
+        fault = f"a {kinds[0]} neither writes nor classifies, so it can only be trained on"
         raise ConfigError(f"{location}: {fault}")
-    saved = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
-    return "Seq2SeqLM" if pairs else "CausalLM", saved if saved in TYPES else "float32"
+    return "Seq2SeqLM" if pairs else "CausalLM", dtype
+
+
+def _labels(record: dict[str, Any], adapters: Path) -> dict[str, Any]:
+    """Return the labels that adapters of a classifier were trained for."""
+    labels = record.get("labels")
+    if not isinstance(labels, dict):
+        fault = f"does not say which labels the adapters are for ({RECORD})"
+        raise ConfigError(f"{adapters}: {fault}; use the run that they are from")
+    return labels | {"id2label": {int(n): name for n, name in labels["id2label"].items()}}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Classification and regression through the recipe: what is learned, counted, saved and refused."""
 
 import csv
+import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 from composer import Callback
 from transformers import AutoModelForSequenceClassification
 
+import export_model
+import generate_text
 from glue_files import write_glue
 from overture.config.load import load_config
 from overture.data.conversion import Conversion, Origin
@@ -174,6 +178,65 @@ def test_adapters_and_head_are_trained_and_saved(classify, capsys):
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "model"),
+    [
+        ("sst2", (), BERT), ("sst2", (), LLAMA), ("stars", (), BERT),
+        ("mnli", ("trainable=lora", "lora.r=4"), BERT), ("mnli", ("trainable=last_layer",), BERT),
+    ],
+)  # fmt: skip
+def test_what_was_trained_is_asked_exported_and_asked_again(
+    task, options, model, classify, data, monkeypatch, capsys
+):
+    if options:
+        classify("run_name=base", "max_duration=2ba", task=task)
+        more = ("model.name=runs/base", "tokenizer_name=null", "metrics=[accuracy]")
+        folder = classify(*more, *options, "run_name=tuned", task=task, model="{name: x}")
+    else:
+        folder = classify("run_name=tuned", task=task, model=model)
+
+    def door(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    given = {
+        "sst2": (data / "tsv" / "SST-2" / "dev.tsv", "text=sentence"),
+        "mnli": (data / "tsv" / "MNLI" / "dev_matched.tsv", "text=sentence1", "text_pair=sentence2",
+                 "label=gold_label", "id="),
+        "stars": (data / "dev.csv", "text=remark", "label=stars"),
+    }[task]  # fmt: skip
+
+    def ask(model, name):
+        out = folder / name
+        door(generate_text, model, "--data", given[0], "--field", *given[1:], "--out", out)
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    rows, scores = ask(folder, "one.jsonl"), result(folder)["metrics"]
+    if task == "stars":
+        errors = [(float(row["answer"]) - float(row["expected"])) ** 2 for row in rows]
+        assert sum(errors) / len(errors) == pytest.approx(
+            result(folder)["eval_cross_entropy"], rel=1e-3
+        )
+        assert rows[0]["probability"] is None
+    else:
+        right = [row["answer"] == row["expected"] for row in rows]
+        assert sum(right) / len(right) == pytest.approx(scores["accuracy"])
+        assert all(1 / 3 < row["probability"] <= 1 for row in rows)
+    out, merge = folder / "out", ["--merge"] if "trainable=lora" in options else []
+    if merge:
+        with pytest.raises(ConfigError, match="labels of a classifier's adapters; give --merge"):
+            door(export_model, folder, "--out", out)
+    said = door(export_model, folder, "--out", out, *merge)
+    assert "in a fresh process of plain transformers" in said
+    assert "text-classification" in (out / "README.md").read_text()
+    again = ask(out, "other.jsonl")
+    assert [row["answer"] for row in again] == [row["answer"] for row in rows]
+    with pytest.raises(ConfigError, match="it takes no --chat, no template and no option"):
+        door(generate_text, folder, "--prompt", "a", "--max_new_tokens", 5)
+
+
 class Power(Exception):
     """The power went out."""
 
@@ -207,7 +270,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(classify, monkeypatch, trainab
         (["metrics=[acuracy]"], r'metrics\[0\]: unknown value .*did you mean "accuracy"'),
         (["model.config.id2label={0: a}"], r"id2label: is what the converted data says"),
         (["task=instruct", "metrics=[f1]"], r"metrics: \['f1'\] is for task: classify, not instr"),
-        (["task=instruct", "trainable=last_layer"], r"trainable: last_layer is for task: classify"),
+        (
+            ["trainable=last"],
+            r"trainable: 'last' is none; allowed: lora, all",
+        ),
+        (
+            ["trainable=['*.attn.*']"],
+            r"'\*\.attn\.\*' is the name of no parameter \(did you mean .attention.\?\)",
+        ),
         (["task=instruct"], r"was converted with --task classify, but task instruct reads"),
         (["compile=true"], r"compile: is for language models"),
         (["eval_loader=null", "metrics=[f1]"], r"metrics: needs an eval_loader"),

@@ -111,10 +111,14 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
     return adapted
 
 
-def base_record(model: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what adapters keep of their base, of the `model` of a config, and a run's facts."""
+def base_record(
+    model: dict[str, Any], facts: dict[str, Any], labels: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what adapters keep of their base, of the `model` of a config, and a run's facts; of a
+    classifier also the labels of `data/labels.py`.
+    """
     kept = {key: model[key] for key in ("pretrained", "dtype", "config")}
-    return {"base": model["name"], **kept, "facts": facts}
+    return {"base": model["name"], **kept, "facts": facts, "labels": labels}
 
 
 def check_base(record: Path, model: str, or_else: str = "") -> None:
@@ -140,8 +144,10 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     that are frozen under adapters, which no checkpoint of adapters holds.
     """
     rows = []
+    # Also where adapters are only used; and the head that one of a classifier is in place of.
+    apart = ("lora_", ".modules_to_save.", ".original_module.")
     for name, p in model.named_parameters():
-        is_trained = p.requires_grad or "lora_" in name  # also where adapters are only used
+        is_trained = p.requires_grad or any(part in name for part in apart)
         content = is_trained or p.detach().view(torch.uint8).sum().item()
         rows.append((name, *p.shape, p.dtype, content))
     return hashlib.sha256(repr(rows).encode()).hexdigest()

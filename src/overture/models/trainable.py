@@ -30,9 +30,10 @@ def freeze_others(model: Any, trainable: str | list[str], head: str) -> None:
         chosen = {name for name in named if any(fnmatchcase(name, p) for p in trainable)}
         for pattern in trainable:
             if not any(fnmatchcase(name, pattern) for name in named):
-                hint = nearest(pattern.strip("*."), _groups(named)) or nearest(pattern, named)
+                parts = {part for name in named for part in name.split(".")}
+                hint = nearest(pattern.strip("*."), parts) or nearest(pattern, named)
                 fault = f"{pattern!r} is the name of no parameter{hint}"
-                raise ConfigError(f"trainable: {fault}; write it as '*.mlp.*'")
+                raise ConfigError(f"trainable: {fault}; names are as {next(iter(named))}")
     for name, p in named.items():
         p.requires_grad_(name in chosen)
 

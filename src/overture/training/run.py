@@ -222,7 +222,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Outcome: model, answers, result.json, report.
     if dist.get_global_rank() == 0:
-        trained_on = base_record(vars(config.model), facts)
+        labels = head_config(ledgers) if config.task == "classify" else None
+        trained_on = base_record(vars(config.model), facts, labels)
         save_model(network, tokenizer, run_folder / "hf", trained_on)
     if answers:
         answers.after = answers.ask(network, "answers after training")

@@ -1,0 +1,55 @@
+"""What a classifier makes of texts: a label with its probability, or for a regression a number."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from overture.data.encode import Tokens
+from overture.data.prompts import PromptTemplate
+
+# The fields of --task classify. A second text is optional, and so is the label that is expected.
+ROW = PromptTemplate(("{text}", " | {text_pair}"), response="label", cut="text_pair")
+
+
+class Guess(NamedTuple):
+    """The likeliest label by name, or a number, and its probability (of a number: none)."""
+
+    label: str
+    probability: float | None
+
+
+@torch.no_grad()
+def predict(
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch: int, room: int
+) -> list[Guess]:
+    """Return what a model with a head on whole rows makes of each, encoded as in training.
+
+    Args:
+        model: of transformers, or a PeftModel over one.
+        rows: with `text`, and perhaps `text_pair`; what is longer than `room` tokens is cut.
+        batch: how many rows at once; what is made of one does not depend on it.
+    """
+    tokens, names = Tokens(tokenizer), model.config.id2label
+    cut = {"truncation": True, "max_length": room} if room < 2**31 else {}
+    encoded = []
+    for row in rows:
+        texts = filter(None, (row["text"], row.get("text_pair")))
+        encoded.append(dict(tokens.call(*texts, **cut)))
+    takes = {"input_ids", "attention_mask"}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        takes.add("token_type_ids")
+    found: list[Guess] = [Guess("", None)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
+    for begin in range(0, len(order), batch):
+        numbers = order[begin : begin + batch]
+        few = [{n: ids for n, ids in encoded[i].items() if n in takes} for i in numbers]
+        given = tokenizer.pad(few, padding_side="right", return_tensors="pt").to(model.device)
+        logits = model(**given).logits.float().cpu()
+        for number, row in zip(numbers, logits, strict=True):
+            if len(row) == 1:
+                found[number] = Guess(f"{row.item():.4f}", None)
+            else:
+                most = int(row.argmax())
+                found[number] = Guess(names[most], row.softmax(-1)[most].item())
+    return found
