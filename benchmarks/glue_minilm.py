@@ -28,8 +28,8 @@ SETTINGS = (
     "finetune.global_train_batch_size=32", "finetune.device_train_microbatch_size=32",
     "finetune.optimizer.lr=1.0e-4", "finetune.precision=amp_bf16",
     "overrides.sst2.max_duration=1ep",
-    "overrides.cola.max_duration=6ep", "overrides.mrpc.max_duration=6ep",
-    "overrides.stsb.max_duration=5ep", "overrides.rte.max_duration=6ep",
+    "overrides.cola.max_duration=4ep", "overrides.mrpc.max_duration=3ep",
+    "overrides.stsb.max_duration=3ep", "overrides.rte.max_duration=4ep",
 )  # fmt: skip
 
 
