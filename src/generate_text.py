@@ -3,11 +3,13 @@
     python src/generate_text.py runs/quickstart --prompt_template dolly --prompt "Where is Oslo?"
     python src/generate_text.py runs/dolly --data new.jsonl --sample 100 --out answers.jsonl
     python src/generate_text.py meta-llama/Llama-3.2-1B-Instruct --chat
+    composer -n 2 src/generate_text.py runs/dolly --data new.jsonl --out answers.jsonl
 
 MODEL is a run, a checkpoint, a folder of transformers' or of peft's, or a hub name.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def main() -> None:
     add("--top_k", type=int, help=drawn)
     add("--stop", **several, help="texts that end an answer")
     add("--seed", type=int, default=17)
+    add("--device_map", choices=["auto"], help="spread the model over the devices that there are")
     add("--trust_remote_code", action="store_true", help="run a hub model's code; read it before")
     add("--load_unverified", action="store_true", help="a checkpoint of others, which is a pickle")
     add("--config", help="YAML of these options; its prompt may be sections, response and cut")
@@ -93,10 +96,11 @@ def main() -> None:
     options |= {"do_sample": True, **drawn} if set(drawn.values()) != {None} else {}
     adopt_hub_token()
 
-    from overture.generate import generate
+    from overture.generate import generate, join_ranks
     from overture.trained import load_trained
 
-    load = (args.model, args.adapter, args.trust_remote_code, args.load_unverified)
+    join_ranks(int(os.environ.get("WORLD_SIZE", "1")), bool(args.data), args.device_map)
+    load = (args.model, args.adapter, args.trust_remote_code, args.load_unverified, args.device_map)
     rows = (args.sample, args.seed, args.batch_size, args.out)
     generate(load_trained(*load), asked, made, *rows, **options)
 

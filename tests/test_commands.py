@@ -1,4 +1,4 @@
-"""Every command of README, docs/pretraining.md and YAML headers: its door, options and files."""
+"""Every command of README, two guides and YAML headers: its door, options and files."""
 
 import re
 import shlex
@@ -13,12 +13,12 @@ from overture.config.schema import DOORS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
+GUIDES = "".join((ROOT / "docs" / f"{n}.md").read_text() for n in ("pretraining", "finetuning"))
 
 
 def commands() -> list[str]:
     found = []
-    for block in re.findall(r"```\n(.*?)```", README + PRETRAINING, re.DOTALL):
+    for block in re.findall(r"```\n(.*?)```", README + GUIDES, re.DOTALL):
         found += [line.split("   #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
     for path in ROOT.glob("yamls/**/*.yaml"):
         lines = [x[2:] for x in path.read_text().splitlines() if x.startswith("# ")]

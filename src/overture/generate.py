@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jinja2 import TemplateError
 from tqdm import tqdm
 
@@ -176,6 +177,19 @@ def turn(encoder: ChatEncoder, messages: list[dict[str, str]]) -> tuple[list[int
     return np.concatenate([bos, *given]).tolist(), int(learned[-1])
 
 
+def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
+    """Let the processes of a launcher share the rows of a dataset; ConfigError without one."""
+    if ranks == 1:
+        return
+    if not has_data or device_map:
+        fault = f"{ranks} ranks share the rows of --data, each with a model of its own"
+        raise ConfigError(f"{fault}; leave the launcher, or --device_map, out")
+    from composer.utils import dist as launcher
+    from composer.utils import get_device
+
+    launcher.initialize_dist(get_device(None))
+
+
 def generate(
     trained: Trained, asked: Conversion | list[str], template: Any, sample: int | None, seed: int,
     batch: int, out: Path | None, **options: Any,
@@ -209,11 +223,21 @@ def generate(
         template = template or AS_IT_IS
         rows = _typed(asked, template)
     prompts = encode_prompts(rows, template, tokenizer, room, pairs)
-    streamed = len(rows) == 1 and not out and options["num_beams"] == 1
+    streamed = len(rows) == 1 and not out and options["num_beams"] == 1 and not pairs
     options |= {"streamer": streamer} if streamed else {}
     begin = time.perf_counter()
-    texts, made = answer(model, tokenizer, prompts, batch, "answers", **options)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    given = prompts[rank::ranks]
+    parts = [answer(model, tokenizer, given, batch, "answers", **options)]
+    if ranks > 1:
+        mine, parts = parts[0], [None] * ranks
+        dist.all_gather_object(parts, mine)
+    texts, made = [""] * len(prompts), sum(count for _, count in parts)
+    for share, (found, _) in enumerate(parts):
+        texts[share::ranks] = found
     seconds = time.perf_counter() - begin
+    if rank:
+        return
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     lines = []
     for prompt, (_, record), text in zip(shown, rows, texts, strict=True):

@@ -50,11 +50,13 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    name: str, adapter: str | None = None, trust: bool = False, unverified: bool = False
-) -> Trained:
+    name: str, adapter: str | None = None, trust: bool = False, unverified: bool = False,
+    device_map: str | None = None,
+) -> Trained:  # fmt: skip
     """Return a model, on the accelerator if there is one, with the adapters that it has.
 
-    `unverified` allows for a checkpoint without our manifest, `trust` for code of its maker's.
+    `unverified` allows for a checkpoint without our manifest, `trust` for code of its maker's;
+    a `device_map` of accelerate's, as "auto", spreads it over several devices.
 
     Raises:
         ConfigError: nothing of the kind is there, it neither writes nor classifies, or the
@@ -81,10 +83,12 @@ def load_trained(
         wanted = ModelConfig(base, True, dtype, "auto", record.get("config", {}), trust)
         has_own = adapters and (adapters / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(adapters) if has_own else base, trust)
-        model = load_network(wanted, tokenizer, head=head, labels=labels)
+        model = load_network(wanted, tokenizer, head=head, labels=labels, device_map=device_map)
         if base.startswith(aside):
             _refuse_missing(model, base, name)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if not device_map:
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.eval()
         if adapters:
             model = load_adapters(model, adapters).eval()
         if record:

@@ -21,12 +21,15 @@ def load_network(
     max_seq_len: int = 0,
     head: str = "CausalLM",
     labels: dict[str, Any] | None = None,
+    device_map: str | None = None,
 ) -> Any:
     """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
     tokens. The head on whole rows is for the `labels` of `data/labels.py`, and padding is what the
-    tokenizer takes for it. `made_anew` of the model names the tensors that no checkpoint had.
+    tokenizer takes for it. `made_anew` of the model names the tensors that no checkpoint had. With
+    a `device_map` of accelerate's, as "auto", it is spread over the devices that there are.
+
     Raises ConfigError: no such model, none with such a head, no such key in its config or weights
     of another shape, or too few embeddings for the tokenizer or positions for the rows.
     """
@@ -51,6 +54,8 @@ def load_network(
             wanted.attention, model_class, getattr(config, "is_encoder_decoder", False)
         ),
     }
+    if device_map:
+        options["device_map"] = device_map
     if wanted.load_in_4bit or wanted.load_in_8bit:
         options |= _quantised(wanted)
     try:
