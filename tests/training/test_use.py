@@ -107,6 +107,23 @@ def test_rows_of_a_dataset_are_answered_into_a_file_as_one_by_one(runs, door):
         door(generate_text, "runs/lora", "--data", "rows.jsonl", "--out", out)
 
 
+def test_two_ranks_answer_as_one_does(runs, door, tmp_path):
+    options = ("runs/lora", "--data", "rows.jsonl", "--max_new_tokens", "6", "--sample", "7")
+    door(generate_text, *options, "--out", tmp_path / "one.jsonl", "--device_map", "auto")
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2"]
+    command = [*launcher, generate_text.__file__, *options, "--out", tmp_path / "two.jsonl"]
+    done = subprocess.run(command, cwd=runs, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7 answers in" in done.stdout
+    assert lines(tmp_path / "two.jsonl") == lines(tmp_path / "one.jsonl")
+    done = subprocess.run(
+        [*launcher, generate_text.__file__, "runs/lora", "--prompt", "a"], cwd=runs,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "2 ranks share the rows of --data" in done.stdout + done.stderr
+
+
 def test_a_yaml_of_options_may_hold_a_template(runs, door, tmp_path):
     made = {"sections": ["Q: {instruction}\n", "A: "], "response": "response"}
     options = {"model": "runs/base", "data": "rows.jsonl", "sample": 2, "max_new_tokens": 4}
