@@ -14,6 +14,7 @@ LAYERS = [
     {
         "training",
         "generate",
+        "predict",
         "trained",
         "export",
         "hub",
