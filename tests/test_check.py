@@ -105,7 +105,7 @@ def test_damaged_files_exit_4(config, tmp_path, damage):
 
 def test_ledger_agrees_with_the_index(smoke):
     ledgers = list(smoke.glob("*/*/dataset.json"))
-    assert len(ledgers) == 6
+    assert len(ledgers) == 8
     for path in ledgers:
         ledger = json.loads(path.read_text())
         index = json.loads((path.parent / "index.json").read_text())

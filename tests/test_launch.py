@@ -41,13 +41,22 @@ def test_exit_code_of_two_ranks_is_that_of_the_error(run_door, smoke):
 
 
 @pytest.mark.dist
-def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(run_door, smoke, tmp_path):
+@pytest.mark.parametrize(
+    ("yaml", "more"),
+    [
+        (SMOKE, ("model.dtype=float32", "algorithms.ema.half_life=2ba")),
+        ("yamls/smoke/seq2seq.yaml", ("model.config.dropout=0.0", "generation.num_prompts=3")),
+    ],
+)  # fmt: skip
+def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(
+    yaml, more, run_door, smoke, tmp_path
+):
     folders = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
         done = run_door(
-            "-n", ranks, "finetune.py", SMOKE, f"run_folder={folder}", "max_duration=4ba",
-            "model.dtype=float32", "global_train_batch_size=4", "device_train_microbatch_size=2",
+            "-n", ranks, "finetune.py", yaml, f"run_folder={folder}", "max_duration=4ba",
+            "global_train_batch_size=4", "device_train_microbatch_size=2", *more,
             "device_eval_batch_size=3", "callbacks.loss_target.cross_entropy=0.01",
             launcher=COMPOSER,
         )  # fmt: skip
@@ -64,6 +73,7 @@ def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(run_door, smo
     single = json.loads((folders[0] / "result.json").read_text())
     for key in ("tokens_seen", "label_tokens_seen", "steps"):
         assert result[key] == single[key]
+    assert result["metrics"] == pytest.approx(single["metrics"], abs=1e-3)
 
 
 def test_killed_run_goes_on_with_the_same_command(smoke, tmp_path):
