@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from overture.data.shards import Split
 from overture.errors import ConfigError, DataError, GuardError
@@ -143,7 +144,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         yield aside
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # which is no OSError, on a full disk either
         raise GuardError(f"{folder}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

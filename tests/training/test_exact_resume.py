@@ -1,7 +1,9 @@
 """Interrupted and resumed equals uninterrupted, bit for bit; what has changed is refused."""
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from composer import Callback
 from moto.server import ThreadedMotoServer
 
+from overture import export
+from overture.callbacks.early_stop import EarlyStop
 from overture.checkpoint import MANIFEST, STATE
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
@@ -252,6 +256,36 @@ def test_full_disk_leaves_the_last_checkpoint_and_one_sentence(broken, monkeypat
     assert result(folder)["status"] == "failed"
     monkeypatch.setattr(torch, "save", save)
     assert_same(broken("whole", *options), broken("full", *options))
+
+
+@pytest.mark.parametrize(
+    ("owner", "said"),
+    [(export, r"runs/full/hf: cannot be written"), (EarlyStop, r"cannot be written to \(File too")],
+)
+def test_a_disk_that_is_full_for_weights_leaves_no_part_of_them(owner, said, run, monkeypatch):
+    write, kinds = owner._write, (signal.SIGXFSZ, resource.RLIMIT_FSIZE)
+    old = resource.getrlimit(kinds[1])
+
+    def limited(*arguments):
+        handler = signal.signal(kinds[0], signal.SIG_IGN)
+        resource.setrlimit(kinds[1], (2_000, old[1]))  # the kernel refuses what is larger
+        try:
+            return write(*arguments)
+        finally:
+            resource.setrlimit(kinds[1], old)
+            signal.signal(kinds[0], handler)
+
+    monkeypatch.setattr(owner, "_write", limited)
+    options = ("run_name=full", "callbacks.early_stop.patience=2")
+    with pytest.raises(GuardError, match=said):
+        run(*options)
+    left = {path.name for path in Path("runs/full").iterdir()}
+    assert not left & {"hf", *(["best.safetensors"] if owner is EarlyStop else [])}
+    assert not [name for name in left if "partial" in name or ".best" in name]
+    monkeypatch.setattr(owner, "_write", write)
+    code, folder = run(*options)
+    assert (code, result(folder)["status"]) == (0, "completed")
+    assert not (folder / "best.safetensors").exists()
 
 
 def test_too_little_room_is_found_before_training(run, monkeypatch):

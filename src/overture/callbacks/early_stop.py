@@ -45,12 +45,16 @@ class EarlyStop(Callback):
             state.stop_training()
 
     def _write(self, state: State) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         kept = {name: p.detach().cpu().contiguous() for name, p in _trained(state).items()}
-        save_file(kept, aside, {"step": str(self.best[0])})
-        os.replace(aside, self.path)
+        try:
+            # Not its own save_file, whose error on a full disk is none of the system's.
+            aside.write_bytes(save(kept, {"step": str(self.best[0])}))
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def restore(self, state: State) -> None:
         """Give the model the weights, and the log the scores, of the best evaluation.
@@ -71,6 +75,9 @@ class EarlyStop(Callback):
         for p in _trained(state).values():
             dist.broadcast(p.data, src=0)
         self.log.note(step, "the weights of this step are kept, as no evaluation was better")
+
+    def forget(self) -> None:
+        """Remove the file, once what the run gives is written: until then it may be needed."""
         self.path.unlink(missing_ok=True)
 
     def _read(self, state: State, step: int) -> str | None:

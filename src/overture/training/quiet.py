@@ -23,5 +23,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for module in ("composer", "streaming", "transformers", "peft", "torch", "torchmetrics"):
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
-    for name in ("composer", "streaming", "transformers", "torch.distributed", "peft"):
+    libraries = ("composer", "streaming", "transformers", "torch.distributed", "peft")
+    for name in (*libraries, "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -235,6 +235,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         if answers:
             result["metrics"] |= answers.write(run_folder / "generations.jsonl")
         runs.write_result(run_folder, result)
+        if early:
+            early.forget()
         page = build_report(run_folder)
         print("\n".join([*summary_lines(result), f"report: {page}"]))
     dist.barrier()
