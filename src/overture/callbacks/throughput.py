@@ -32,6 +32,9 @@ class Throughput(Callback):
         self._peak: float | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        trained = {name: p.requires_grad for name, p in state.model.named_parameters()}
+        if not all(trained.values()) and not any("lora_" in name for name in trained):
+            return  # how far back a gradient goes is not counted, so there is no MFU
         if state.device.name == "gpu":
             peak = peak_flops(torch.cuda.get_device_name())
             self._peak = peak * dist.get_world_size() if peak else None
