@@ -208,12 +208,9 @@ def _compare(again: Iterable[torch.Tensor], asked: Sequence[Asked], kind: str, w
     """Return the largest difference of a logit, in standard deviations; DataError if too large."""
     pairs = zip(again, (one.logits for one in asked), strict=True)
     found = [(now - before).abs().max().item() for now, before in pairs]
-    # Of a regression there is one, whose spread is that over the rows.
-    spread = (
-        min(one.logits.std().item() for one in asked)
-        if asked[0].logits.numel() > 1
-        else (torch.cat([one.logits for one in asked]).std().item())
-    )
+    # A classifier has few of them, of which a row may have hardly different ones.
+    spreads = [one.logits.std().item() for one in asked if one.logits.shape[0] > 1]
+    spread = min(spreads) if spreads else torch.cat([one.logits for one in asked]).std().item()
     print(f"{what}: logits, of a spread of {spread:.2g}, differ by {max(found):.2g} at most")
     if not max(found) <= BOUNDS[kind] * spread:
         fault = (

@@ -262,7 +262,12 @@ def _label(
         raise ConfigError(f"{fault} that is written; give --prompt or --data alone")
     rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else None
     rows = [("--prompt", {"text": text}) for text in asked] if rows is None else rows
-    room = position_limit(trained.model)
+    if dist.is_initialized():
+        raise ConfigError(
+            f"{trained.name} classifies, which one process does; leave the launcher out"
+        )
+    longest = [ledger["max_seq_len"] for ledger in ledgers(trained.run)]  # as in training
+    room = min(position_limit(trained.model), *longest[:1], 2**31)
     found = predict(trained.model, trained.tokenizer, [row for _, row in rows], batch, room)
     lines = []
     for (_, row), (label, share) in zip(rows, found, strict=True):

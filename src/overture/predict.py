@@ -31,15 +31,20 @@ def predict(
         batch: how many rows at once; what is made of one does not depend on it.
     """
     tokens, names = Tokens(tokenizer), model.config.id2label
-    cut = {"truncation": True, "max_length": room} if room < 2**31 else {}
-    encoded = []
+    encoded, long = [], 0
     for row in rows:
-        texts = filter(None, (row["text"], row.get("text_pair")))
-        encoded.append(dict(tokens.call(*texts, **cut)))
+        pair = [row["text_pair"]] if row.get("text_pair") else []
+        found = dict(tokens.call(row["text"], *pair))
+        if len(found["input_ids"]) > room:
+            long += 1
+            found = dict(tokens.call(row["text"], *pair, truncation=True, max_length=room))
+        encoded.append(found)
+    if long:
+        print(f"{long:,} rows were cut to {room:,} tokens")
     takes = {"input_ids", "attention_mask"}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         takes.add("token_type_ids")
-    found: list[Guess] = [Guess("", None)] * len(rows)
+    guesses: list[Guess] = [Guess("", None)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
     for begin in range(0, len(order), batch):
         numbers = order[begin : begin + batch]
@@ -48,8 +53,8 @@ def predict(
         logits = model(**given).logits.float().cpu()
         for number, row in zip(numbers, logits, strict=True):
             if len(row) == 1:
-                found[number] = Guess(f"{row.item():.4f}", None)
+                guesses[number] = Guess(f"{row.item():.4f}", None)
             else:
                 most = int(row.argmax())
-                found[number] = Guess(names[most], row.softmax(-1)[most].item())
-    return found
+                guesses[number] = Guess(names[most], row.softmax(-1)[most].item())
+    return guesses

@@ -78,17 +78,22 @@ def load_trained(
             base = base or _base_of(name, adapters, record)
         kind = _read(adapters / ADAPTERS).get("task_type") if adapters else None
         head, dtype = _saved_as(base, trust, HEADS.get(kind))
-        labels = _labels(record, adapters) if kind == "SEQ_CLS" else None
+        use = record.get("facts", {}).get("use") or {}
+        labels = _labels(use, adapters) if kind == "SEQ_CLS" else None
         dtype = record["dtype"] if record.get("dtype") in TYPES else dtype
-        wanted = ModelConfig(base, True, dtype, "auto", record.get("config", {}), trust)
+        options = {key: True for key in ("load_in_4bit", "load_in_8bit") if record.get(key)}
+        options |= {"config": record.get("config", {}), "trust_remote_code": trust}
+        wanted = ModelConfig(base, True, dtype, **options)
         has_own = adapters and (adapters / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(adapters) if has_own else base, trust)
         model = load_network(wanted, tokenizer, head=head, labels=labels, device_map=device_map)
         if base.startswith(aside):
             _refuse_missing(model, base, name)
-        if not device_map:
+        if not device_map and not getattr(model, "is_quantized", False):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.eval()
+        if "generation" in use:  # how the decoder begins, which the base does not know
+            model.generation_config.update(**use["generation"])
         if adapters:
             model = load_adapters(model, adapters).eval()
         if record:
@@ -175,12 +180,12 @@ def _saved_as(location: str, trust: bool, head: str | None) -> tuple[str, str]:
     return "Seq2SeqLM" if pairs else "CausalLM", dtype
 
 
-def _labels(record: dict[str, Any], adapters: Path) -> dict[str, Any]:
+def _labels(use: dict[str, Any], adapters: Path) -> dict[str, Any]:
     """Return the labels that adapters of a classifier were trained for."""
-    labels = record.get("labels")
+    labels = use.get("labels")
     if not isinstance(labels, dict):
-        fault = f"does not say which labels the adapters are for ({RECORD})"
-        raise ConfigError(f"{adapters}: {fault}; use the run that they are from")
+        fault = f"it is not known which labels the adapters are for ({RECORD})"
+        raise ConfigError(f"{adapters.name}: {fault}; use the run that they are from")
     return labels | {"id2label": {int(n): name for n, name in labels["id2label"].items()}}
 
 
@@ -215,10 +220,18 @@ def _unpack(file: Path, into: Path) -> Path:
     save_file(weights, into / f"{name}.safetensors", {"format": "pt"})
     place = into / (ADAPTERS if has_adapters else "config.json")
     place.write_text(json.dumps(config), encoding="utf-8")
-    if has_adapters and (file.parent / MANIFEST).is_file():
+    if (file.parent / MANIFEST).is_file():
         manifest = _read(file.parent / MANIFEST)
         record = base_record(yaml.safe_load(manifest["config"])["model"], manifest["facts"])
-        (into / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        begins = manifest["facts"].get("use", {}).get("generation")
+        if has_adapters:
+            (into / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        elif begins:
+            from transformers import GenerationConfig, PretrainedConfig
+
+            made = GenerationConfig.from_model_config(PretrainedConfig.from_dict(config))
+            made.update(**begins)
+            made.save_pretrained(into)
     return into
 
 

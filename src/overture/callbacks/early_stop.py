@@ -31,6 +31,18 @@ class EarlyStop(Callback):
         self.best: tuple[int, float, dict[str, float]] | None = None
         self.waited = 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there was no fall in `patience` evaluations."""
+        return self.waited >= self.patience
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Begin anew where the best weights are not here: on another machine, say."""
+        here = dist.all_gather_object(self.path.is_file())[0]  # rank zero wrote them
+        if self.best and self.keep_best and not here:
+            self.log.note(self.best[0], "the best weights, of this step, are not here: begun anew")
+            self.best, self.waited = None, 0
+
     def eval_end(self, state: State, logger: Logger) -> None:
         step, loss = state.timestamp.batch.value, self.log.last_eval
         if self.best is None or loss < self.best[1] - self.min_delta:
@@ -39,7 +51,7 @@ class EarlyStop(Callback):
                 self._write(state)
             return
         self.waited += 1
-        if self.waited >= self.patience and state.timestamp < state.max_duration:
+        if self.is_over and state.timestamp < state.max_duration:
             fault = f"no fall in {self.waited} evaluations below the {self.best[1]:.4f} of"
             self.log.note(step, f"stopped early: {fault} step {self.best[0]}")
             state.stop_training()
@@ -71,7 +83,8 @@ class EarlyStop(Callback):
             fault = self._read(state, step)
         (fault, *_) = dist.all_gather_object(fault)
         if fault:
-            raise DataError(f"{self.path}: {fault}; set callbacks.early_stop.keep_best=false")
+            remedy = "callbacks.early_stop.keep_best=false resume.allow=[callbacks]"
+            raise DataError(f"{self.path}: {fault}; the last weights are given with {remedy}")
         for p in _trained(state).values():
             dist.broadcast(p.data, src=0)
         self.log.note(step, "the weights of this step are kept, as no evaluation was better")

@@ -145,6 +145,18 @@ class Watchdog(Callback):
 
     eval_batch_end = batch_end
 
+    def unwatched(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Return work that finishes no batch, such as translating, and may take its time."""
+
+        def go() -> Any:
+            self._beat = math.inf
+            try:
+                return work()
+            finally:
+                self._beat = time.monotonic()
+
+        return go
+
     def close(self, state: State, logger: Logger) -> None:
         self._over.set()
 

@@ -24,6 +24,10 @@ class Seq2SeqEncoder(InstructEncoder):
         super().__init__(tokens, *common)
         self.columns = dict.fromkeys(("input_ids", "labels"), ids_type(tokens.vocab_size))
         self._special = set(tokens.tokenizer.all_special_ids)
+        if getattr(tokens.tokenizer, "tgt_lang", "") is None:
+            fault = "translates between languages that have to be named, which cannot be done here"
+            raise ConfigError(f"--tokenizer {tokens.tokenizer.name_or_path}: {fault}; save it with "
+                              "its src_lang and tgt_lang set, and name that folder")  # fmt: skip
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
         prompts = [self.template.prompt(record) for record in records]

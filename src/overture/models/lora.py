@@ -58,7 +58,7 @@ def add_lora(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
-    if hasattr(model.get_output_embeddings(), "lora_A"):
+    if _changes_head(model):
         raise ConfigError(
             "lora.target_modules: the output head takes no adapter here; leave it out"
         )
@@ -96,10 +96,21 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
     if not (folder / "adapter_config.json").is_file():
         fault = "holds no adapters (adapter_config.json is missing)"
         raise ConfigError(f"model.adapter: {name}: {fault}")
+    if getattr(model, "is_quantized", False):
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     adapted = load_adapters(model, folder, trained=True)
     if (folder / RECORD).is_file():
         check_base(folder / RECORD, model_fingerprint(adapted))
     config = adapted.peft_config["default"]
+    if not hasattr(config, "lora_alpha"):
+        raise ConfigError(f"model.adapter: {name}: holds adapters of {config.peft_type}, not LoRA")
+    if _changes_head(model):
+        raise ConfigError(f"model.adapter: {name}: changes the output head, which is not trained")
+    if wanted is not None and wanted["target_modules"] != "all-linear":
+        fault = f"the adapters of {name} are where they were put"
+        raise ConfigError(f"lora.target_modules: {fault}; leave it out")
     theirs = {
         "r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
         "rslora": config.use_rslora, "dora": config.use_dora,
@@ -111,14 +122,11 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
     return adapted
 
 
-def base_record(
-    model: dict[str, Any], facts: dict[str, Any], labels: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return what adapters keep of their base, of the `model` of a config, and a run's facts; of a
-    classifier also the labels of `data/labels.py`.
-    """
+def base_record(model: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what adapters keep of their base, of the `model` of a config, and a run's facts."""
     kept = {key: model[key] for key in ("pretrained", "dtype", "config")}
-    return {"base": model["name"], **kept, "facts": facts, "labels": labels}
+    kept |= {key: True for key in ("load_in_4bit", "load_in_8bit") if model.get(key)}
+    return {"base": model["name"], **kept, "facts": facts}
 
 
 def check_base(record: Path, model: str, or_else: str = "") -> None:
@@ -151,6 +159,14 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         content = is_trained or p.detach().view(torch.uint8).sum().item()
         rows.append((name, *p.shape, p.dtype, content))
     return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _changes_head(model: Any) -> bool:
+    """Return whether a language model's output embedding is no longer the plain one that the loss
+    is made with.
+    """
+    head = model.get_output_embeddings()
+    return any(hasattr(head, name) for name in ("lora_A", "modules_to_save"))
 
 
 def _with_our_layers(adapted: Any) -> Any:

@@ -107,15 +107,41 @@ def _weights(side: nn.Module) -> int:
     return sum(m.weight.numel() for name, m in linear.items() if "lora_" not in name)
 
 
-def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) -> None:
-    """Let generation begin as the decoder does in training, whatever the family makes of `targets`,
-    ids of some labels: mBART begins with a language code or the end, of which its config knows
-    nothing. A `special` token that all targets begin with is one that generation puts there.
+def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) -> dict[str, Any]:
+    """Let generation begin as the decoder does in training, and return what that takes of its
+    config: mBART begins with a language code or the end, of which its own config knows nothing.
+
+    Args:
+        model: of transformers.
+        targets: ids of some labels, of every stream of the data.
+        special: ids; one that all targets begin with is put there in generation too.
+
+    Raises:
+        ConfigError: its decoder begins with a word of the target, which would give that away.
     """
     rows = [torch.tensor([ids], device=model.device) for ids in targets]
     first = {model.prepare_decoder_input_ids_from_labels(labels=row)[0, 0].item() for row in rows}
+    if len(first) > 1:
+        fault = f"the decoder of a {type(model).__name__} begins with a token of each target"
+        raise ConfigError(
+            f"tokenizer_name: {fault}, as its end and its padding are one token, or targets end "
+            "otherwise; use a tokenizer with a pad token of its own"
+        )
     codes = {ids[0] for ids in targets}
-    if len(first) == 1:
-        model.generation_config.decoder_start_token_id = first.pop()
-    if len(codes) == 1 and codes <= special:
-        model.generation_config.forced_bos_token_id = codes.pop()
+    begins = {"decoder_start_token_id": first.pop()}
+    begins["forced_bos_token_id"] = codes.pop() if len(codes) == 1 and codes <= special else None
+    model.generation_config.update(**begins)
+    return begins
+
+
+def refuse_unknown_family(model: Any) -> None:
+    """Raise ConfigError for an encoder-decoder that does not name its parts as the others do."""
+    parts = ("prepare_decoder_input_ids_from_labels", "get_encoder", "get_decoder")
+    experts = getattr(model.config, "num_experts", None)
+    if (
+        experts
+        or not all(map(hasattr, [model] * 3, parts))
+        or not hasattr(model.config, "hidden_size")
+    ):
+        fault = f"a {type(model).__name__} cannot be trained by task: seq2seq"
+        raise ConfigError(f"model.name: {fault}; T5, BART, mBART, Marian and their kind can")

@@ -8,7 +8,9 @@ from torch import nn
 
 from overture.errors import ConfigError, nearest
 
-NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm")
+NORMS = (
+    "norm", "norm_f", "ln_f", "final_norm", "final_layer_norm", "final_layernorm", "layer_norm",
+)  # fmt: skip
 
 
 def freeze_others(model: Any, trainable: str | list[str], head: str) -> None:
@@ -40,9 +42,10 @@ def freeze_others(model: Any, trainable: str | list[str], head: str) -> None:
 
 def _last_layer(model: Any, head: str) -> set[str]:
     """Return the names of the parameters of a model's last layer."""
+    within = {id(p) for p in model.base_model.parameters()}
+    behind = {name for name, p in model.named_parameters() if id(p) not in within}
     if head == "SequenceClassification":
-        within = {id(p) for p in model.base_model.parameters()}
-        return {name for name, p in model.named_parameters() if id(p) not in within}
+        return behind
     decoder = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
     stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     if not stacks:
@@ -58,7 +61,7 @@ def _last_layer(model: Any, head: str) -> set[str]:
     if output is not None and output.weight is not table.weight:
         parts.append(output)
     chosen = {id(p) for part in parts for p in part.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in chosen}
+    return behind | {name for name, p in model.named_parameters() if id(p) in chosen}
 
 
 def describe_trained(model: Any) -> list[str]:

@@ -102,6 +102,8 @@ class Translations(HeldOutAnswers):
             raise ConfigError(f"generation.bleu_tokenize: {name}: {reason}") from None
 
     def pairs(self, dataset: Any, longest: int) -> Pairs:
+        if longest < 1:
+            return []
         rows = (dataset[index] for index in range(dataset.num_samples))
         pairs = ((row["input_ids"].tolist(), row["labels"].tolist()) for row in rows)
         count = self.config.num_prompts

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer import Trainer
 from composer.utils import dist, reproducibility
@@ -26,13 +27,12 @@ from overture.data.cache import open_cache
 from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, check_split, sha256_file
-from overture.data.shards import Split
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
 from overture.export import save_model
 from overture.models.attention import describe_attention
 from overture.models.build import load_network, position_limit
 from overture.models.lora import add_lora, base_record, continue_adapters, model_fingerprint
-from overture.models.seq2seq import begin_as_trained
+from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
 from overture.models.trainable import describe_trained, freeze_others
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
@@ -117,10 +117,21 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         collate = task.collator(config, tokenizer, training)
         return build_loader(config, of, collate, batch_size, workers)
 
+    per_rank = config.global_train_batch_size // dist.get_world_size()
     evaluation = samples = None
     if config.eval_loader is not None:
         evaluation = loader(config.eval_loader, config.device_eval_batch_size, training=False)
         samples = evaluation.num_samples
+    if config.task == "classify":
+        facts["use"] = {"labels": head_config(ledgers)}
+    if config.task == "seq2seq":
+        batches = evaluation or loader(config.train_loader, per_rank, training=True)
+        rows = batches.dataloader.dataset
+        some = np.linspace(0, rows.num_samples - 1, 64).astype(int)  # of every stream
+        targets = [rows[number]["labels"].tolist() for number in {*some.tolist()}]
+        plain = network.get_base_model() if config.trainable == "lora" else network
+        begins = begin_as_trained(plain, targets, {*tokenizer.all_special_ids})
+        facts["use"] = {"generation": begins}
     model = task.model(config, network, tokenizer, samples, cpu_autocast)
     model.to("cuda" if device == "gpu" else "cpu")
     if config.compile:
@@ -136,14 +147,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     clock = RunClock()
     throughput = Throughput(**vars(config.callbacks.throughput))
     log = RunLog(run_folder, clock, throughput)
-    if isinstance(answers, Translations):
-        log.more = partial(answers.judge, network, log)
     early = target = None
     if config.callbacks.early_stop is not None:
         early = EarlyStop(**vars(config.callbacks.early_stop), path=run_folder / BEST, log=log)
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
-    per_rank = config.global_train_batch_size // dist.get_world_size()
     training = loader(config.train_loader, per_rank, training=True)
     resume.check_room(config, network)
     shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
@@ -157,6 +165,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log.note(found[1]["batch"], event)
     exact, stacks = resume.ExactResume(), run_folder / f"stacks-{os.getpid()}.txt"
     fail = partial(runs.write_failure, run_folder, config)
+    watchdog = Watchdog(config.guards.timeout, stacks, workers, fail)
+    if isinstance(answers, Translations):
+        log.more = watchdog.unwatched(partial(answers.judge, network, log))
     finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, log)
     spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
     trainer = Trainer(
@@ -178,7 +189,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             log,
             spikes,
             *filter(None, (target, early)),
-            Watchdog(config.guards.timeout, stacks, workers, fail),
+            watchdog,
             # Last, as it keeps the state of the others.
             resume.Checkpointer(config, facts, request),
         ],
@@ -203,11 +214,13 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
     try:
         request.training = True
-        _fit(trainer, config.eval_first, due, target)
+        _fit(trainer, config.eval_first, due, target, early)
         seconds = clock.seconds()
         request.training = False
         if request.asked:  # too late for a batch to end
             raise Preempted(trainer.state.timestamp.batch.value)
+        if early:
+            early.restore(trainer.state)
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
         error = _explain(error, run_folder)
@@ -216,14 +229,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             trainer.close()
         raise error from None
     adopt_average(trainer.state)
-    if early:
-        early.restore(trainer.state)
     trainer.close()
 
     # Outcome: model, answers, result.json, report.
     if dist.get_global_rank() == 0:
-        labels = head_config(ledgers) if config.task == "classify" else None
-        trained_on = base_record(vars(config.model), facts, labels)
+        trained_on = base_record(vars(config.model), facts)
         save_model(network, tokenizer, run_folder / "hf", trained_on)
     if answers:
         answers.after = answers.ask(network, "answers after training")
@@ -255,12 +265,14 @@ def _explain(error: Exception, run_folder: Path) -> Exception:
     return error
 
 
-def _fit(trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | None) -> None:
+def _fit(
+    trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | None, early: Any
+) -> None:
     """Train to the end, with an evaluation before it, or one that is `due` from an earlier part."""
     state = trainer.state
     if due or (eval_first and state.timestamp.batch == 0):
         trainer.eval()
-    if target and target.reached:
+    if (target and target.reached) or (early and early.is_over):
         return
     if state.timestamp < state.max_duration:
         trainer.fit()
@@ -285,10 +297,7 @@ def _build_network(
     packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
     network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
     if config.task == "seq2seq":
-        _, stream, _ = next(config.splits())
-        split = Split(Path(stream.data_local) / stream.split)
-        targets = [split.row(number)["labels"].tolist() for number in range(min(len(split), 32))]
-        begin_as_trained(network, targets, {*tokenizer.all_special_ids})
+        refuse_unknown_family(network)
     if not getattr(network, "is_quantized", False):  # that is where it belongs already
         network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
@@ -309,6 +318,11 @@ def _build_network(
         section = config.lora and vars(config.lora)
         network = continue_adapters(network, config.model.adapter, section)
     elif config.trainable == "lora":
+        within = f"{network.base_model_prefix}."
+        lost = [name for name in network.made_anew if name.startswith(within)]
+        if lost:  # no adapter keeps it
+            fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
+            raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
         network = add_lora(network, **vars(config.lora), head=task.head)
     return network
 

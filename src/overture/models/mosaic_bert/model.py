@@ -257,6 +257,7 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
         token_type_ids: Tensor | None = None, labels: Tensor | None = None, **more: Any,
     ) -> SequenceClassifierOutput:  # fmt: skip
         """Return logits [rows, labels], and the loss of `labels` [rows] if they are given."""
+        more = {name: value for name, value in more.items() if value is not None}  # peft's
         pooled = self.bert(input_ids, attention_mask, token_type_ids, **more).pooler_output
         logits, loss = self.classifier(self.dropout(pooled)), None
         if labels is not None:
