@@ -93,7 +93,7 @@ def load_trained(
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.eval()
         if "generation" in use:  # how the decoder begins, which the base does not know
-            model.generation_config.update(**use["generation"])
+            model.generation_config.update(**use["generation"], _from_model_config=False)
         if adapters:
             model = load_adapters(model, adapters).eval()
         if record:
@@ -230,7 +230,7 @@ def _unpack(file: Path, into: Path) -> Path:
             from transformers import GenerationConfig, PretrainedConfig
 
             made = GenerationConfig.from_model_config(PretrainedConfig.from_dict(config))
-            made.update(**begins)
+            made.update(**begins, _from_model_config=False)  # or it would be made of that again
             made.save_pretrained(into)
     return into
 

@@ -12,7 +12,7 @@ from overture.errors import ConfigError
 from overture.models.build import load_network
 from overture.models.isolation import prove_pairs
 from overture.models.lora import add_lora
-from overture.models.seq2seq import Seq2SeqLM, begin_as_trained
+from overture.models.seq2seq import Seq2SeqLM, begin_as_trained, refuse_unknown_family
 from overture.tokenizer import load_tokenizer
 
 BART = {
@@ -122,6 +122,22 @@ def test_generation_begins_as_training_does(family, tokenizer):
     begin_as_trained(network, [[code, *ids] for ids in targets], {*tokenizer.all_special_ids})
     made = network.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)[0].tolist()
     assert made[1] == code
+
+
+def test_a_decoder_that_begins_with_a_word_of_the_target_is_refused(tokenizer):
+    network = build("mbart", tokenizer)
+    targets = [row["labels"].tolist() for row in rows(tokenizer)]
+    network.config.pad_token_id = tokenizer.eos_token_id  # then the end is taken for padding
+    with pytest.raises(ConfigError, match="begins with a token of each target"):
+        begin_as_trained(network, targets, {*tokenizer.all_special_ids})
+
+
+def test_families_that_name_their_parts_otherwise_are_refused(tokenizer):
+    refuse_unknown_family(build("t5", tokenizer))
+    shape = {name: size for name, size in BART.items() if name != "init_std"}
+    wanted = ModelConfig("m2m_100", False, config=shape)
+    with pytest.raises(ConfigError, match=r"M2M100.* cannot be trained by task: seq2seq; T5, BART"):
+        refuse_unknown_family(load_network(wanted, tokenizer, 64, "Seq2SeqLM"))
 
 
 def test_a_decoder_that_sees_ahead_and_padding_that_counts_are_refused(tokenizer):

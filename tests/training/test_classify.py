@@ -16,9 +16,12 @@ import export_model
 import generate_text
 from glue_files import write_glue
 from overture.config.load import load_config
+from overture.config.schema import ModelConfig
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.errors import ConfigError, DataError
+from overture.models.build import load_network
+from overture.tokenizer import load_tokenizer
 from overture.training import run as recipe
 from runs import assert_same, curve, records, result
 
@@ -235,6 +238,25 @@ def test_what_was_trained_is_asked_exported_and_asked_again(
     assert [row["answer"] for row in again] == [row["answer"] for row in rows]
     with pytest.raises(ConfigError, match="it takes no --chat, no template and no option"):
         door(generate_text, folder, "--prompt", "a", "--max_new_tokens", 5)
+
+
+def test_adapters_need_a_base_that_is_kept(classify, smoke, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+    tokenizer = load_tokenizer(str(smoke / "tokenizer"))
+    for name in ("hf_bert", "mosaic_bert"):
+        own = {key: shape[key] for key in shape if name == "hf_bert" or "position" not in key}
+        network = load_network(ModelConfig(name, False, config=own), tokenizer, 32, "MaskedLM")
+        network.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=r"trainable: bert\.pooler\..* drawn at random"):
+            classify(f"model.name={tmp_path / name}", "trainable=lora", model="{name: x}")
+
+
+def test_a_mosaic_bert_takes_adapters(classify):
+    classify("run_name=base", "max_duration=2ba", model=BERT.replace("bert", "mosaic_bert").replace(
+        ", max_position_embeddings: 32", ""))  # fmt: skip
+    more = ("model.name=runs/base", "trainable=lora", "lora.r=4", "run_name=lora")
+    assert result(classify(*more, "max_duration=4ba", model="{name: x}"))["steps"] == 4
 
 
 class Power(Exception):

@@ -1,6 +1,7 @@
 """Translation by the recipe: learned, scored, stopped early, resumed, exported and asked again."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import generate_text
 from overture.config.load import load_config
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.errors import ConfigError
+from overture.errors import ConfigError, DataError
+from overture.tokenizer import load_tokenizer
+from overture.trained import load_trained
 from overture.training import run as recipe
 from runs import assert_same, records, result
 
@@ -40,6 +43,9 @@ progress_bar: false
 """
 SHAPES = {
     "bart": "{d_model: 32, encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, "
+    "decoder_attention_heads: 2, encoder_ffn_dim: 64, decoder_ffn_dim: 64, dropout: 0.1, "
+    "max_position_embeddings: 32}",
+    "mbart": "{d_model: 32, encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, "
     "decoder_attention_heads: 2, encoder_ffn_dim: 64, decoder_ffn_dim: 64, dropout: 0.1, "
     "max_position_embeddings: 32}",
     "t5": "{d_model: 32, d_kv: 16, d_ff: 64, num_layers: 1, num_heads: 2, dropout_rate: 0.1}",
@@ -93,7 +99,7 @@ def door(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", ["bart", "t5"])
 def test_learns_is_scored_exported_and_says_the_same_again(family, translate, data, door):
     folder = translate("label_smoothing=0.1", "eval_first=true", family=family)
     outcome, evals = result(folder), records(folder, "eval")
@@ -154,6 +160,30 @@ def test_adapters_of_an_encoder_decoder_are_trained_merged_and_gone_on_with(tran
         translate(*lora, "run_name=wrong", f"model.adapter={base}")
 
 
+def test_a_checkpoint_and_adapters_begin_as_the_run_did(translate, door, smoke):
+    # mBART's decoder begins with the end; its own config would let generation begin elsewhere.
+    base = translate("run_name=base", "save_interval=60ba", family="mbart")
+    (base / "hf" / "generation_config.json").unlink()
+    more = (f"model.name={base}", "model.pretrained=true", "model.config={}", "trainable=lora")
+    lora = translate(*more, "run_name=lora", "max_duration=8ba", "optimizer.lr=1e-5")
+    newest = max((base / "checkpoints").glob("ba*"), key=lambda path: int(path.name[2:]))
+    for run, model in ((base, newest), (lora, lora)):
+        rows = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+        told = door(generate_text, model, "--prompt", rows[0]["prompt"], "--max_new_tokens", 12)
+        assert rows[0]["after"]
+        assert f"-> {rows[0]['after']}" in told
+    begins = load_trained(str(newest)).model.generation_config
+    assert begins.decoder_start_token_id == load_tokenizer(str(smoke / "tokenizer")).eos_token_id
+
+
+def test_a_cold_cache_is_filled_and_positions_are_asked_for(translate, data, tmp_path):
+    remote = (f"data_remote={data / 'data'}", f"data_local={tmp_path / 'cache'}")
+    folder = translate(*remote, "max_duration=2ba", "generation=null")
+    assert result(folder)["steps"] == 2
+    with pytest.raises(ConfigError, match="leave no room for a prompt in the model's 32"):
+        translate("generation.max_new_tokens=32", "run_name=long")
+
+
 def test_stops_when_it_overfits_and_gives_the_best_weights(translate, monkeypatch):
     # A high rate: the loss on others rises once the pairs are learned by heart.
     more = ("optimizer.lr=2e-2", "eval_interval=4ba", "max_duration=200ba", "generation=null")
@@ -189,6 +219,16 @@ def test_stops_when_it_overfits_and_gives_the_best_weights(translate, monkeypatc
     monkeypatch.chdir(folder.parents[1])
     parts = translate(*more, "run_name=parts", "save_interval=4ba")
     assert_same(folder, parts)
+    # Broken off between the end of training and the result, it does not go on training.
+    for name in ("result.json", "report.html"):
+        (parts / name).unlink()
+    shutil.rmtree(parts / "hf")
+    with pytest.raises(DataError, match=r"best\.safetensors: .* the last weights are given with"):
+        translate(*more, "run_name=parts", "save_interval=4ba")
+    last = ("callbacks.early_stop.keep_best=false", "resume.allow=[callbacks]")
+    again = translate(*more, "run_name=parts", "save_interval=4ba", *last)
+    assert result(again)["steps"] == outcome["steps"]
+    assert result(again)["eval_cross_entropy"] == losses[-1]
 
 
 def test_refusals(translate, tmp_path, smoke):

@@ -130,7 +130,7 @@ def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) ->
     codes = {ids[0] for ids in targets}
     begins = {"decoder_start_token_id": first.pop()}
     begins["forced_bos_token_id"] = codes.pop() if len(codes) == 1 and codes <= special else None
-    model.generation_config.update(**begins)
+    model.generation_config.update(**begins, _from_model_config=False)
     return begins
 
 
