@@ -16,19 +16,12 @@ from overture.checkpoint import MANIFEST, checkpoint_to_load, numbered
 from overture.config.schema import ModelConfig
 from overture.data.schema import LEDGER, read_ledger
 from overture.errors import ConfigError
+from overture.models import lora
 from overture.models.build import load_network, locate_model
-from overture.models.lora import (
-    RECORD,
-    TASK_TYPES,
-    base_record,
-    check_base,
-    load_adapters,
-    model_fingerprint,
-)
 from overture.tokenizer import load_tokenizer
 
 ADAPTERS = "adapter_config.json"
-HEADS = {kind: head for head, kind in TASK_TYPES.items()}
+HEADS = {kind: head for head, kind in lora.TASK_TYPES.items()}
 TYPES = ("float32", "bfloat16", "float16")
 # What our functions call by the key of a config is an option of the doors that load a model.
 _OPTIONS = {
@@ -74,7 +67,7 @@ def load_trained(
         elif (Path(place) / ADAPTERS).is_file():
             base, adapters = None, Path(place)
         if adapters:
-            record = _read(adapters / RECORD) if (adapters / RECORD).is_file() else {}
+            record = _read(adapters / lora.RECORD) if (adapters / lora.RECORD).is_file() else {}
             base = base or _base_of(name, adapters, record)
         kind = _read(adapters / ADAPTERS).get("task_type") if adapters else None
         head, dtype = _saved_as(base, trust, HEADS.get(kind))
@@ -95,9 +88,9 @@ def load_trained(
         if "generation" in use:  # how the decoder begins, which the base does not know
             model.generation_config.update(**use["generation"], _from_model_config=False)
         if adapters:
-            model = load_adapters(model, adapters).eval()
+            model = lora.load_adapters(model, adapters).eval()
         if record:
-            check_base(adapters / RECORD, model_fingerprint(model))
+            lora.check_base(adapters / lora.RECORD, lora.model_fingerprint(model))
         run = _run_folder(adapter or name)
         return Trained(name, head, model, tokenizer, base if adapters else None, record, run)
 
@@ -184,7 +177,7 @@ def _labels(use: dict[str, Any], adapters: Path) -> dict[str, Any]:
     """Return the labels that adapters of a classifier were trained for."""
     labels = use.get("labels")
     if not isinstance(labels, dict):
-        fault = f"it is not known which labels the adapters are for ({RECORD})"
+        fault = f"it is not known which labels the adapters are for ({lora.RECORD})"
         raise ConfigError(f"{adapters.name}: {fault}; use the run that they are from")
     return labels | {"id2label": {int(n): name for n, name in labels["id2label"].items()}}
 
@@ -222,10 +215,10 @@ def _unpack(file: Path, into: Path) -> Path:
     place.write_text(json.dumps(config), encoding="utf-8")
     if (file.parent / MANIFEST).is_file():
         manifest = _read(file.parent / MANIFEST)
-        record = base_record(yaml.safe_load(manifest["config"])["model"], manifest["facts"])
+        record = lora.base_record(yaml.safe_load(manifest["config"])["model"], manifest["facts"])
         begins = manifest["facts"].get("use", {}).get("generation")
         if has_adapters:
-            (into / RECORD).write_text(json.dumps(record), encoding="utf-8")
+            (into / lora.RECORD).write_text(json.dumps(record), encoding="utf-8")
         elif begins:
             from transformers import GenerationConfig, PretrainedConfig
 

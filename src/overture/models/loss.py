@@ -90,12 +90,11 @@ class _CrossEntropy(torch.autograd.Function):
         logits_room = torch.empty_like(narrow_room, dtype=exact)
         # On a CPU, where the kernel goes element by element, in the place of the logits.
         apart = softcap or kind != "cpu"
-        shares_room = torch.empty_like(logits_room) if apart else logits_room
+        kept = narrow_room, logits_room, torch.empty_like(logits_room) if apart else logits_room
         with torch.autocast(kind, enabled=False):
             for begin in range(0, len(rows), chunk):
                 part, ids = rows[begin : begin + chunk], targets[begin : begin + chunk, None]
-                rooms = (narrow_room, logits_room, shares_room)
-                narrow, logits, shares = (x[: len(part)] for x in rooms)
+                narrow, logits, shares = (x[: len(part)] for x in kept)
                 logits.copy_(torch.mm(part, weight.t(), out=narrow))
                 if bias is not None:
                     logits += bias

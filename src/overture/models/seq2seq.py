@@ -60,9 +60,6 @@ class Seq2SeqLM(CausalLM):
     def _our_logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
 
-    def compile_backbone(self) -> None:
-        raise ConfigError("compile: is for models without an encoder before them; leave it out")
-
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
         source, target = (max(batch[name]) for name in ("source_room", "target_room"))
