@@ -262,7 +262,7 @@ def _label(
         raise ConfigError(f"{fault} that is written; give --prompt or --data alone")
     rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else None
     rows = [("--prompt", {"text": text}) for text in asked] if rows is None else rows
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigError(
             f"{trained.name} classifies, which one process does; leave the launcher out"
         )
