@@ -6,7 +6,9 @@ private parts to mend that is all in this file; tests/data/test_streams.py watch
 """
 
 import os
+import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -97,7 +99,14 @@ class TokenStream(StreamingDataset):
             if stream.data_remote and dist.get_local_rank() == 0:
                 claim_cache(Path(stream.data_local))
         try:
-            super().__init__(streams=[_checked(stream) for stream in streams], **more)
+            for left in range(20, -1, -1):
+                try:
+                    super().__init__(streams=[_checked(stream) for stream in streams], **more)
+                    break
+                except FileExistsError:  # another process took its number at the same moment
+                    if not left or dist.get_world_size() > 1:  # ranks have to agree on one
+                        raise
+                    time.sleep(random.SystemRandom().random() / 5)
         except ValueError as error:
             if "Reused local directory" not in str(error):
                 raise

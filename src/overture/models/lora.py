@@ -40,10 +40,8 @@ def add_lora(
     Raises:
         ConfigError: `target_modules` names no module of this model.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -96,10 +94,6 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
     if not (folder / "adapter_config.json").is_file():
         fault = "holds no adapters (adapter_config.json is missing)"
         raise ConfigError(f"model.adapter: {name}: {fault}")
-    if getattr(model, "is_quantized", False):
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     adapted = load_adapters(model, folder, trained=True)
     if (folder / RECORD).is_file():
         check_base(folder / RECORD, model_fingerprint(adapted))
@@ -162,9 +156,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def _changes_head(model: Any) -> bool:
-    """Return whether a language model's output embedding is no longer the plain one that the loss
-    is made with.
-    """
+    """Return whether adapters have changed the output embedding, which the loss reads itself."""
     head = model.get_output_embeddings()
     return any(hasattr(head, name) for name in ("lora_A", "modules_to_save"))
 

@@ -134,11 +134,7 @@ def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) ->
 def refuse_unknown_family(model: Any) -> None:
     """Raise ConfigError for an encoder-decoder that does not name its parts as the others do."""
     parts = ("prepare_decoder_input_ids_from_labels", "get_encoder", "get_decoder")
-    experts = getattr(model.config, "num_experts", None)
-    if (
-        experts
-        or not all(map(hasattr, [model] * 3, parts))
-        or not hasattr(model.config, "hidden_size")
-    ):
+    known = hasattr(model.config, "hidden_size") and all(hasattr(model, part) for part in parts)
+    if not known or getattr(model.config, "num_experts", None):
         fault = f"a {type(model).__name__} cannot be trained by task: seq2seq"
         raise ConfigError(f"model.name: {fault}; T5, BART, mBART, Marian and their kind can")

@@ -102,11 +102,9 @@ class Translations(HeldOutAnswers):
             raise ConfigError(f"generation.bleu_tokenize: {name}: {reason}") from None
 
     def pairs(self, dataset: Any, longest: int) -> Pairs:
-        if longest < 1:
-            return []
         rows = (dataset[index] for index in range(dataset.num_samples))
         pairs = ((row["input_ids"].tolist(), row["labels"].tolist()) for row in rows)
-        count = self.config.num_prompts
+        count = self.config.num_prompts if longest > 0 else 0
         return [pair for pair, _ in zip(pairs, range(count), strict=False)]
 
     def text(self, expected: list[int]) -> str:

@@ -298,7 +298,11 @@ def _build_network(
     network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
     if config.task == "seq2seq":
         refuse_unknown_family(network)
-    if not getattr(network, "is_quantized", False):  # that is where it belongs already
+    if getattr(network, "is_quantized", False):  # where it belongs already
+        from peft import prepare_model_for_kbit_training
+
+        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+    else:
         network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
