@@ -5,14 +5,15 @@
 
 A model of Llama-3.2-1B's or Llama-3.1-8B's shape, freshly initialised (vocabulary 128,256, of which
 GPT-2's ids occur), LoRA r=16 on all linear layers, Dolly packed into 4,096 tokens, bfloat16. The
-share of the peak is that of the large matrix products of the same GPU. Sides whose library is not
-installed are left out by name. Writes benchmarks/results/gpu_finetune_<shape>.json, but for toy.
+share of the peak is that of the large matrix products of the same GPU. One side after the other,
+each at its best batch size. Sides whose library is not installed are left out by name. Writes
+benchmarks/results/gpu_finetune_<shape>.json, but for toy.
 """
 
 import sys
 from importlib.util import find_spec
 
-from turns import measure
+from turns import measure_alone
 
 LENGTH = 4096
 LLAMA = {
@@ -29,17 +30,25 @@ SHAPES = {
             "head_dim": 16, "tie_word_embeddings": True},
 }  # fmt: skip
 LIBRARIES = {
-    "ours": {"library": "ours"},
-    "ours with Liger's loss": {"library": "ours", "switch": "liger"},
-    "hf": {"library": "hf"},
-    "trl, packed": {"library": "trl", "packing": True},
+    "ours": {"library": "ours", "sizes": (8, 1)},
+    "ours with Liger's loss": {"library": "ours", "switch": "liger", "sizes": (8,)},
+    "trl, packed": {"library": "trl", "packing": True, "sizes": (1, 2)},
+    "trl, packed, Liger": {"library": "trl", "packing": True, "liger": True, "sizes": (1, 2)},
+    "trl, by length": {"library": "trl", "by_length": True, "sizes": (8,)},
+    "hf": {"library": "hf", "sizes": (4,)},
 }
 NEEDS = {"hf": "accelerate", "trl": "trl"}
 SIDES = {
-    name + (", compiled" if compiled else ""): {"dtype": "bfloat16", "compile": compiled, **options}
-    for name, options in LIBRARIES.items()
+    name + (", compiled" if compiled else ""): {
+        **options,
+        "dtype": "bfloat16",
+        "compile": compiled,
+        "sizes": options["sizes"][:1] if compiled else options["sizes"],
+    }
     for compiled in (False, True)
-    if find_spec("liger_kernel" if "switch" in options else NEEDS.get(options["library"], "torch"))
+    for name, options in LIBRARIES.items()
+    if find_spec(NEEDS.get(options["library"], "torch"))
+    and ("iger" not in name or find_spec("liger_kernel"))
 }
 
 if __name__ == "__main__":
@@ -49,7 +58,9 @@ if __name__ == "__main__":
     shape, toy = arguments[1], arguments[1] == "toy"
     missing = {n for n, o in LIBRARIES.items() if n not in SIDES}
     print(f"not installed, so left out: {', '.join(sorted(missing)) or 'none'}", flush=True)
-    measure(
-        f"gpu_finetune_{shape}", __doc__, SIDES, SHAPES[shape], LENGTH,
-        sizes=(1,) if toy else (1, 2, 4, 8), results=not toy, arguments=arguments[2:],
+    if toy:
+        SIDES = {name: {**side, "sizes": (1,)} for name, side in SIDES.items()}
+    measure_alone(
+        f"gpu_finetune_{shape}", __doc__, SIDES, SHAPES[shape], LENGTH, limit=90.0,
+        results=not toy, arguments=arguments[2:],
     )  # fmt: skip

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,8 +34,9 @@ class SideError(Exception):
 class Side:
     """A process that trains for a window when asked."""
 
-    def __init__(self, name: str, batch: int, folder: Path) -> None:
-        self.name, self.batch = name, batch
+    def __init__(self, name: str, batch: int, folder: Path, limit: float | None = None) -> None:
+        """Start it, and see it through its warm-up; with a `limit` in seconds, only start it."""
+        self.name, self.batch, self.limit = name, batch, limit
         self.log = (folder / f"{name.replace(' ', '-')}-{batch}.log").open("w+")
         options = json.loads((folder / "plan.json").read_text())["sides"][name]
         self.process = subprocess.Popen(
@@ -44,21 +46,31 @@ class Side:
             | options.get("environment", {}),
         )  # fmt: skip
         self.windows: list[dict[str, float]] = []
-        self.read()  # the warm-up
+        if limit is None:
+            self.read()  # the warm-up
 
     def read(self) -> dict[str, float]:
         """Wait for the end of a window and return it."""
-        for line in self.process.stdout:
-            if line.startswith("WINDOW "):
-                return json.loads(line.removeprefix("WINDOW "))
+        ending = threading.Timer(self.limit or 1e6, self.process.kill)
+        ending.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("WINDOW "):
+                    return json.loads(line.removeprefix("WINDOW "))
+        finally:
+            ending.cancel()
         self.log.seek(0)
         raise SideError(f"{self.name} ended: {self.log.read()[-1000:]}")
 
-    def run(self) -> None:
-        """Train for one window."""
+    def go(self) -> dict[str, float]:
+        """Train for one window, or for the warm-up, and return what it held."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        self.windows.append(self.read())
+        return self.read()
+
+    def run(self) -> None:
+        """Train for one window and keep it."""
+        self.windows.append(self.go())
 
     def end(self) -> None:
         """Stop, and give the memory back."""
@@ -71,8 +83,12 @@ class Side:
         return statistics.median(w[what] / w["seconds"] for w in self.windows)
 
 
-def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
-    """Write the tokenizer, the packed documents and the weights that all sides share."""
+def prepare(
+    folder: Path, shape: dict[str, Any], length: int, dtype: str = "float32", others: bool = True
+) -> None:
+    """Write the tokenizer, the packed documents and the weights that all sides share, and the
+    `others` among the data: unpacked documents, and text.
+    """
     import torch
     from convert_throughput import gpt2
 
@@ -87,15 +103,15 @@ def prepare(folder: Path, shape: dict[str, Any], length: int) -> None:
     origin = Origin(str(data / "dolly" / "databricks-dolly-15k.jsonl"))
     job = Conversion({"train": origin}, "instruct", str(folder / "data"), tokenizer=tokenizer,
                      max_seq_len=length)  # fmt: skip
-    convert(job, say=lambda _: None)
-    convert(replace(job, out_root=str(folder / "unpacked"), packing="none"), say=lambda _: None)
+    unpacked = replace(job, out_root=str(folder / "unpacked"), packing="none")
     text = replace(job, out_root=str(folder / "text"), task="text", packing="concat",
                    prompt_template="passage")  # fmt: skip
-    convert(text, say=lambda _: None)
+    for one in (job, unpacked, text) if others else (job,):
+        convert(one, say=lambda _: None)
     torch.manual_seed(0)
     loaded = load_tokenizer(tokenizer)
     network = load_network(ModelConfig("llama", False, "float32", "sdpa", shape), loaded, length)
-    network.save_pretrained(folder / "model")
+    network.to(getattr(torch, dtype)).save_pretrained(folder / "model")
 
 
 def check_losses(folder: Path, length: int) -> dict[str, float]:
@@ -110,15 +126,18 @@ def check_losses(folder: Path, length: int) -> dict[str, float]:
     from overture.models.causal_lm import CausalLM
     from overture.tokenizer import load_tokenizer
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(str(folder / "gpt2"))
     split = Split(folder / "data" / "train")
     rows = [{**split.row(number), "sample_id": number} for number in range(2)]
     batch = TokenCollator(length, 0)(rows)
+    batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
     network = load_network(
         ModelConfig(str(folder / "model"), True, "float32", "auto", {}), tokenizer
-    )
+    ).to(device)
     model = CausalLM(network, tokenizer, None)
     theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    theirs.to(device)
     total = count = 0.0
     with torch.no_grad():
         ours = model.loss(model(batch), batch).item()
@@ -209,6 +228,61 @@ def measure(
     if results:
         (RESULTS / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def measure_alone(
+    program: str, doc: str, sides: dict[str, dict[str, Any]], shape: dict[str, Any], length: int,
+    limit: float, results: bool, arguments: list[str],
+) -> None:  # fmt: skip
+    """Measure the sides one after the other, as a GPU's memory has room for one of them.
+
+    Each is tried at each of its `sizes`, and a window or a warm-up of more than `limit` seconds is
+    broken off. Results are written after each side: a machine that is lent may go at any time.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--windows", type=int, default=5, help="timed windows of each side")
+    parser.add_argument("--sides", nargs="+", default=list(sides), choices=list(sides))
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        folder, plan = Path(name), {"length": length, "sides": sides, "alone": True}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        # All import at once, and wait.
+        waiting = [Side(s, b, folder, limit) for s in args.sides for b in sides[s]["sizes"]]
+        prepare(folder, shape, length, "bfloat16", others=False)
+        losses = check_losses(folder, length)
+        print(f"losses on the same documents: {losses}", flush=True)
+        lengths = [len(document["input_ids"]) for document in documents(folder / "data")]
+        mean = sum(length**2 for length in lengths) / sum(lengths)
+        table: dict[str, dict[str, Any]] = {}
+        for side in waiting:
+            before = measured_peak()
+            try:
+                side.go()
+                for _ in range(args.windows):
+                    side.run()
+            except SideError as error:
+                print(f"{error}\nat batch size {side.batch}", flush=True)
+                continue
+            finally:
+                side.process.kill()
+                side.process.wait()
+            peak = statistics.mean([before, measured_peak()])
+            side.windows = [{**window, "peak": peak} for window in side.windows]
+            found = row(side, sides[side.name], shape, length, mean)
+            kept = table.setdefault(side.name, {**found, "tried": {}})
+            if found["tokens_per_second"] > kept["tokens_per_second"]:
+                kept |= found
+            kept["tried"][side.batch] = [found["tokens_per_second"], found["peak_mib"]]
+            rates = {name: found["tokens_per_second"] for name, found in table.items()}
+            result = {
+                "program": program, "losses": losses, "model": shape,
+                "bfloat16_gigaflops": peak / 1e9, "sides": table,
+                "ratios": {n: max(rates.values()) / r for n, r in rates.items()},
+                "environment": environment(),
+            }  # fmt: skip
+            if results:
+                (RESULTS / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("the fastest to each: " + ", ".join(f"{n} {r:.2f}" for n, r in result["ratios"].items()))
 
 
 def ratio(one: Side, other: Side) -> float:

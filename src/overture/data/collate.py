@@ -21,6 +21,7 @@ class TokenCollator:
         num_tokens    of each row, tokens that are not padding
         num_labels    of each row, tokens that are learned
         num_spans     of each row, documents, and one more for the padding if there is any
+        longest       of each row, tokens of the longest of these
     """
 
     def __init__(self, max_seq_len: int, pad_token_id: int) -> None:
@@ -32,7 +33,7 @@ class TokenCollator:
         labels = np.full(shape, -100, np.int64)
         position_ids = np.empty(shape, np.int64)
         document_starts = np.full(shape, -1, np.int32)
-        lengths, num_labels, num_spans = [], [], []
+        lengths, num_labels, num_spans, longest = [], [], [], []
         for index, row in enumerate(rows):
             # int64 first: -100 would wrap round in the uint16 of the shards.
             ids, ends = (row[name].astype(np.int64) for name in ("input_ids", "document_ends"))
@@ -46,6 +47,7 @@ class TokenCollator:
             lengths.append(length)
             num_labels.append(int(learned.sum()))
             num_spans.append(len(ends) + (length < self.max_seq_len))
+            longest.append(max(int((ends - starts).max()), self.max_seq_len - length))
             position_ids[index] = np.arange(self.max_seq_len)
             # One document is causal as it is: positions run on over the padding behind it, which
             # lets torch's own kernel take its fast path without a mask.
@@ -60,7 +62,8 @@ class TokenCollator:
             "sample_ids": np.array([row["sample_id"] for row in rows]),
         }
         counts = {"num_tokens": lengths, "num_labels": num_labels, "num_spans": num_spans}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {**tensors, **counts, "longest": longest}
 
 
 def count_tokens(batch: dict[str, Any]) -> dict[str, int]:

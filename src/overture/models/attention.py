@@ -61,7 +61,9 @@ def describe_attention(model: Any, device: str) -> str:
     return f"attention: within documents, {_varlen_kernel()[0]} where it can, else SDPA with a mask"
 
 
-def document_mask(model: Any, starts: Tensor, spans: int | None = None) -> Tensor | None:
+def document_mask(
+    model: Any, starts: Tensor, spans: int | None = None, longest: int | None = None
+) -> Tensor | None:
     """Return what to give a model as `attention_mask`, None where its attention is not ours.
 
     Args:
@@ -69,12 +71,13 @@ def document_mask(model: Any, starts: Tensor, spans: int | None = None) -> Tenso
         starts: [rows, tokens] int32, where in its row the document of each token begins, -1 for
             padding.
         spans: how many documents and ends of padding there are, so that no GPU has to be asked.
+        longest: bounds the tokens of one of these, so that no block of a kernel looks for more.
     """
-    return mask_of(starts, spans) if model.config._attn_implementation == NAME else None
+    return mask_of(starts, spans, longest) if model.config._attn_implementation == NAME else None
 
 
 def mask_of(starts: Tensor, spans: int | None = None, longest: int | None = None) -> Tensor:
-    """Return the mask of `document_mask`; `longest` bounds a document's tokens; default: a row."""
+    """Return the mask of `document_mask`."""
     mask = starts[:, None, None, :]
     mask.__dict__.update(spans=spans, longest=longest or starts.shape[1])
     return mask
@@ -150,9 +153,7 @@ def _spelled_out(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float,
     softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Return attention also with capped scores, which no kernel of torch's has; a bool or added
-    mask.
-    """
+    """Return attention also with capped scores, which no kernel of torch's has."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scale

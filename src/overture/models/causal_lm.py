@@ -87,10 +87,11 @@ class CausalLM(HuggingFaceModel):
         """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
             backbone, starts = self._parts["backbone"], batch["document_starts"]
+            bounds = sum(batch["num_spans"]), max(batch["longest"])
             hidden = self._parts.get("compiled", backbone)(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
-                attention_mask=document_mask(backbone, starts, sum(batch["num_spans"])),
+                attention_mask=document_mask(backbone, starts, *bounds),
                 use_cache=False,
             )[0]
             count = sum(batch["num_labels"])

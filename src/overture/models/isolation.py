@@ -41,21 +41,28 @@ def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> 
 
     try:
         together, alone = logits(0)[:, first:], logits(first)
-        ids[:, -1] = (ids[:, -1] + 1) % vocab_size
+        later = max(length // 8, 1)
+        ids[:, -later:] = (ids[:, -later:] + 1) % vocab_size
         earlier = logits(first)
     finally:
         model.train(was_training)
-    # A leak shifts logits by several times their own spread, rounding by a few steps of the type.
-    bound = max(0.02, 16 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
-    if not (earlier - alone)[:, :-1].abs().max().item() <= bound:
-        fault = f"tokens of a {type(model).__name__} see what comes after them"
+    name = type(model).__name__
+    if _shifts(earlier[:, :-later], alone[:, :-later]):
+        fault = f"tokens of a {name} see what comes after them"
         raise ConfigError(f"model.name: {fault}; try model.attention=eager")
-    difference = (together - alone).abs().max().item()
-    if not difference <= bound:
-        raise ConfigError(
-            f"model.name: packed documents see each other in a {type(model).__name__} (logits "
-            f"differ by {difference:.2g}); convert the data again with --packing none"
-        )
+    if _shifts(together, alone):
+        fault = f"packed documents see each other in a {name}"
+        raise ConfigError(f"model.name: {fault}; convert the data again with --packing none")
+
+
+def _shifts(logits: Tensor, alone: Tensor) -> bool:
+    """Return whether a token's logits are other ones than alone, beyond rounding."""
+    if not alone.numel():
+        return False
+    moved = (logits - alone).float().square().mean(-1).sqrt().max().item()
+    # A leak shifts them by about their own spread; rounding to bfloat16 by 3 steps of the type in
+    # 16 layers, by more in more. The greatest of millions of logits would say less.
+    return not moved <= max(0.02, 8 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
 
 
 @torch.no_grad()
@@ -85,11 +92,9 @@ def prove_encoder(model: Any, vocab_size: int, longest: int, packed: bool) -> No
     def shifts(begin: int) -> bool:
         """Return whether a token's logits are other ones there than alone, beyond rounding."""
         try:
-            moved = (logits(begin) - alone).float().square().mean(-1).sqrt().max().item()
+            return _shifts(logits(begin), alone)
         except (RuntimeError, TypeError, ValueError, IndexError):  # it takes no such mask
             return True
-        bound = max(0.02, 8 * torch.finfo(alone.dtype).eps)
-        return not moved <= bound * alone.float().std().item()
 
     name = type(model).__name__
     try:

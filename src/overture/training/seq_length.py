@@ -69,4 +69,8 @@ def cut_documents(batch: dict[str, Any], length: int) -> dict[str, Any]:
         "position_ids": places - torch.where(is_token, starts, rest),
         "num_labels": (labels != -100).sum(1).tolist(),
         "num_spans": (pieces + (sizes < len(places))).tolist(),
+        "longest": (depth % length + 1)
+        .where(is_token, len(places) - sizes[:, None])
+        .amax(1)
+        .tolist(),
     }
