@@ -27,6 +27,7 @@ from overture.data.prompts import PromptTemplate, parse_template
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
 from overture.models.build import position_limit
+from overture.models.isolation import in_evaluation
 from overture.predict import ROW, predict
 from overture.trained import Trained, ledgers
 
@@ -36,7 +37,7 @@ AS_IT_IS = PromptTemplate(("{text}",))  # of a --prompt; what spells a special t
 Rows = list[tuple[Any, dict[str, Any]]]  # where each stands, and the record
 
 
-@torch.no_grad()
+@in_evaluation
 def answer(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch: int, title: str = "",
     stop: Sequence[str] = (), **options: Any,
@@ -52,8 +53,6 @@ def answer(
         stop: texts before which an answer ends.
         options: of transformers' `generate`; greedy where they do not say otherwise.
     """
-    was_training = model.training
-    model.eval()
     known = {"eos_token_id": end_tokens(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
     options = {**GREEDY, **known, **options}
     over = torch.tensor([*(options["eos_token_id"] or []), tokenizer.pad_token_id])
@@ -66,21 +65,18 @@ def answer(
     # Prompts of like length together: less padding, and the answers go back to their places.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-    try:
-        for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
-            ids = {"input_ids": [prompts[i] for i in numbers]}
-            given = tokenizer.pad(ids, return_attention_mask=True, **side).to(model.device)
-            begin = 1 if apart else given["input_ids"].shape[1]
-            new = model.generate(**given, **options)[:, begin:].cpu()
-            is_over = torch.isin(new, over).long()
-            made += int((is_over.cumsum(1) == is_over).sum())  # up to the first end of each
-            found = tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text in zip(numbers, found, strict=True):
-                for end in stop:
-                    text = text.split(end)[0]
-                texts[i] = text
-    finally:
-        model.train(was_training)
+    for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
+        ids = {"input_ids": [prompts[i] for i in numbers]}
+        given = tokenizer.pad(ids, return_attention_mask=True, **side).to(model.device)
+        begin = 1 if apart else given["input_ids"].shape[1]
+        new = model.generate(**given, **options)[:, begin:].cpu()
+        is_over = torch.isin(new, over).long()
+        made += int((is_over.cumsum(1) == is_over).sum())  # up to the first end of each
+        found = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, text in zip(numbers, found, strict=True):
+            for end in stop:
+                text = text.split(end)[0]
+            texts[i] = text
     return texts, made
 
 

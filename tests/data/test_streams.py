@@ -259,6 +259,22 @@ def test_cache_of_a_live_process_is_not_shared(write_split, tmp_path):
     assert len(list(live)) == 60
 
 
+def test_processes_that_begin_at_one_moment_take_numbers_of_their_own(smoke):
+    code = (
+        "import os, sys; from overture.data.streams import TokenStream\n"
+        "one, two = os.fork(), os.fork()  # four processes\n"
+        "for _ in range(10):\n"
+        "    stream = TokenStream(local=sys.argv[1], split='test', batch_size=1)\n"
+        "    assert len(list(stream)) > 0\n"
+        "for child in (two, one and two and one): assert not child or not os.waitpid(child, 0)[1]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(smoke / "instruct")], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2] / "src", timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_process_ends_while_a_shard_is_awaited(write_split):
     code = (
         "import sys, time; from overture.data.streams import TokenStream\n"

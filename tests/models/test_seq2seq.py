@@ -10,7 +10,7 @@ from overture.config.schema import ModelConfig
 from overture.data.collate_pairs import PairCollator
 from overture.errors import ConfigError
 from overture.models.build import load_network
-from overture.models.isolation import prove_pairs
+from overture.models.isolation import prove_padding
 from overture.models.lora import add_lora
 from overture.models.seq2seq import Seq2SeqLM, begin_as_trained, refuse_unknown_family
 from overture.tokenizer import load_tokenizer
@@ -142,7 +142,7 @@ def test_families_that_name_their_parts_otherwise_are_refused(tokenizer):
 
 def test_a_decoder_that_sees_ahead_and_padding_that_counts_are_refused(tokenizer):
     network = build("bart", tokenizer)
-    prove_pairs(network, 900, 64, False)
+    prove_padding(network, 900, 64, False)
     decoder = network.get_decoder()
     forward = network.forward
 
@@ -151,7 +151,7 @@ def test_a_decoder_that_sees_ahead_and_padding_that_counts_are_refused(tokenizer
 
     network.forward = without_mask
     with pytest.raises(ConfigError, match="padding changes what a Bart"):
-        prove_pairs(network, 900, 64, False)
+        prove_padding(network, 900, 64, False)
     network.forward = forward
     for layer in decoder.layers:
         own = layer.self_attn.forward
@@ -160,7 +160,7 @@ def test_a_decoder_that_sees_ahead_and_padding_that_counts_are_refused(tokenizer
         )
         layer.self_attn.is_causal = False
     with pytest.raises(ConfigError, match="decoder see what comes after them"):
-        prove_pairs(network, 900, 64, False)
+        prove_padding(network, 900, 64, False)
 
 
 def test_adapters_alone_learn_and_flops_are_those_of_the_parts(tokenizer):

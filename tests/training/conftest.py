@@ -1,5 +1,6 @@
 """A tiny run of the recipe, in this process."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,16 @@ def run(tmp_path, smoke, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     return go
+
+
+@pytest.fixture
+def door(monkeypatch, capsys):
+    """Run a door in this process; returns what it printed."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    return call

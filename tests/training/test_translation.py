@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,17 +85,6 @@ def translate(tmp_path, smoke, data, monkeypatch):
         return tmp_path / config.run_folder
 
     return go
-
-
-@pytest.fixture
-def door(monkeypatch, capsys):
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        capsys.readouterr()
-        module.main()
-        return capsys.readouterr().out
-
-    return call
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])

@@ -53,18 +53,10 @@ def runs(tmp_path_factory, tiny_yaml):
         yield folder
 
 
-@pytest.fixture
-def door(runs, monkeypatch, capsys):
-    """Run a door in this process, in the folder of the runs; returns what it printed."""
+@pytest.fixture(autouse=True)
+def within(runs, monkeypatch):
+    """Stand in the folder of the runs."""
     monkeypatch.chdir(runs)
-
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        capsys.readouterr()
-        module.main()
-        return capsys.readouterr().out
-
-    return call
 
 
 def lines(path):

@@ -55,12 +55,10 @@ class TokenCollator:
                 starts, ends = np.append(starts, length), np.append(ends, self.max_seq_len)
                 position_ids[index] -= np.repeat(starts, ends - starts)
         arrays = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": position_ids,
+            "input_ids": input_ids, "labels": labels, "position_ids": position_ids,
             "document_starts": document_starts,
             "sample_ids": np.array([row["sample_id"] for row in rows]),
-        }
+        }  # fmt: skip
         counts = {"num_tokens": lengths, "num_labels": num_labels, "num_spans": num_spans}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {**tensors, **counts, "longest": longest}

@@ -2,6 +2,8 @@
 padding.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,15 +16,29 @@ from overture.models.encoder import encoder_inputs
 SHORT = 24  # tokens of the rows that are padded
 
 
-@torch.no_grad()
+def in_evaluation(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function ask its model without dropout and gradients, and leave it as it was."""
+
+    @wraps(ask)
+    def asked(model: Any, *args: Any, **kwargs: Any) -> Any:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return ask(model, *args, **kwargs)
+        finally:
+            model.train(was_training)
+
+    return asked
+
+
+@in_evaluation
 def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
     """Raise ConfigError if a token sees what comes after it or, where `packed`, another document.
 
     Kernels are handed the documents in ways that a family may ignore, silently. The model is one of
     transformers', where it will be trained; it takes `longest` tokens, of ids below `vocab_size`.
     """
-    was_training = model.training
-    model.eval()
     length = min(2 * BLOCK + 40, longest)  # more than a block, so that borders of blocks count
     first = length // 3 if packed else 0
     generator = torch.Generator().manual_seed(0)
@@ -39,13 +55,10 @@ def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> 
             use_cache=False,
         ).logits
 
-    try:
-        together, alone = logits(0)[:, first:], logits(first)
-        later = max(length // 8, 1)
-        ids[:, -later:] = (ids[:, -later:] + 1) % vocab_size
-        earlier = logits(first)
-    finally:
-        model.train(was_training)
+    together, alone = logits(0)[:, first:], logits(first)
+    later = max(length // 8, 1)
+    ids[:, -later:] = (ids[:, -later:] + 1) % vocab_size
+    earlier = logits(first)
     name = type(model).__name__
     if _shifts(earlier[:, :-later], alone[:, :-later]):
         fault = f"tokens of a {name} see what comes after them"
@@ -65,15 +78,13 @@ def _shifts(logits: Tensor, alone: Tensor) -> bool:
     return not moved <= max(0.02, 8 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
 
 
-@torch.no_grad()
+@in_evaluation
 def prove_encoder(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
     """Raise ConfigError if an encoder's tokens see padding or, where `packed`, another document.
 
     Takes what `prove_isolation` takes. A document is asked alone, as its family knows it, and in a
     row with padding and another document, as it will be trained.
     """
-    was_training = model.training
-    model.eval()
     length = min(2 * BLOCK + 40, longest)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
@@ -97,75 +108,42 @@ def prove_encoder(model: Any, vocab_size: int, longest: int, packed: bool) -> No
             return True
 
     name = type(model).__name__
-    try:
-        every = torch.ones(1, end - first, dtype=torch.long, device=model.device)
-        alone = model(input_ids=ids[:, first:end], attention_mask=every).logits
-        if shifts(first):
-            fault = f"padding changes what the tokens of a {name} become"
-            raise ConfigError(f"model.name: {fault}; try model.attention=sdpa")
-        if packed and shifts(0):
-            fault = f"packed documents see each other in a {name}"
-            raise ConfigError(f"model.name: {fault}; convert the data again with --packing none")
-    finally:
-        model.train(was_training)
+    every = torch.ones(1, end - first, dtype=torch.long, device=model.device)
+    alone = model(input_ids=ids[:, first:end], attention_mask=every).logits
+    if shifts(first):
+        fault = f"padding changes what the tokens of a {name} become"
+        raise ConfigError(f"model.name: {fault}; try model.attention=sdpa")
+    if packed and shifts(0):
+        fault = f"packed documents see each other in a {name}"
+        raise ConfigError(f"model.name: {fault}; convert the data again with --packing none")
 
 
-@torch.no_grad()
+@in_evaluation
 def prove_padding(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
-    """Raise ConfigError if padding behind a row changes what a model with a head makes of it.
-
-    Arguments as for `prove_isolation`; rows of a classifier are never packed.
+    """Raise ConfigError if padding behind a row changes what a model with a head makes of it, or if
+    a decoder sees the labels to come. Arguments as for `prove_isolation`; rows are never packed.
     """
-    was_training, padding = model.training, model.config.pad_token_id
-    model.eval()
-    room = min(2 * SHORT, longest)
-    short = min(SHORT, room - 1)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (4, room), generator=generator).to(model.device)
-    ids[ids == padding] = (padding + 1) % vocab_size
-    mask = torch.ones_like(ids)
-    ids[:, short:], mask[:, short:] = padding, 0
-    try:
-        alone = model(input_ids=ids[:, :short], attention_mask=mask[:, :short]).logits
-        padded = model(input_ids=ids, attention_mask=mask).logits
-    finally:
-        model.train(was_training)
-    bound = max(1e-3, 16 * torch.finfo(alone.dtype).eps) * alone.abs().max().item()
-    difference = (padded - alone).abs().max().item()
-    if not difference <= bound:
-        fault = f"padding changes what a {type(model).__name__} makes of a row"
-        raise ConfigError(f"model.name: {fault} (by {difference:.2g}); try model.attention=eager")
-
-
-@torch.no_grad()
-def prove_pairs(model: Any, vocab_size: int, longest: int, packed: bool) -> None:
-    """Raise ConfigError if padding changes what a model with an encoder says, or if its decoder
-    sees the labels to come. Arguments as for `prove_isolation`; pairs are never packed.
-    """
-    was_training, padding = model.training, model.config.pad_token_id
-    model.eval()
-    room = min(2 * SHORT, longest)
+    room, padding = min(2 * SHORT, longest), model.config.pad_token_id
     short = min(SHORT, room - 1)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (2, 4, room), generator=generator).to(model.device)
     source, target = ids.masked_fill_(ids == padding, (padding + 1) % vocab_size)
-    mask = torch.ones_like(source)
+    mask, decodes = torch.ones_like(source), model.config.is_encoder_decoder
+    mask[:, short:], source[:, short:] = 0, padding
 
     def logits(of_source: int, of_target: int) -> Tensor:
-        """Return those of the first `short` places, of rows of these lengths."""
+        """Return those of the row, or of the first `short` places of what is decoded."""
         given = {"input_ids": source[:, :of_source], "attention_mask": mask[:, :of_source]}
-        given["decoder_input_ids"] = target[:, :of_target]
-        return model(**given, use_cache=False).logits[:, :short]
+        if not decodes:
+            return model(**given).logits
+        given |= {"decoder_input_ids": target[:, :of_target], "use_cache": False}
+        return model(**given).logits[:, :short]
 
-    try:
-        mask[:, short:], source[:, short:] = 0, padding
-        alone, padded, longer = logits(short, short), logits(room, short), logits(short, room)
-    finally:
-        model.train(was_training)
+    alone, padded, longer = logits(short, short), logits(room, short), logits(short, room)
     bound = max(1e-3, 16 * torch.finfo(alone.dtype).eps) * alone.abs().max().item()
     name = type(model).__name__
     for others, fault in {
-        padded: f"padding changes what a {name} makes of a source",
+        padded: f"padding changes what a {name} makes of a row",
         longer: f"tokens of a {name}'s decoder see what comes after them",
     }.items():
         if not (others - alone).abs().max().item() <= bound:

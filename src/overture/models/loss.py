@@ -130,10 +130,8 @@ class _CrossEntropy(torch.autograd.Function):
                 if of_weight is not None:
                     of_weight += torch.mm(narrow.t(), part)
         ctx.types = types
-        ctx.save_for_backward(
-            *(x if x is None else x[:room] if i == 0 else x
-              for i, x in enumerate((of_hidden, of_weight, of_bias)))
-        )  # fmt: skip
+        of_hidden = None if of_hidden is None else of_hidden[:room]
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
         losses = losses[:count]
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses

@@ -11,7 +11,7 @@ from overture.data.masking import MaskingCollator
 from overture.errors import ConfigError
 from overture.models.causal_lm import CausalLM
 from overture.models.classifier import Classifier
-from overture.models.isolation import prove_encoder, prove_isolation, prove_padding, prove_pairs
+from overture.models.isolation import prove_encoder, prove_isolation, prove_padding
 from overture.models.masked_lm import MaskedLM
 from overture.models.seq2seq import Seq2SeqLM
 
@@ -76,6 +76,6 @@ TASKS: dict[str, Task] = {
     "masked_lm": Task("MaskedLM", prove_encoder, _masked_model, _masked_rows),
     "instruct": _CAUSAL,
     "chat": _CAUSAL,
-    "seq2seq": Task("Seq2SeqLM", prove_pairs, _seq2seq_model, _pairs),
+    "seq2seq": Task("Seq2SeqLM", prove_padding, _seq2seq_model, _pairs),
     "classify": Task("SequenceClassification", prove_padding, _classifier, _whole_rows),
 }
