@@ -27,6 +27,7 @@ LAYERS = [
         "checkpoint",
         "prove_resume",
         "launch",
+        "benchmark",
     },
 ]
 APART = {"data", "models", "callbacks"}  # these never import each other
@@ -122,7 +123,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 5800
+DEBT = 6300
 
 
 def test_sizes():

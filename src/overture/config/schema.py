@@ -162,6 +162,13 @@ class EarlyStopConfig:
 
 
 @dataclass
+class MLPerfLogConfig:
+    """Writes <run_folder>/mlperf.log, in the events of MLPerf's LoRA benchmark."""
+
+    benchmark: str = "overture_lora"  # a name of your own: it is none of MLPerf's
+
+
+@dataclass
 class SpeedMonitorConfig:
     window_size: int = 10
 
@@ -176,6 +183,7 @@ class ThroughputConfig:
 class CallbacksConfig:
     loss_target: LossTargetConfig | None = None
     early_stop: EarlyStopConfig | None = None
+    mlperf_log: MLPerfLogConfig | None = None
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)  # always on
     speed_monitor: SpeedMonitorConfig | None = None
     lr_monitor: MonitorConfig | None = None

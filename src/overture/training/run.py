@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from composer.utils import dist, reproducibility
 from overture.callbacks.early_stop import EarlyStop
 from overture.callbacks.guards import FiniteGuard, GradientGuard, SpikeGuard, Watchdog
 from overture.callbacks.loss_target import LossTarget
+from overture.callbacks.mlperf_log import MLPerfLog, facts_of
 from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
@@ -145,6 +147,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Time to train starts here, before the first touch of the training data.
     clock = RunClock()
+    clock_ms = time.time_ns() // 10**6
     throughput = Throughput(**vars(config.callbacks.throughput))
     log = RunLog(run_folder, clock, throughput)
     early = target = None
@@ -170,6 +173,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log.more = watchdog.unwatched(partial(answers.judge, network, log))
     finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, log)
     spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
+    mlperf = None
+    if config.callbacks.mlperf_log is not None:
+        known = facts_of(
+            config, config.callbacks.mlperf_log.benchmark, training.num_samples, samples
+        )
+        mlperf = MLPerfLog(run_folder / "mlperf.log", known, clock_ms, resumed=found is not None)
     trainer = Trainer(
         model=model,
         train_dataloader=training,
@@ -188,7 +197,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             throughput,  # before the log, which reads its figures
             log,
             spikes,
-            *filter(None, (target, early)),
+            *filter(None, (target, early, mlperf)),
             watchdog,
             # Last, as it keeps the state of the others.
             resume.Checkpointer(config, facts, request),
@@ -219,6 +228,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         request.training = False
         if request.asked:  # too late for a batch to end
             raise Preempted(trainer.state.timestamp.batch.value)
+        if mlperf:
+            mlperf.stop(trainer.state, target is not None and target.reached)
         if early:
             early.restore(trainer.state)
     except Exception as error:

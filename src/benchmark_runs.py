@@ -1,0 +1,68 @@
+"""Time to train over seeds by MLPerf's rule, every run checked, and machines side by side.
+
+    python src/benchmark_runs.py yamls/finetune/quickstart.yaml [a.b=c ...] --seeds 5
+    python src/benchmark_runs.py --compare runs/benchmark-a runs/benchmark-b
+
+Runs that are finished are kept, so that the same command goes on. Exit codes: 0 the figure holds,
+2 config, 3 it does not (said why), 5 a run broke off, 75 asked to stop.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from overture.config.load import load_config
+from overture.config.schema import DOORS
+from overture.data.schema import write_aside
+from overture.errors import EXIT_TARGET_MISSED, ConfigError, exit_on_error
+
+REFERENCES = Path(__file__).parents[1] / "benchmarks" / "reference"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="*", help="FILE.yaml with a loss target, overrides a.b=c")
+    parser.add_argument("--seeds", type=int, default=5, help="runs, from the config's seed upward")
+    parser.add_argument("--out", type=Path, help="default: runs/benchmark-<run_name>")
+    parser.add_argument("--launch", default=sys.executable, help="such as 'composer -n 8'")
+    parser.add_argument("--reference", type=Path, help="benchmark.json to hold convergence against")
+    parser.add_argument("--price", type=float, help="of an hour of the machine")
+    parser.add_argument("--compare", type=Path, nargs="+", help="folders of earlier benchmarks")
+    args = parser.parse_intermixed_args()
+    if bool(args.config) == bool(args.compare):
+        raise ConfigError("give a config to run, or --compare and folders")
+    if args.seeds < 3:
+        raise ConfigError(f"--seeds: {args.seeds}, but the fastest and the slowest are dropped: 3")
+    config = load_config(args.config, tuple(DOORS)) if args.config else None
+    if config and config.callbacks.loss_target is None:
+        raise ConfigError("callbacks.loss_target: a time to train needs one")
+    from overture import benchmark  # with torch, once the config is known good
+
+    if not config:
+        found = [benchmark.stored(folder / "benchmark.json") for folder in args.compare]
+        print("\n".join(benchmark.table(found)))
+        return 0
+    name = config.run_name
+    stored = args.reference or REFERENCES / f"{name}.json"
+    reference = benchmark.stored(stored) if args.reference or stored.is_file() else None
+    out, runs = args.out or Path("runs") / f"benchmark-{name}", []
+    command = [*shlex.split(args.launch), DOORS[config.task], *args.config]
+    seeds = range(config.seed, config.seed + args.seeds)
+    for seed, folder in benchmark.run_seeds(command, name, seeds, out):
+        runs.append(benchmark.outcome(seed, folder, config.global_train_batch_size))
+        seconds = runs[-1]["seconds"]
+        said = f"target in {seconds:.1f} s" if seconds else "target missed"
+        print(f"seed {seed}: {said}, {runs[-1]['samples']:,} samples", flush=True)
+    folders = [out / f"seed-{seed}" for seed in seeds]
+    target, wrong = config.callbacks.loss_target.cross_entropy, [*benchmark.faults_of_set(folders)]
+    machine = benchmark.machine_of(folders[0])
+    result = benchmark.summary(name, target, runs, wrong, machine, reference, args.price)
+    write_aside(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
+    print("\n".join([*benchmark.table([result]), *result["faults"], f"in {out}/benchmark.json"]))
+    return 0 if result["valid"] else EXIT_TARGET_MISSED
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

@@ -1,0 +1,249 @@
+"""Time to train over seeds, by MLPerf's rule, and what makes such a figure believable."""
+
+import itertools
+import json
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from overture.callbacks.mlperf_log import PREFIX
+from overture.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    EXIT_TARGET_MISSED,
+    ConfigError,
+    DataError,
+    GuardError,
+    Preempted,
+)
+
+SLACK = 2.0  # seconds between the end of an evaluation and what is written of it
+SEEDED = ("seed", "run_name", "run_folder", "save_folder")  # what runs of a benchmark may differ in
+SUSPICIOUS = 0.05  # p-value
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of an mlperf.log; DataError if a line is none."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        return [json.loads(line.removeprefix(PREFIX)) for line in lines]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is no log of a run ({error})") from None
+
+
+def faults(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with a finished run, beyond what MLPerf's own checker looks at: order and
+    times of all events, samples against steps, the cadence of evaluations, and that the log, the
+    result and the metrics say the same.
+    """
+    log, config = (
+        events(folder / "mlperf.log"),
+        yaml.safe_load((folder / "config.yaml").read_text()),
+    )
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    keys = [event["key"] for event in log]
+    if "run_start" not in keys:
+        yield "no run was started"
+        return
+    first = keys.index("run_start")
+    facts = {event["key"]: event["value"] for event in log[1 : first - 1]}
+    if [keys[0], keys[first - 1], keys[-1]] != ["init_start", "init_stop", "run_stop"]:
+        yield "the log does not go from init_start over init_stop and run_start to run_stop"
+    expected, between = {"block_start", "eval_start", "run_stop"}, keys[first + 1 :]
+    follows = {
+        "block_start": {"block_stop"}, "block_stop": {"eval_start", "run_stop"},
+        "eval_start": {"eval_accuracy"}, "eval_accuracy": {"eval_stop"},
+        "eval_stop": {"block_start", "run_stop"}, "run_stop": set(),
+    }  # fmt: skip
+    for number, key in enumerate(between):
+        if key not in expected:
+            yield f"event {first + number + 2}, {key}, stands where {sorted(expected)} may"
+            return
+        expected = follows[key]
+    times = [event["time_ms"] for event in log if event["key"] not in facts]
+    if times != sorted(times):
+        yield "time runs backwards"
+    samples = [event["metadata"]["samples_count"] for event in log[first + 1 :]]
+    if samples != sorted(samples):
+        yield "the count of samples falls"
+    batch = config["global_train_batch_size"]
+    if samples and samples[-1] != result["steps"] * batch:
+        yield f"{samples[-1]} samples were logged, but {result['steps']} steps of {batch} were done"
+    evals = [event for event in log if event["key"] == "eval_accuracy"]
+    every = _interval(config["eval_interval"], batch, facts["train_samples"])
+    places = [event["metadata"]["samples_count"] for event in evals]
+    for before, after in itertools.pairwise(places):
+        is_last = after == places[-1] and result["status"] != "target_reached"
+        if every and after - before != every and not (is_last and after - before < every):
+            yield f"evaluations after {before} and {after} samples, but one is due every {every}"
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    records = {r["step"]: r for r in map(json.loads, lines) if r["kind"] == "eval"}
+    for event, place in zip(evals, places, strict=True):
+        if records.get(place // batch, {}).get("cross_entropy") != event["value"]:
+            yield f"the evaluation after {place} samples is another one in metrics.jsonl"
+    target, last = config["callbacks"]["loss_target"]["cross_entropy"], evals[-1]["value"]
+    reached = last <= target
+    if any(event["value"] <= target for event in evals[:-1]):
+        yield "training went on after the target"
+    if {reached, log[-1]["metadata"]["status"] == "success"} != {
+        result["status"] == "target_reached"
+    }:
+        yield f"ended {result['status']} with {last:.4f}, the target being {target}"
+    resumed = any('"what": "resumed"' in line for line in lines)
+    seconds = (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000
+    if not resumed and abs(seconds - result["time_to_train_seconds"]) > SLACK:
+        yield f"{result['time_to_train_seconds']:.1f} s to train, but {seconds:.1f} in the log"
+
+
+def _interval(wanted: str, batch: int, train_samples: int) -> int | None:
+    """Return an interval of evaluations in samples, None if it is in another unit."""
+    for unit, size in {"ba": batch, "sp": 1, "ep": train_samples // batch * batch}.items():
+        if wanted.endswith(unit):
+            return int(wanted.removesuffix(unit)) * size
+    return None
+
+
+def faults_of_set(folders: Sequence[Path]) -> Iterator[str]:
+    """Yield what is wrong with runs as a set: a seed used twice, configs that differ."""
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    seeds = [config["seed"] for config in configs]
+    if len({*seeds}) < len(seeds):
+        yield f"seeds {seeds}: one was used twice"
+    for folder, config in zip(folders, configs, strict=True):
+        for key, value in config.items():
+            if key not in SEEDED and value != configs[0].get(key):
+                yield f"{folder.name}: {key} is another one than in {folders[0].name}"
+
+
+def score(seconds: Sequence[float | None]) -> float | None:
+    """Return the time to train over runs, None if more than one of them (None) missed the target.
+
+    MLPerf's training rules: the fastest and the slowest are dropped, a miss being the slowest, and
+    the rest averaged (https://github.com/mlcommons/training_policies, "Quality and results").
+    """
+    times = sorted(float("inf") if s is None else s for s in seconds)
+    rest = times[1:-1]
+    return statistics.mean(rest) if rest and rest[-1] < float("inf") else None
+
+
+def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
+    """Return why runs converge in a way that the reference's make unlikely, None if they do not.
+
+    Takes samples to the target. MLPerf holds a submission's mean against its reference convergence
+    points by a t-test, and refuses what is faster beyond chance (mlperf_logging's rcp_checker);
+    here it is Fisher's exact permutation test (1935) of the means, which assumes no distribution,
+    and slower runs are flagged as well: they are a regression.
+    """
+    every, count = [*ours, *reference], len(ours)
+    sums = [sum(chosen) for chosen in itertools.combinations(every, count)]
+    means = statistics.mean(ours), statistics.mean(reference)
+    for word, as_far in {
+        "fewer": sum(s <= sum(ours) for s in sums), "more": sum(s >= sum(ours) for s in sums)
+    }.items():  # fmt: skip
+        if as_far / len(sums) < SUSPICIOUS:
+            figures = f"{means[0]:,.0f} on average, the reference {means[1]:,.0f}"
+            chance = f"p {as_far / len(sums):.3f}"
+            return f"{word} samples to the target than chance allows: {figures} ({chance})"
+    return None
+
+
+def run_seeds(
+    command: Sequence[str], name: str, seeds: Sequence[int], out: Path
+) -> Iterator[tuple[int, Path]]:
+    """Run a `command` that trains once for each seed, one after the other, as they are timed; yield
+    each seed and its run folder. Those that are finished are kept.
+
+    Raises GuardError if a run breaks off, Preempted if it was asked to stop.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        folder = out / f"seed-{seed}"
+        options = [f"seed={seed}", f"run_name={name}-seed-{seed}", f"run_folder={folder}"]
+        options += [f"callbacks.mlperf_log.benchmark=overture_{name}", "progress_bar=false"]
+        if not (folder / "result.json").is_file() or not (folder / "hf").is_dir():
+            with folder.with_suffix(".log").open("ab") as log:
+                code = subprocess.run([*command, *options], stdout=log, stderr=log).returncode
+            if code == EXIT_PREEMPTED:
+                raise Preempted(None, "what was running has saved")
+            if code not in (EXIT_DONE, EXIT_TARGET_MISSED):
+                fault = f"seed {seed} ended with exit code {code}"
+                raise GuardError(f"{fault}; see {folder.with_suffix('.log')}")
+        yield seed, folder
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """Return a benchmark.json; ConfigError if it is none."""
+    try:
+        return {"runs": [], **json.loads(path.read_text("utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: is no result of a benchmark ({error})") from None
+
+
+def machine_of(folder: Path) -> dict[str, Any]:
+    """Return what a run ran on."""
+    known = json.loads((folder / "environment.json").read_text("utf-8"))
+    return {key: known[key] for key in ("devices", "ranks", "versions", "platform")}
+
+
+def outcome(seed: int, folder: Path, batch: int) -> dict[str, Any]:
+    """Return what counts of a finished run."""
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    reached = result["status"] == "target_reached"
+    return {
+        "seed": seed, "seconds": result["time_to_train_seconds"] if reached else None,
+        "samples": result["steps"] * batch, "tokens": result["tokens_seen"],
+        "cross_entropy": result["eval_cross_entropy"], "joules": _joules(folder),
+        "faults": list(faults(folder)),
+    }  # fmt: skip
+
+
+def _joules(folder: Path) -> float | None:
+    return events(folder / "mlperf.log")[-1]["metadata"].get("joules")
+
+
+def summary(
+    name: str, target: float, runs: Sequence[dict[str, Any]], set_faults: Sequence[str],
+    machine: dict[str, Any], reference: dict[str, Any] | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the content of benchmark.json: the score, whether it is valid, and why it is not."""
+    seconds = score([run["seconds"] for run in runs])
+    wrong = [f"seed {run['seed']}: {fault}" for run in runs for fault in run["faults"]]
+    wrong += set_faults
+    missed = sum(run["seconds"] is None for run in runs)
+    if len(runs) < 3:
+        wrong.append(f"{len(runs)} runs: the rule drops two, so three are the least")
+    if missed > 1:
+        wrong.append(f"{missed} of {len(runs)} runs missed the target; one may")
+    reached = [run["samples"] for run in runs if run["seconds"] is not None]
+    theirs = [run["samples"] for run in (reference or {}).get("runs", []) if run["seconds"]]
+    odd = suspicion(reached, theirs) if theirs and reached else None
+    return {
+        "name": name, "target": target, "seconds": seconds, "valid": not wrong and not odd,
+        "faults": wrong + ([odd] if odd else []), "runs": list(runs), "machine": machine,
+        "tokens": statistics.mean(run["tokens"] for run in runs), "price_per_hour": price,
+        "cost": seconds * price / 3600 if seconds and price is not None else None,
+    }  # fmt: skip
+
+
+def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines that set benchmarks side by side."""
+    head = f"{'benchmark':<24}{'runs':>5}{'missed':>7}{'to target':>11}{'tokens':>13}"
+    lines = [head + f"{'kJ':>8}{'cost':>9}  on"]
+    for one in benchmarks:
+        joules = [run["joules"] for run in one["runs"] if run["joules"] is not None]
+        cells = (
+            f"{len(one['runs']):>5}", f"{sum(run['seconds'] is None for run in one['runs']):>7}",
+            f"{one['seconds']:>9.1f} s" if one["seconds"] else f"{'invalid':>11}",
+            f"{one['tokens']:>13,.0f}",
+            f"{statistics.mean(joules) / 1000:>8.1f}" if joules else f"{'-':>8}",
+            f"{one['cost']:>9.4f}" if one["cost"] is not None else f"{'-':>9}",
+        )  # fmt: skip
+        devices = one["machine"]["devices"]
+        mark = "" if one["valid"] else "  (not valid)"
+        lines.append(f"{one['name']:<24}{''.join(cells)}  {len(devices)} x {devices[0]}{mark}")
+    return lines

@@ -1,0 +1,136 @@
+"""`mlperf.log`: a run in the events of MLPerf's training benchmarks, for their tools to read."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from overture.callbacks.run_log import eval_cross_entropy
+from overture.config.schema import Config
+
+PREFIX = ":::MLLOG "  # of mlperf_logging.mllog
+KINDS = {"start": "INTERVAL_START", "stop": "INTERVAL_END"}  # by the end of a key
+
+
+def facts_of(config: Config, benchmark: str, train_samples: int, eval_samples: int | None) -> dict:
+    """Return what a log says before the run, by MLPerf's names; what a config lacks is left out."""
+    warmup, target = config.scheduler.t_warmup, config.callbacks.loss_target
+    clipping, lora = config.algorithms.gradient_clipping, config.lora
+    micro = config.device_train_microbatch_size
+    per_rank = config.global_train_batch_size // dist.get_world_size()
+    found = {
+        "submission_benchmark": benchmark,
+        "seed": config.seed,
+        "global_batch_size": config.global_train_batch_size,
+        "gradient_accumulation_steps": None if micro == "auto" else max(per_rank // micro, 1),
+        "train_samples": train_samples,
+        "eval_samples": eval_samples,
+        "opt_name": config.optimizer.name,
+        "opt_base_learning_rate": config.optimizer.lr,
+        "opt_adamw_weight_decay": config.optimizer.weight_decay,
+        "opt_learning_rate_warmup": warmup,
+        "opt_learning_rate_training_duration": config.max_duration,
+        "opt_gradient_clip_norm": clipping and clipping.clipping_threshold,
+        "lora_rank": lora and lora.r,
+        "lora_alpha": lora and lora.alpha,
+        "eval_interval": config.eval_interval,
+        "quality_target": target and target.cross_entropy,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class MLPerfLog(Callback):
+    """Writes the events of MLPerf's LoRA benchmark, in their order, under a name of our own.
+
+    Between run_start and run_stop blocks of training and evaluations take turns; each says after
+    how many samples. The run starts, as MLPerf counts it, before the first touch of the training
+    data. What a kill has cut off is taken back on resume. `facts` are logged before the run:
+    hyperparameters and sizes by MLPerf's names. Nothing here claims compliance with MLPerf's rules.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], started: int, resumed: bool) -> None:
+        """Take the time of the run's start, in milliseconds of time.time()."""
+        self.path, self.facts, self.started, self.resumed = path, facts, started, resumed
+        self._in_block, self._joules = False, None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Write what comes before the run."""
+        if self.resumed:
+            return
+        if dist.get_global_rank() == 0:
+            self.path.write_bytes(b"")
+        self._write("init_start", at=int(psutil.Process().create_time() * 1000))
+        for key, value in self.facts.items():
+            self._write(key, value)
+        self._write("init_stop", at=self.started)
+        self._write("run_start", at=self.started)
+        self._joules = _joules()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if not self._in_block:
+            self._block("start", state)
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        if self._in_block:
+            self._block("stop", state)
+        self._write("eval_start", samples_count=state.timestamp.sample.value)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        samples = state.timestamp.sample.value
+        self._write("eval_accuracy", eval_cross_entropy(state), samples_count=samples)
+        self._write("eval_stop", samples_count=samples)
+
+    def stop(self, state: State, reached: bool) -> None:
+        """End the log of a run that came to its end."""
+        if self._in_block:
+            self._block("stop", state)
+        more = {"status": "success" if reached else "aborted"}
+        if self._joules is not None:  # not of a run that was resumed, whose parts are not added up
+            more["joules"] = _joules() - self._joules
+        self._write("run_stop", samples_count=state.timestamp.sample.value, **more)
+
+    def state_dict(self) -> dict[str, Any]:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        return {"size": size, "in_block": self._in_block}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what was written after the checkpoint."""
+        self._in_block = state["in_block"]
+        if self.path.exists() and dist.get_global_rank() == 0:
+            with self.path.open("r+b") as file:
+                file.truncate(state["size"])
+
+    def _block(self, which: str, state: State) -> None:
+        self._in_block = which == "start"
+        self._write(f"block_{which}", samples_count=state.timestamp.sample.value)
+
+    def _write(self, key: str, value: Any = None, at: int | None = None, **metadata: Any) -> None:
+        if dist.get_global_rank() == 0:
+            kind = KINDS.get(key.rpartition("_")[2], "POINT_IN_TIME")
+            event = {"namespace": "", "time_ms": at or _now(), "event_type": kind, "key": key,
+                     "value": value, "metadata": metadata}  # fmt: skip
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{PREFIX}{json.dumps(event)}\n")
+
+
+def _joules() -> float | None:
+    """Return what the GPUs here have used since the driver was loaded; None if none says."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        cards = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return (
+            sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(card) for card in cards) / 1000 or None
+        )
+    except Exception:  # not installed, no driver, or a card too old
+        return None
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,162 @@
+"""mlperf.log before MLPerf's own checker and ours; time to train over seeds; odd convergence."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmark_runs
+from overture.benchmark import events, faults, faults_of_set, score, suspicion
+from overture.callbacks.mlperf_log import PREFIX
+from runs import records, result
+
+RULES = Path(__file__).parents[2] / "src" / "overture" / "callbacks" / "mlperf_rules.yaml"
+TARGET = ("callbacks.loss_target.cross_entropy=6.4", "eval_interval=2ba", "max_duration=20ba")
+LOGGED = ("callbacks.mlperf_log.benchmark=overture_tiny",)
+
+
+def accepted(log: Path, *rules: object) -> str:
+    """What MLPerf's checker has to say of a log."""
+    command = [
+        sys.executable,
+        "-m",
+        "mlperf_logging.compliance_checker",
+        *map(str, rules),
+        log.name,
+    ]
+    done = subprocess.run(command, cwd=log.parent, capture_output=True, text=True, timeout=60)
+    return "" if "SUCCESS" in done.stderr + done.stdout else done.stdout + done.stderr
+
+
+@pytest.fixture
+def logged(run):
+    """A run that reaches its target, with its log."""
+    code, folder = run(*TARGET, *LOGGED)
+    assert code == 0
+    return folder
+
+
+def test_a_log_has_the_events_in_mlperfs_order_and_both_checkers_accept_it(logged):
+    log = events(logged / "mlperf.log")
+    keys = [event["key"] for event in log]
+    block = ["block_start", "block_stop", "eval_start", "eval_accuracy", "eval_stop"]
+    evals = records(logged, "eval")
+    assert keys[keys.index("run_start") + 1 :] == [
+        *block[2:],
+        *block * (len(evals) - 1),
+        "run_stop",
+    ]
+    assert len(evals) >= 2
+    facts = {event["key"]: event["value"] for event in log}
+    known = {"seed": 17, "global_batch_size": 4, "gradient_accumulation_steps": 1,
+             "quality_target": 6.4, "opt_base_learning_rate": 1e-2}  # fmt: skip
+    assert {key: facts[key] for key in known} == known
+    assert [e["value"] for e in log if e["key"] == "eval_accuracy"] == [
+        record["cross_entropy"] for record in evals
+    ]
+    assert log[-1]["metadata"] == {
+        "status": "success",
+        "samples_count": 4 * result(logged)["steps"],
+    }
+    assert not list(faults(logged))
+    assert not accepted(logged / "mlperf.log", "--config", RULES)
+
+
+def without(key, log):
+    return [event for event in log if event["key"] != key]
+
+
+def test_a_log_that_was_touched_is_found_out(logged):
+    path = logged / "mlperf.log"
+    log = events(path)
+    place = [event["key"] for event in log].index("block_stop")
+    last = {**log[-1], "metadata": {**log[-1]["metadata"], "samples_count": 4}}
+    lower = [{**e, "value": e["value"] - 1} if e["key"] == "eval_accuracy" else e for e in log]
+    late = [*log[:-1], {**log[-1], "time_ms": log[-1]["time_ms"] + 60_000}]
+    for changed, said in (
+        (without("eval_start", log), "stands where"),
+        ([*log[:place], *log[place + 1 :]], "stands where"),
+        (without("run_start", log), "no run was started"),
+        ([*log[:-1], last], "the count of samples falls"),
+        (lower, "is another one in metrics.jsonl"),
+        (late, "in the log"),
+        ([*log[:3], {**log[3], "time_ms": 0}, *log[4:-1], {**log[-1], "time_ms": 1}], "backwards"),
+    ):  # fmt: skip
+        path.write_text("".join(f"{PREFIX}{json.dumps(event)}\n" for event in changed))
+        assert any(said in fault for fault in faults(logged)), said
+        if said == "stands where":
+            assert accepted(path, "--config", RULES)
+
+
+def test_evaluations_left_out_are_found_out(logged):
+    log, path = events(logged / "mlperf.log"), logged / "config.yaml"
+    assert any(event["key"] == "eval_accuracy" for event in log)
+    path.write_text(path.read_text().replace("eval_interval: 2ba", "eval_interval: 1ba"))
+    assert any("one is due every 4" in fault for fault in faults(logged))
+
+
+def test_what_a_kill_cut_off_is_taken_back(run):
+    options = (*TARGET, *LOGGED, "callbacks.loss_target.cross_entropy=0.001", "save_interval=3ba")
+    code, folder = run(*options)
+    whole = [(e["key"], e["value"]) for e in events(folder / "mlperf.log")]
+    shutil.rmtree(folder / "checkpoints" / "ba20")  # as if it had been killed after step 18
+    (folder / "result.json").unlink()
+    assert run(*options)[0] == code == 3
+    assert [(e["key"], e["value"]) for e in events(folder / "mlperf.log")] == whole
+    assert not list(faults(folder))
+
+
+def test_score_is_that_of_mlperf():
+    assert score([9.0, 1.0, 3.0, 5.0, 4.0]) == 4.0
+    assert score([9.0, 1.0, None, 5.0, 4.0]) == 6.0  # a miss is the slowest
+    assert score([9.0, None, None, 5.0, 4.0]) is None
+    assert score([1.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [([90, 100, 95], None), ([60, 62, 61], "fewer samples"), ([150, 160, 170], "more samples")],
+)
+def test_runs_that_converge_oddly_are_flagged(ours, said):
+    reference = [88, 92, 96, 100, 104, 98]
+    found = suspicion(ours, reference)
+    assert (found is None) == (said is None)
+    assert said is None or said in found
+
+
+def test_equal_runs_are_not_odd():
+    assert suspicion([1920] * 5, [1920] * 5) is None
+    assert "fewer" in suspicion([1440] * 5, [1920] * 5)
+
+
+def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml)
+    monkeypatch.setattr(benchmark_runs, "REFERENCES", tmp_path)
+    out = tmp_path / "out"
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark_runs.py", *map(str, arguments)])
+        return benchmark_runs.main(), capsys.readouterr().out
+
+    job = (tmp_path / "tiny.yaml", *TARGET, "--seeds", 3, "--out", out)
+    code, said = call(*job, "--price", 3.6)
+    found = json.loads((out / "benchmark.json").read_text())
+    times = sorted(run["seconds"] for run in found["runs"])
+    assert (code, found["valid"], found["seconds"]) == (0, True, times[1]), said
+    assert found["cost"] == pytest.approx(times[1] / 1000)
+    assert [run["seed"] for run in found["runs"]] == [17, 18, 19]
+    before = [(out / f"seed-{seed}" / "mlperf.log").stat().st_mtime for seed in (17, 18, 19)]
+    # A reference that took ten times as long makes the same runs suspicious; none is run again.
+    odd = found | {"runs": [{**r, "samples": 10 * r["samples"]} for r in found["runs"]]}
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    code, said = call(*job, "--reference", tmp_path / "odd.json")
+    assert code == 3 or "fewer samples" not in said
+    assert before == [(out / f"seed-{s}" / "mlperf.log").stat().st_mtime for s in (17, 18, 19)]
+    code, said = call("--compare", out, out)
+    assert code == 0
+    assert said.count(f"{times[1]:.1f} s") == 2
+    assert not list(faults_of_set([out / "seed-17", out / "seed-18"]))
+    assert any("used twice" in f for f in faults_of_set([out / "seed-17", out / "seed-17"]))
