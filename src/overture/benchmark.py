@@ -46,8 +46,8 @@ def faults(folder: Path) -> Iterator[str]:
     )
     result = json.loads((folder / "result.json").read_text("utf-8"))
     keys = [event["key"] for event in log]
-    if "run_start" not in keys:
-        yield "no run was started"
+    if missing := {"run_start", "eval_accuracy", "train_samples", "run_stop"} - {*keys}:
+        yield f"the log has no {', '.join(sorted(missing))}"
         return
     first = keys.index("run_start")
     facts = {event["key"]: event["value"] for event in log[1 : first - 1]}

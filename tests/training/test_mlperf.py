@@ -11,6 +11,7 @@ import pytest
 import benchmark_runs
 from overture.benchmark import events, faults, faults_of_set, score, suspicion
 from overture.callbacks.mlperf_log import PREFIX
+from overture.errors import ConfigError
 from runs import records, result
 
 RULES = Path(__file__).parents[2] / "src" / "overture" / "callbacks" / "mlperf_rules.yaml"
@@ -79,7 +80,7 @@ def test_a_log_that_was_touched_is_found_out(logged):
     for changed, said in (
         (without("eval_start", log), "stands where"),
         ([*log[:place], *log[place + 1 :]], "stands where"),
-        (without("run_start", log), "no run was started"),
+        (without("run_start", log), "the log has no run_start"),
         ([*log[:-1], last], "the count of samples falls"),
         (lower, "is another one in metrics.jsonl"),
         (late, "in the log"),
@@ -160,3 +161,8 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     assert said.count(f"{times[1]:.1f} s") == 2
     assert not list(faults_of_set([out / "seed-17", out / "seed-18"]))
     assert any("used twice" in f for f in faults_of_set([out / "seed-17", out / "seed-17"]))
+
+
+def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):
+    with pytest.raises(ConfigError, match="set callbacks.loss_target too"):
+        run(*LOGGED)

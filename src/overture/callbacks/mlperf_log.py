@@ -103,7 +103,7 @@ class MLPerfLog(Callback):
         self._in_block = state["in_block"]
         if self.path.exists() and dist.get_global_rank() == 0:
             with self.path.open("r+b") as file:
-                file.truncate(state["size"])
+                file.truncate(min(state["size"], self.path.stat().st_size))
 
     def _block(self, which: str, state: State) -> None:
         self._in_block = which == "start"

@@ -103,6 +103,8 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
     ):  # fmt: skip
         if config.eval_loader is None and _at(config, key):
             yield key, "needs an eval_loader"
+    if config.callbacks.mlperf_log is not None and config.callbacks.loss_target is None:
+        yield "callbacks.mlperf_log", "is of runs to a target: set callbacks.loss_target too"
     if config.generation is not None and config.task not in ("instruct", "chat", "seq2seq"):
         yield "generation", "scores answers to prompts, so it needs task: instruct, chat or seq2seq"
     if config.task != "seq2seq":
