@@ -164,5 +164,5 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
 
 
 def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):
-    with pytest.raises(ConfigError, match="set callbacks.loss_target too"):
+    with pytest.raises(ConfigError, match=r"set callbacks\.loss_target too"):
         run(*LOGGED)
