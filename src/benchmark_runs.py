@@ -50,6 +50,8 @@ def main() -> int:
     out, runs = args.out or Path("runs") / f"benchmark-{name}", []
     command = [*shlex.split(args.launch), DOORS[config.task], *args.config]
     seeds = range(config.seed, config.seed + args.seeds)
+    for seed in seeds:
+        benchmark.check_kept(out / f"seed-{seed}", config)
     for seed, folder in benchmark.run_seeds(command, name, seeds, out):
         runs.append(benchmark.outcome(seed, folder, config.global_train_batch_size))
         seconds = runs[-1]["seconds"]

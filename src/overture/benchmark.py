@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from overture.callbacks.mlperf_log import PREFIX
+from overture.config.load import dump_config
+from overture.config.schema import Config
 from overture.errors import (
     EXIT_DONE,
     EXIT_PREEMPTED,
@@ -40,10 +42,7 @@ def faults(folder: Path) -> Iterator[str]:
     times of all events, samples against steps, the cadence of evaluations, and that the log, the
     result and the metrics say the same.
     """
-    log, config = (
-        events(folder / "mlperf.log"),
-        yaml.safe_load((folder / "config.yaml").read_text()),
-    )
+    log, config = events(folder / "mlperf.log"), _config(folder)
     result = json.loads((folder / "result.json").read_text("utf-8"))
     keys = [event["key"] for event in log]
     if missing := {"run_start", "eval_accuracy", "train_samples", "run_stop"} - {*keys}:
@@ -109,14 +108,33 @@ def _interval(wanted: str, batch: int, train_samples: int) -> int | None:
 
 def faults_of_set(folders: Sequence[Path]) -> Iterator[str]:
     """Yield what is wrong with runs as a set: a seed used twice, configs that differ."""
-    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    configs = [_config(folder) for folder in folders]
     seeds = [config["seed"] for config in configs]
     if len({*seeds}) < len(seeds):
         yield f"seeds {seeds}: one was used twice"
     for folder, config in zip(folders, configs, strict=True):
-        for key, value in config.items():
-            if key not in SEEDED and value != configs[0].get(key):
-                yield f"{folder.name}: {key} is another one than in {folders[0].name}"
+        for key in _differences(config, configs[0]):
+            yield f"{folder.name}: {key} is another one than in {folders[0].name}"
+
+
+def check_kept(folder: Path, config: Config) -> None:
+    """Raise ConfigError if what is kept in a run folder was made by another config."""
+    if (folder / "config.yaml").is_file():
+        wanted = yaml.safe_load(dump_config(config))
+        wanted["callbacks"].pop("mlperf_log")
+        kept = _config(folder)
+        kept["callbacks"].pop("mlperf_log", None)
+        if keys := [key for key in _differences(kept, wanted) if key != "progress_bar"]:
+            fault = f"holds a run of another config ({', '.join(keys)})"
+            raise ConfigError(f"{folder}: {fault}; name another --out, or delete it")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [k for k, value in one.items() if k not in SEEDED and value != other.get(k)]
 
 
 def score(seconds: Sequence[float | None]) -> float | None:

@@ -156,6 +156,8 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     code, said = call(*job, "--reference", tmp_path / "odd.json")
     assert code == 3 or "fewer samples" not in said
     assert before == [(out / f"seed-{s}" / "mlperf.log").stat().st_mtime for s in (17, 18, 19)]
+    with pytest.raises(ConfigError, match=r"seed-17: holds a run of another config \(optimizer\)"):
+        call(*job, "optimizer.lr=0.02")
     code, said = call("--compare", out, out)
     assert code == 0
     assert said.count(f"{times[1]:.1f} s") == 2

@@ -122,13 +122,13 @@ def _joules() -> float | None:
     """Return what the GPUs here have used since the driver was loaded; None if none says."""
     try:
         import pynvml
-
+    except ImportError:  # nvidia-ml-py is optional
+        return None
+    try:
         pynvml.nvmlInit()
         cards = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return (
-            sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(card) for card in cards) / 1000 or None
-        )
-    except Exception:  # not installed, no driver, or a card too old
+        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, cards)) / 1000 or None
+    except pynvml.NVMLError:  # no driver, or a card too old
         return None
 
 
