@@ -30,12 +30,12 @@ SHAPES = {
             "head_dim": 16, "tie_word_embeddings": True},
 }  # fmt: skip
 LIBRARIES = {
-    "ours": {"library": "ours", "sizes": (8, 1)},
+    "ours": {"library": "ours", "sizes": (8, 4, 1)},
     "ours with Liger's loss": {"library": "ours", "switch": "liger", "sizes": (8,)},
-    "trl, packed": {"library": "trl", "packing": True, "sizes": (1, 2)},
-    "trl, packed, Liger": {"library": "trl", "packing": True, "liger": True, "sizes": (1, 2)},
-    "trl, by length": {"library": "trl", "by_length": True, "sizes": (8,)},
-    "hf": {"library": "hf", "sizes": (4,)},
+    "trl, packed": {"library": "trl", "packing": True, "sizes": (1, 2, 4)},
+    "trl, packed, Liger": {"library": "trl", "packing": True, "liger": True, "sizes": (1, 2, 4)},
+    "trl, by length": {"library": "trl", "by_length": True, "sizes": (4,)},
+    "hf": {"library": "hf", "sizes": (4, 8)},
 }
 NEEDS = {"hf": "accelerate", "trl": "trl"}
 SIDES = {

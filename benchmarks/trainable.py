@@ -2,10 +2,11 @@
 
     make quickstart && OVERTURE_DATA=... python benchmarks/trainable.py
 
-Two bases: that of the quickstart on its own instructions, to the loss target of its YAML or the end
-of its budget, and stories260K (a Llama of 260 thousand parameters) on real Dolly, 100 steps. The
-learning rate of LoRA is the quickstart's, of the others the better of two on its data. Memory is the
-peak of the process, of which imports take the most. Writes benchmarks/results/trainable.json.
+Two bases: that of the quickstart on its own instructions, to the loss target of its YAML or the
+end of its budget, and stories260K (a Llama of 260 thousand parameters) on real Dolly, 100 steps.
+The learning rate of LoRA is the quickstart's, of the others the better of two on its data. Memory
+is the peak of the process, of which imports take the most. Writes
+benchmarks/results/trainable.json.
 """
 
 import argparse

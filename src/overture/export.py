@@ -31,11 +31,12 @@ MAX_PROMPT = 128  # tokens
 # Plain transformers, in a process that knows nothing of this kit.
 FRESH = """
 import json, sys, torch, transformers
-folder, head, dtype, options, prompts = json.load(sys.stdin)
+folder, head, dtype, quantised, options, prompts = json.load(sys.stdin)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-kind = getattr(transformers, "AutoModelFor" + head)
-model = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-model.to("cuda" if torch.cuda.is_available() else "cpu")
+load = getattr(transformers, "AutoModelFor" + head).from_pretrained
+model = load(folder, dtype=getattr(torch, dtype), quantization_config=quantised).eval()
+if not quantised:
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
 answers = []
 for ids in prompts:
     ids = torch.tensor([ids], device=model.device)
@@ -93,6 +94,8 @@ def export_model(
         base.generation_config.eos_token_id = end_tokens(base, tokenizer)
         base.generation_config.pad_token_id = tokenizer.pad_token_id
     prompts = _prompts(trained)
+    if merge and getattr(base, "is_quantized", False):
+        model = _dequantised(model)
     if merge or dtype:
         model.float()
     asked = [_ask(model, ids) for ids in prompts]
@@ -113,7 +116,8 @@ def export_model(
             row, room = ("--test_prompt", {"text": test_prompt}), position_limit(base) - NEW_TOKENS
             pairs = base.config.is_encoder_decoder
             prompts += encode_prompts([row], AS_IT_IS, tokenizer, room, pairs)
-        answers = _fresh_answers(aside, trained.head, kind, prompts)
+        quantised = getattr(base.config, "quantization_config", None)  # none once merged
+        answers = _fresh_answers(aside, trained.head, kind, quantised, prompts)
         if classifies:
             logits = [torch.tensor([ids]) for ids, _ in answers]
             _compare(logits, asked, kind, "in a fresh process of plain transformers")
@@ -121,6 +125,16 @@ def export_model(
             _compare_tokens(asked, answers, tie)
     if test_prompt:
         print(f"{test_prompt}{answers[-1][1]}")
+
+
+def _dequantised(model: Any) -> Any:
+    """Return a PeftModel over the weights that its base in 4 or 8 bits stands for."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapters, config = get_peft_model_state_dict(model), model.peft_config["default"]
+    adapted = get_peft_model(model.unload().dequantize(), config)
+    set_peft_model_state_dict(adapted, adapters)
+    return adapted.eval()
 
 
 def check_out(out: Path, source: str, overwrite: bool) -> None:
@@ -220,10 +234,13 @@ def _compare(again: Iterable[torch.Tensor], asked: Sequence[Asked], kind: str, w
     return max(found) / spread
 
 
-def _fresh_answers(folder: Path, head: str, kind: str, prompts: list[list[int]]) -> list[tuple]:
+def _fresh_answers(
+    folder: Path, head: str, kind: str, quantised: Any, prompts: list[list[int]]
+) -> list[tuple]:
     """Return the (ids, text) that plain transformers give for each prompt."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
-    asked = json.dumps([str(folder), head, kind, options, prompts])
+    bits = quantised and quantised.to_dict()
+    asked = json.dumps([str(folder), head, kind, bits, options, prompts])
     # -I: neither this folder nor PYTHONPATH, through which it could meet this kit.
     command = [sys.executable, "-I", "-c", FRESH]
     done = subprocess.run(command, input=asked, capture_output=True, text=True)

@@ -141,3 +141,31 @@ def test_a_run_ends_where_it_does_on_the_cpu(smoke, run_door, tmp_path, monkeypa
         found[devices] = json.loads((folder / "result.json").read_text())["eval_cross_entropy"]
     one, other = found.values()
     assert one == pytest.approx(other, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_over_quantised_weights_are_used_continued_and_merged(smoke, run_door, tmp_path,
+                                                                       bits):  # fmt: skip
+    pytest.importorskip("bitsandbytes")
+
+    def run(*command, wanted=""):
+        done = run_door(*command)
+        assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+        assert wanted in done.stdout, done.stdout
+        return done
+
+    base, one, more = (tmp_path / name for name in ("base", "one", "more"))
+    run("main.py", "yamls/smoke/pretrain.yaml", f"run_folder={base}")
+    tune = ("finetune.py", "yamls/smoke/finetune.yaml", "model.pretrained=true",
+            f"model.name={base}", "model.config={}", f"model.load_in_{bits}bit=true")  # fmt: skip
+    run(*tune, f"run_folder={one}")
+    found = json.loads((one / "result.json").read_text())
+    assert found["eval_cross_entropy"] < found["eval_cross_entropy_before"] - 0.1
+    run(*tune, f"run_folder={more}", "lora=null", f"model.adapter={one}")
+    further = json.loads((more / "result.json").read_text())
+    assert further["eval_cross_entropy_before"] == pytest.approx(found["eval_cross_entropy"], 1e-3)
+    run("src/generate_text.py", one, "--prompt", "Name a colour.", wanted="1 answers: ")
+    run("src/export_model.py", one, "--out", tmp_path / "adapters", wanted="greedy tokens on 4")
+    merged = tmp_path / "merged"
+    run("src/export_model.py", one, "--out", merged, "--merge", wanted="greedy tokens on 4")
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())

@@ -112,7 +112,8 @@ class MLPerfLog(Callback):
     def _write(self, key: str, value: Any = None, at: int | None = None, **metadata: Any) -> None:
         if dist.get_global_rank() == 0:
             kind = KINDS.get(key.rpartition("_")[2], "POINT_IN_TIME")
-            event = {"namespace": "", "time_ms": at or _now(), "event_type": kind, "key": key,
+            at = at or int(time.time() * 1000)
+            event = {"namespace": "", "time_ms": at, "event_type": kind, "key": key,
                      "value": value, "metadata": metadata}  # fmt: skip
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{PREFIX}{json.dumps(event)}\n")
@@ -130,7 +131,3 @@ def _joules() -> float | None:
         return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, cards)) / 1000 or None
     except pynvml.NVMLError:  # no driver, or a card too old
         return None
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -309,11 +309,9 @@ def _build_network(
     network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
     if config.task == "seq2seq":
         refuse_unknown_family(network)
-    if getattr(network, "is_quantized", False):  # where it belongs already
-        from peft import prepare_model_for_kbit_training
-
-        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
-    else:
+    # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
+    # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
+    if not getattr(network, "is_quantized", False):
         network.to("cuda" if device == "gpu" else "cpu")
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):

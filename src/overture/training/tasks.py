@@ -54,14 +54,6 @@ def _pairs(config: Config, tokenizer: Any, training: bool) -> PairCollator:
     return PairCollator(tokenizer.pad_token_id, together)
 
 
-def _causal_model(config: Config, *parts: Any) -> CausalLM:
-    return CausalLM(*parts)
-
-
-def _masked_model(config: Config, *parts: Any) -> MaskedLM:
-    return MaskedLM(*parts)
-
-
 def _classifier(config: Config, *parts: Any) -> Classifier:
     return Classifier(*parts, config.metrics)
 
@@ -70,10 +62,10 @@ def _seq2seq_model(config: Config, *parts: Any) -> Seq2SeqLM:
     return Seq2SeqLM(*parts, smoothing=config.label_smoothing)
 
 
-_CAUSAL = Task("CausalLM", prove_isolation, _causal_model, _causal_rows)
+_CAUSAL = Task("CausalLM", prove_isolation, lambda _, *parts: CausalLM(*parts), _causal_rows)
 TASKS: dict[str, Task] = {
     "causal_lm": _CAUSAL,
-    "masked_lm": Task("MaskedLM", prove_encoder, _masked_model, _masked_rows),
+    "masked_lm": Task("MaskedLM", prove_encoder, lambda _, *parts: MaskedLM(*parts), _masked_rows),
     "instruct": _CAUSAL,
     "chat": _CAUSAL,
     "seq2seq": Task("Seq2SeqLM", prove_padding, _seq2seq_model, _pairs),
