@@ -1,16 +1,19 @@
-"""Check this machine, and with a config, that a killed run of it goes on bit for bit.
+"""Check this machine; with a config, a run of it before it begins, or that a kill changes nothing.
 
     python src/check_setup.py
+    python src/check_setup.py yamls/finetune/quickstart.yaml [a.b=c ...]
     python src/check_setup.py yamls/finetune/quickstart.yaml [a.b=c ...] --prove_resume
 
-The first checks Python, packages, devices, a matrix product and a tiny training step on each.
+The first checks Python, packages, devices, a matrix product and a tiny training step on each. The
+second looks at data, model and attention, takes some steps, and foretells memory and time. The
+third kills a short run of the config, and compares where it went on to with one left alone.
 """
 
 import argparse
 import sys
 
 from overture.config.load import load_config
-from overture.config.schema import DOORS
+from overture.config.schema import DOORS, Config
 from overture.errors import ConfigError, exit_on_error
 
 
@@ -20,15 +23,11 @@ def main() -> int:
     parser.add_argument("config", nargs="*", help="FILE.yaml and overrides a.b=c")
     parser.add_argument("--prove_resume", action="store_true", help="train briefly, with a kill")
     args = parser.parse_intermixed_args()
-    if bool(args.config) != args.prove_resume:
-        raise ConfigError("a config and --prove_resume go together; without, see the machine")
+    if args.prove_resume and not args.config:
+        raise ConfigError("--prove_resume needs a config; without one, the machine is checked")
     if args.config:
-        from overture.prove_resume import prove_resume
-
         config = load_config(args.config, tasks=tuple(DOORS))
-        for line in prove_resume(config, args.config):
-            print(line, flush=True)
-        return 0 if line.startswith("identical") else 4
+        return _prove(config, args.config) if args.prove_resume else _examine(config)
 
     from overture.check import check_environment
     from overture.training.quiet import quiet_libraries
@@ -40,6 +39,32 @@ def main() -> int:
         print(f"{'ok  ' if fine else 'STOP'}  {what:<20} {finding}")
     print("everything needed is here" if not broken else f"{broken} of these must be mended first")
     return 2 if broken else 0
+
+
+def _examine(config: Config) -> int:
+    from overture.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from overture.training.doctor import examine
+
+    found = []
+    for finding in examine(config):
+        found.append(finding)
+        print(finding.part, *finding.more, sep="\n  ", flush=True)
+    print()
+    for part, verdict, text, _ in found:
+        print(f"{verdict.upper() if verdict == 'stop' else verdict:<8}{part:<13}{text}")
+    stops = sum(finding.verdict == "stop" for finding in found)
+    print("this run can begin" if not stops else f"{stops} of these must be mended first")
+    return 2 if stops else 0
+
+
+def _prove(config: Config, arguments: list[str]) -> int:
+    from overture.prove_resume import prove_resume
+
+    for line in prove_resume(config, arguments):
+        print(line, flush=True)
+    return 0 if line.startswith("identical") else 4
 
 
 if __name__ == "__main__":

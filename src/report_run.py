@@ -1,22 +1,32 @@
-"""Rebuild the report page of a run from its run folder, and print its summary.
+"""Rebuild the report page of a run and print its summary; of several, a page of them side by side.
 
 python src/report_run.py runs/NAME
+python src/report_run.py runs/ONE runs/OTHER [--out comparison.html]
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from overture.errors import exit_on_error
+from overture.compare import compare_runs
+from overture.errors import ConfigError, exit_on_error
 from overture.report import build_report, load_run, summary_lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_folder", type=Path, help="the folder of a run that ended: runs/NAME")
-    folder = parser.parse_args().run_folder
-    page = build_report(folder)
-    print("\n".join(summary_lines(load_run(folder).result)))
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that ended: runs/NAME")
+    parser.add_argument("--out", type=Path, help="of several: the page; default: comparison.html")
+    args = parser.parse_args()
+    if len(args.runs) > 1:
+        page = args.out or Path("comparison.html")
+        compare_runs(args.runs, page)
+        print(f"{'comparison':<20}{page}")
+        return
+    if args.out:
+        raise ConfigError("--out is of several runs; a run's page is its own report.html")
+    page = build_report(args.runs[0])
+    print("\n".join(summary_lines(load_run(args.runs[0]).result)))
     print(f"{'report':<20}{page}")
 
 

@@ -28,6 +28,7 @@ LAYERS = [
         "prove_resume",
         "launch",
         "benchmark",
+        "compare",
     },
 ]
 APART = {"data", "models", "callbacks"}  # these never import each other
@@ -123,7 +124,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 6300
+DEBT = 6850
 
 
 def test_sizes():

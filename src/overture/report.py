@@ -51,6 +51,11 @@ def build_report(run_folder: Path) -> Path:
 
 def summary_lines(result: dict) -> list[str]:
     """Returns the closing summary for the terminal: at most 12 aligned lines, without nulls."""
+    return [f"{name:<20}{text}" for name, text in summary_rows(result).items() if text]
+
+
+def summary_rows(result: dict) -> dict[str, str]:
+    """Returns the names and texts of a run's outcome; "" or None for what it has not."""
     metrics, seconds = result.get("metrics") or {}, result.get("time_to_train_seconds")
     losses = [result.get("eval_cross_entropy_before"), result.get("eval_cross_entropy")]
     matches = [metrics.get("exact_match_before"), metrics.get("exact_match_after")]
@@ -63,8 +68,7 @@ def summary_lines(result: dict) -> list[str]:
         "scores": ", ".join(f"{name} {_number(score)}" for name, score in scores.items()),
         "time to train": _finite(seconds) and f"{_duration(seconds)} ({seconds:,.1f} s)",
     }
-    rows |= {_name(key): _number(result.get(key), spec) for key, spec in SPECS.items()}
-    return [f"{name:<20}{text}" for name, text in rows.items() if text]
+    return rows | {_name(key): _number(result.get(key), spec) for key, spec in SPECS.items()}
 
 
 def load_run(folder: Path) -> Run:
@@ -125,7 +129,7 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes:,} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _points(records: list[dict], key: str) -> list[tuple[float, float]]:
+def points(records: list[dict], key: str) -> list[tuple[float, float]]:
     """Returns (step, value) where the value is finite, thinned so that every spike stays."""
     points = [(record["step"], record[key]) for record in records if _finite(record.get(key))]
     size = math.ceil(2 * len(points) / MAX_CURVE_POINTS) if len(points) > MAX_CURVE_POINTS else 1
@@ -143,7 +147,7 @@ def _ticks(low: float, high: float, least: float = 0.0) -> list[tuple[float, str
     return [(i * step, f"{i * step:,.6g}") for i in span]
 
 
-def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=False, events=()):
+def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=False, events=()):
     """Returns what the template draws a line chart of, None without points: its round figures,
     and `x` and `y`, which place a step and a value in it. A curve is (name, classes, points)."""
     curves = [curve for curve in curves if curve[2]]
@@ -168,14 +172,14 @@ def _chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fa
 
 
 def _charts(run: Run) -> list[dict | None]:
-    loss = ("train loss", "faint", _points(run.train, "loss"))
-    held = ("eval cross-entropy", "strong dots", _points(run.evals, "cross_entropy"))
-    every = ("all tokens", "strong", _points(run.train, "tokens_per_second"))
-    label = ("label tokens", "faint", _points(run.train, "label_tokens_per_second"))
-    rate = ("learning rate", "strong", _points(run.train, "learning_rate"))
+    loss = ("train loss", "faint", points(run.train, "loss"))
+    held = ("eval cross-entropy", "strong dots", points(run.evals, "cross_entropy"))
+    every = ("all tokens", "strong", points(run.train, "tokens_per_second"))
+    label = ("label tokens", "faint", points(run.train, "label_tokens_per_second"))
+    rate = ("learning rate", "strong", points(run.train, "learning_rate"))
     marks = {"target": run.result.get("target"), "events": run.events}
     return [
-        _chart("Loss", "cross-entropy (nats per label)", [loss, held], **marks),
-        _chart("Throughput", "tokens per second", [every, label], from_zero=True),
-        _chart("Schedule", "learning rate", [rate], from_zero=True),
+        chart("Loss", "cross-entropy (nats per label)", [loss, held], **marks),
+        chart("Throughput", "tokens per second", [every, label], from_zero=True),
+        chart("Schedule", "learning rate", [rate], from_zero=True),
     ]

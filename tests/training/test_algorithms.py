@@ -126,11 +126,11 @@ def test_family_that_cannot_keep_pieces_apart_is_refused(tokenizer):
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 16,
              "attention_types": [[["global", "local"], 1]]}  # fmt: skip
     config = Config("causal_lm", ModelConfig("gpt_neo", False, config=shape), 128, "1ep", 4)
-    recipe._build_network(config, tokenizer, "cpu", {"train": {"packing": {"method": "none"}}})
+    recipe.build_network(config, tokenizer, "cpu", {"train": {"packing": {"method": "none"}}})
     config.algorithms.seq_length_warmup = SeqLengthWarmupConfig()
     refused = r"algorithms\.seq_length_warmup: pieces of a document see each other in a GPTNeoFor"
     with pytest.raises(ConfigError, match=refused + r"CausalLM \(gpt_neo\); leave it out"):
-        recipe._build_network(config, tokenizer, "cpu", {"train": {"packing": {"method": "none"}}})
+        recipe.build_network(config, tokenizer, "cpu", {"train": {"packing": {"method": "none"}}})
 
 
 class Weights(Callback):

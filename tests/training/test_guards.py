@@ -119,7 +119,7 @@ def test_batch_without_labels_is_named(run, monkeypatch):
 
 
 def test_adapter_out_of_reach_of_the_gradient(run, monkeypatch):
-    build = recipe._build_network
+    build = recipe.build_network
 
     def cut(*args, **kwargs):
         network = build(*args, **kwargs)
@@ -127,7 +127,7 @@ def test_adapter_out_of_reach_of_the_gradient(run, monkeypatch):
         layer.register_forward_hook(lambda module, inputs, output: output.detach())
         return network
 
-    monkeypatch.setattr(recipe, "_build_network", cut)
+    monkeypatch.setattr(recipe, "build_network", cut)
     with pytest.raises(GuardError, match=r"trained tensors got no gradient in 4 steps.*_proj"):
         run("run_name=cut", "trainable=lora", "lora.r=4")
 
@@ -138,9 +138,9 @@ def test_warm_up_from_zero_is_no_fault(run):
 
 
 def test_nothing_to_train(run, monkeypatch):
-    build = recipe._build_network
+    build = recipe.build_network
     frozen = lambda *args, **kwargs: build(*args, **kwargs).requires_grad_(False)  # noqa: E731
-    monkeypatch.setattr(recipe, "_build_network", frozen)
+    monkeypatch.setattr(recipe, "build_network", frozen)
     with pytest.raises(ConfigError, match="no parameter would be trained"):
         run("run_name=none")
 

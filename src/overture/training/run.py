@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from composer import Trainer
 from composer.utils import dist, reproducibility
 
@@ -25,17 +23,15 @@ from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
 from overture.config.schema import Config, LoaderConfig
-from overture.data.cache import open_cache
 from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
-from overture.data.schema import INDEX, check_split, sha256_file
+from overture.data.schema import INDEX, sha256_file
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
 from overture.export import save_model
 from overture.models.attention import describe_attention
-from overture.models.build import load_network, position_limit
-from overture.models.lora import add_lora, base_record, continue_adapters, model_fingerprint
-from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
-from overture.models.trainable import describe_trained, freeze_others
+from overture.models.build import position_limit
+from overture.models.lora import base_record, model_fingerprint
+from overture.models.trainable import describe_trained
 from overture.report import build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training import resume
@@ -48,6 +44,12 @@ from overture.training.monitors import (
     build_callbacks,
     build_loggers,
     exchange_modules,
+)
+from overture.training.network import (
+    begin_of_targets,
+    build_network,
+    check_splits,
+    choose_device,
 )
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
@@ -79,7 +81,7 @@ def train(config: Config, command: str) -> int:
 
 def _train(config: Config, command: str, request: StopRequest) -> int:
     quiet_libraries()
-    device = _choose_device(config)
+    device = choose_device(config)
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     precision = "fp32" if cpu_autocast else config.precision
     dist.initialize_dist(device, timeout=300)
@@ -91,8 +93,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     # Model: base weights, then adapters.
     name = config.tokenizer_name or config.model.name
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
-    ledgers = _check_splits(config, tokenizer)
-    network = _build_network(config, tokenizer, device, ledgers)
+    ledgers = check_splits(config, tokenizer)
+    network = build_network(config, tokenizer, device, ledgers)
     exchange_modules(network, config, precision)
     facts = _facts(config, tokenizer, network)
     if found:
@@ -128,11 +130,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         facts["use"] = {"labels": head_config(ledgers)}
     if config.task == "seq2seq":
         batches = evaluation or loader(config.train_loader, per_rank, training=True)
-        rows = batches.dataloader.dataset
-        some = np.linspace(0, rows.num_samples - 1, 64).astype(int)  # of every stream
-        targets = [rows[number]["labels"].tolist() for number in {*some.tolist()}]
-        plain = network.get_base_model() if config.trainable == "lora" else network
-        begins = begin_as_trained(plain, targets, {*tokenizer.all_special_ids})
+        begins = begin_of_targets(config, network, batches.dataloader.dataset, tokenizer)
         facts["use"] = {"generation": begins}
     model = task.model(config, network, tokenizer, samples, cpu_autocast)
     model.to("cuda" if device == "gpu" else "cpu")
@@ -291,55 +289,6 @@ def _fit(
         trainer.eval()  # the last part of this run got to the end of training only
 
 
-def _choose_device(config: Config) -> str:
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and config.precision == "amp_fp16":
-        raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
-    if device == "cpu" and config.device_train_microbatch_size == "auto":
-        raise ConfigError("device_train_microbatch_size: auto needs a CUDA device; give a number")
-    return device
-
-
-def _build_network(
-    config: Config, tokenizer: Any, device: str, ledgers: dict[str, dict[str, Any]]
-) -> Any:
-    task = TASKS[config.task]
-    labels = head_config(ledgers) if config.task == "classify" else None
-    packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
-    network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
-    if config.task == "seq2seq":
-        refuse_unknown_family(network)
-    # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
-    # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
-    if not getattr(network, "is_quantized", False):
-        network.to("cuda" if device == "gpu" else "cpu")
-    dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
-    with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
-        longest = min(position_limit(network), config.max_seq_len)
-        task.prove(network, len(tokenizer), longest, packed)
-        if config.algorithms.seq_length_warmup and not packed:
-            try:
-                task.prove(network, len(tokenizer), longest, True)
-            except ConfigError:
-                fault = f"pieces of a document see each other in a {type(network).__name__}"
-                remedy = f"({config.model.name}); leave it out"
-                raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
-    if config.model.activation_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    freeze_others(network, config.trainable, task.head)
-    if config.model.adapter is not None:
-        section = config.lora and vars(config.lora)
-        network = continue_adapters(network, config.model.adapter, section)
-    elif config.trainable == "lora":
-        within = f"{network.base_model_prefix}."
-        lost = [name for name in network.made_anew if name.startswith(within)]
-        if lost:  # no adapter keeps it
-            fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
-            raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
-        network = add_lora(network, **vars(config.lora), head=task.head)
-    return network
-
-
 def _result(
     config: Config, log: RunLog, throughput: Throughput, target: LossTarget | None, seconds: float
 ) -> dict[str, Any]:
@@ -362,17 +311,6 @@ def _result(
         "label_tokens_per_second": label_tokens_per_second,
         "seed": config.seed,
     }
-
-
-def _check_splits(config: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """Check the splits against the tokenizer and return their ledgers, the trained one's first."""
-    ledgers, known = {}, tokenizer_sha256(tokenizer)
-    for name, stream, batch in config.splits():
-        if stream.data_remote is not None:
-            open_cache(stream.data_remote, stream.data_local, stream.split)
-        folder = Path(stream.data_local) / stream.split
-        ledgers[name] = check_split(folder, config.task, config.max_seq_len, batch, known)
-    return ledgers
 
 
 def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""The page on several runs side by side, made from the files of their run folders alone."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from overture.data.page import write_page
+from overture.errors import ConfigError
+from overture.report import Run, chart, load_run, points, summary_rows
+
+MOST = 6  # runs, for which there are colours
+OWN = {"run_name", "run_folder", "save_folder"}  # differ between any two runs
+MAX_ANSWERS = 60
+
+
+def compare_runs(folders: list[Path], page: Path) -> None:
+    """Write `page`: curves of all runs in one chart, outcomes, configs where they differ, answers.
+
+    Raises ConfigError for a folder without a result.json, one named twice or more than six.
+    """
+    if len(folders) > MOST:
+        raise ConfigError(f"{len(folders)} runs, but a page has room for {MOST}; name fewer")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("a run is named twice; name each once")
+    alone = len({folder.name for folder in folders}) == len(folders)
+    runs = {folder.name if alone else str(folder): load_run(folder) for folder in folders}
+    summaries = [summary_rows(run.result) for run in runs.values()]
+    outcomes = [[key, *(rows.get(key, "") for rows in summaries)] for key in summaries[0]]
+    answers = _answers(list(runs.values()))
+    write_page(
+        page, Path(__file__), f"{len(runs)} runs side by side", names=list(runs), outcomes=outcomes,
+        differing=list(differences([run.config for run in runs.values()])),
+        charts=list(_charts(runs)), answers=answers[:MAX_ANSWERS], asked=len(answers),
+        notes=[f"{name}: {note}" for name, run in runs.items() for note in run.notes],
+    )  # fmt: skip
+
+
+def differences(configs: list[str]) -> Iterator[list[str]]:
+    """Yield [dotted key, value in each config] where they differ; "" where one has none."""
+    flat = [dict(_flat(yaml.safe_load(text) or {})) for text in configs]
+    for key in sorted(set().union(*flat)):
+        values = ["" if key not in one else json.dumps(one[key]) for one in flat]
+        if len(set(values)) > 1 and key not in OWN:
+            yield [key, *values]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
+
+
+def _charts(runs: dict[str, Run]) -> Iterator[dict | None]:
+    def curves(kind: str, key: str, style: str = "") -> list[tuple]:
+        every = enumerate(runs.items())
+        return [(n, f"run{i} {style}", points(getattr(r, kind), key)) for i, (n, r) in every]
+
+    targets = {run.result.get("target") for run in runs.values()}
+    target = targets.pop() if len(targets) == 1 else None
+    held_out = curves("evals", "cross_entropy", "dots")
+    yield chart("Held-out loss", "cross-entropy (nats per label)", held_out, target)
+    yield chart("Training loss", "cross-entropy (nats per label)", curves("train", "loss"))
+    yield chart("Throughput", "tokens per second", curves("train", "tokens_per_second"),
+                from_zero=True)  # fmt: skip
+
+
+def _answers(runs: list[Run]) -> list[list[str]]:
+    """Return [prompt, expected, answer of each run], those first that are not all the same."""
+    found = [{str(r.get("prompt")): r for r in run.generations} for run in runs]
+    common = [prompt for prompt in found[0] if all(prompt in one for one in found)]
+    rows = [[p, str(found[0][p].get("expected")), *(str(one[p].get("after")) for one in found)]
+            for p in common]  # fmt: skip
+    return sorted(rows, key=lambda row: len(set(row[2:])) == 1)

@@ -1,0 +1,225 @@
+"""What can be known of a run before it is paid for: a finding on each part, ok, warning or stop."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from composer.core import Time
+
+from overture.check import check_data
+from overture.config.schema import Config
+from overture.data.inspect import ledger_figures, sample_lines, samples
+from overture.data.shards import Split
+from overture.errors import ConfigError, OvertureError
+from overture.models.build import load_network
+from overture.tokenizer import load_tokenizer
+from overture.training import resume
+from overture.training.rehearsal import Rehearsal, rehearse
+from overture.training.tasks import TASKS
+
+ROOT = Path(__file__).parents[3]
+PINNED = ("requirements.txt", "requirements-torch2.11.txt")
+PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "peft", "omegaconf")
+GIB = 2**30
+NUMBERS = ("  ids", "  lab")  # lines of a sample
+TINY = "a few rows do not fit; lower max_seq_len or set model.activation_checkpointing=true"
+
+
+class Finding(NamedTuple):
+    """What was found of a part."""
+
+    part: str
+    verdict: str  # ok, warning or stop
+    text: str
+    more: tuple[str, ...] = ()  # lines
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Look at a config's data, machine and model; train a few steps of it, and write nothing.
+
+    A part that raises one of our errors is a stop of that text, and what needs it is left out.
+    """
+    yield Finding("config", "ok", f"{config.task}, run_name {config.run_name}")
+    yield from _versions()
+    yield _hub(config)
+    try:
+        check_data(config)
+        yield from _data(config)
+        room = memory_there()
+        held = yield from _weights(config, room)
+        if held > room:
+            return
+        found = rehearse(config, room)
+        yield Finding("model", "ok", config.model.name, tuple(found.described))
+        yield _step(found)
+        yield _memory(config, found, room)
+        yield _time(config, found)
+        yield _disk(config)
+    except OvertureError as error:
+        yield Finding("run", "stop", str(error))
+    except torch.cuda.OutOfMemoryError as error:
+        yield Finding("memory", "stop", f"{TINY}; {str(error).splitlines()[0][:120]}")
+
+
+def _versions() -> Iterator[Finding]:
+    here = {}
+    for package in PACKAGES:
+        try:
+            here[package] = version(package).partition("+")[0]
+        except PackageNotFoundError:
+            here[package] = "missing"
+    other = {}
+    for name in filter(lambda name: (ROOT / name).is_file(), PINNED):
+        pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / name).read_text(), re.M))
+        other[name] = [f"{p} {v} (tested: {pins.get(p)})" for p, v in here.items()
+                       if pins.get(p) != v]  # fmt: skip
+    if not all(other.values()):
+        yield Finding("versions", "ok", f"torch {here['torch']} and the others as they were tested")
+    elif other:
+        least = min(other.values(), key=len)
+        yield Finding("versions", "warning", f"not as tested: {', '.join(least)}")
+
+
+def _hub(config: Config) -> Finding:
+    name = config.model.name
+    if not config.model.pretrained or Path(name).exists():
+        return Finding("hub", "ok", "not needed: the model is made here or lies here")
+    from huggingface_hub import constants, model_info
+
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", "ok", f"offline, as HF_HUB_OFFLINE says: {name} must be in the cache")
+    try:
+        model_info(name, timeout=5)
+    except Exception as error:  # of requests, urllib3 and the hub, a dozen kinds
+        reason = str(error).strip().splitlines()[0][:120]
+        return Finding("hub", "warning", f"{name}: {reason}; a copy in the cache would do")
+    return Finding("hub", "ok", f"{name} can be read")
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    name = config.tokenizer_name or config.model.name
+    for split_name, stream, _ in config.splits():
+        folder = Path(stream.data_local) / stream.split
+        if stream.data_remote is not None and not folder.is_dir():
+            text = f"{stream.data_remote}: looked at when the model is tried"
+            yield Finding(f"data, {split_name}", "ok", text)
+            continue
+        split, lines = Split(folder), []
+        figures = ledger_figures(split)
+        if split_name.startswith("train"):
+            tokenizer = load_tokenizer(name, config.model.trust_remote_code)
+            numbers = sorted({0, len(split) // 2, len(split) - 1})
+            for sample in samples(split, numbers, tokenizer):
+                first = sample._replace(documents=sample.documents[:1])
+                text = [x for x in sample_lines(first, colour=False) if x[:5] not in NUMBERS]
+                text = [line[:100] for line in text if line.strip()]
+                lines += text if len(text) < 10 else [*text[:4], "  ...", *text[-4:]]
+        learned = f"; learned: {figures['learned']}" if "trained" in figures["tokens"] else ""
+        text = f"{len(split):,} rows, {figures['tokens']} tokens{learned}"
+        yield Finding(f"data, {split_name}", "ok", text, tuple(lines))
+
+
+def _weights(config: Config, room: int) -> Iterator[Finding]:
+    """Return the bytes that a model's weights take, made of nothing; a stop if there is no room."""
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model.name)
+    wanted = replace(config.model, pretrained=False, load_in_4bit=False, load_in_8bit=False)
+    try:
+        with torch.device("meta"):
+            network = load_network(wanted, tokenizer, 0, TASKS[config.task].head)
+    except ConfigError:
+        raise
+    except Exception:  # a model that must see its numbers while it is made
+        return 0
+    count = sum(p.numel() for p in network.parameters())
+    held = sum(p.nbytes for p in network.parameters())
+    held //= 4 if config.model.load_in_4bit else 2 if config.model.load_in_8bit else 1
+    if config.trainable == "all":
+        held += held + 8 * count  # gradients, and two float32 of Adam's
+    if held > room:
+        what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
+        need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
+        fault = f"{count:,} parameters: {what} take {need}"
+        ways = ["model.dtype=bfloat16"] * (config.trainable == "lora" and wanted.dtype == "float32")
+        ways += ["trainable=lora"] * (config.trainable == "all")
+        yield Finding("memory", "stop", "; ".join([fault, *ways, "or a larger device"]))
+    return held
+
+
+def _step(found: Rehearsal) -> Finding:
+    if found.without:
+        shown = ", ".join(found.without[:3]) + ", ..." * (len(found.without) > 3)
+        return Finding("step", "stop", f"no gradient reaches {shown}; leave them out of trainable")
+    text = f"forward, backward and optimizer on the longest rows; loss {found.loss:.3f}"
+    return Finding("step", "ok", f"{text}; a gradient reaches every trained tensor")
+
+
+def _memory(config: Config, found: Rehearsal, room: int) -> Finding:
+    """Judge a microbatch's peak, and name the cheapest changes that would make it fit."""
+    predicted = max(sum(found.parts.values()), found.loading)
+    lines = [f"  {part:<22} {size / GIB:8.2f} GiB" for part, size in found.parts.items()]
+    if found.loading >= predicted:
+        lines.append(f"  {'at once, when loading':<22} {found.loading / GIB:8.2f} GiB")
+    if found.measured is not None:
+        lines.append(f"  {'measured':<22} {found.measured / GIB:8.2f} GiB")
+    text = f"{predicted / GIB:.2f} GiB predicted for {found.rows} rows, {room / GIB:.1f} are there"
+    if predicted < 0.9 * room:
+        return Finding("memory", "ok", text, tuple(lines))
+    fixed, ways = predicted - found.rows * found.per_row, []
+    fewer = int((0.9 * room - fixed) // max(found.per_row, 1))
+    sizes = range(1, min(fewer, found.rows - 1) + 1)
+    if fitting := [n for n in sizes if config.global_train_batch_size % n == 0]:
+        ways.append(f"device_train_microbatch_size={fitting[-1]}, at no other cost")
+    if not config.model.activation_checkpointing:
+        ways.append("model.activation_checkpointing=true, a third more time")
+    if config.trainable == "lora" and config.model.dtype == "float32":
+        saved = found.parts["weights"] / 2 / GIB
+        ways.append(f"model.dtype=bfloat16, {saved:.1f} GiB less")
+    if config.trainable == "all":
+        saved = (found.parts["gradients"] + found.parts["optimizer"]) / GIB
+        ways.append(f"trainable=lora, about {saved:.1f} GiB less")
+    verdict = "warning" if predicted <= room else "stop"
+    return Finding("memory", verdict, "; or ".join([text, *ways]), tuple(lines))
+
+
+def _time(config: Config, found: Rehearsal) -> Finding:
+    """Foretell steps, tokens and hours, without evaluations, of one device."""
+    batch = config.global_train_batch_size
+    steps = found.samples // batch if config.train_loader.drop_last else -(-found.samples // batch)
+    asked = Time.from_timestring(config.max_duration)
+    per = {"ep": steps, "ba": 1, "sp": 1 / batch, "tok": 1 / (batch * found.tokens)}
+    unit = asked.unit.value
+    if unit not in per:
+        return Finding("time", "ok", f"until {config.max_duration}")
+    count = max(round(asked.value * per[unit]), 1)
+    seconds = count * batch / found.rows * found.seconds
+    tokens = count * batch * found.tokens
+    hours = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+    rate = found.rows * found.tokens / found.seconds
+    text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on one device"
+    return Finding("time", "ok", f"{text}, evaluations apart")
+
+
+def _disk(config: Config) -> Finding:
+    folder = resume.local_folder(config).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    return Finding("disk", "ok", f"{shutil.disk_usage(there).free / GIB:.1f} GiB free at {there}")
+
+
+def memory_there() -> int:
+    """Return the bytes that are free: of the first GPU, else of this machine or its container."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo").read_text()
+    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])
+    for place in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        limits = [place / "memory.limit_in_bytes", place / "memory.max"]
+        used = [place / "memory.usage_in_bytes", place / "memory.current"]
+        for limit, use in zip(limits, used, strict=True):
+            if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+                free = min(free, int(most) - int(use.read_text()))
+    return free

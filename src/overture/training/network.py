@@ -1,0 +1,89 @@
+"""From a config to the network that is trained: device, splits, weights, adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from overture.config.schema import Config
+from overture.data.cache import open_cache
+from overture.data.labels import head_config
+from overture.data.schema import check_split
+from overture.errors import ConfigError
+from overture.models.build import load_network, position_limit
+from overture.models.lora import add_lora, continue_adapters
+from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
+from overture.models.trainable import freeze_others
+from overture.tokenizer import tokenizer_sha256
+from overture.training.tasks import TASKS
+
+
+def choose_device(config: Config) -> str:
+    """Return gpu or cpu; ConfigError if the config asks a CPU for what it cannot do."""
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and config.precision == "amp_fp16":
+        raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
+    if device == "cpu" and config.device_train_microbatch_size == "auto":
+        raise ConfigError("device_train_microbatch_size: auto needs a CUDA device; give a number")
+    return device
+
+
+def check_splits(config: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Check the splits against the tokenizer and return their ledgers, the trained one's first."""
+    ledgers, known = {}, tokenizer_sha256(tokenizer)
+    for name, stream, batch in config.splits():
+        if stream.data_remote is not None:
+            open_cache(stream.data_remote, stream.data_local, stream.split)
+        folder = Path(stream.data_local) / stream.split
+        ledgers[name] = check_split(folder, config.task, config.max_seq_len, batch, known)
+    return ledgers
+
+
+def build_network(
+    config: Config, tokenizer: Any, device: str, ledgers: dict[str, dict[str, Any]]
+) -> Any:
+    """Return the network of a config on its device, proven, with its adapters or others frozen."""
+    task = TASKS[config.task]
+    labels = head_config(ledgers) if config.task == "classify" else None
+    packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
+    network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
+    if config.task == "seq2seq":
+        refuse_unknown_family(network)
+    # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
+    # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
+    if not getattr(network, "is_quantized", False):
+        network.to("cuda" if device == "gpu" else "cpu")
+    dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
+    with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
+        longest = min(position_limit(network), config.max_seq_len)
+        task.prove(network, len(tokenizer), longest, packed)
+        if config.algorithms.seq_length_warmup and not packed:
+            try:
+                task.prove(network, len(tokenizer), longest, True)
+            except ConfigError:
+                fault = f"pieces of a document see each other in a {type(network).__name__}"
+                remedy = f"({config.model.name}); leave it out"
+                raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
+    if config.model.activation_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    freeze_others(network, config.trainable, task.head)
+    if config.model.adapter is not None:
+        section = config.lora and vars(config.lora)
+        network = continue_adapters(network, config.model.adapter, section)
+    elif config.trainable == "lora":
+        within = f"{network.base_model_prefix}."
+        lost = [name for name in network.made_anew if name.startswith(within)]
+        if lost:  # no adapter keeps it
+            fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
+            raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
+        network = add_lora(network, **vars(config.lora), head=task.head)
+    return network
+
+
+def begin_of_targets(config: Config, network: Any, rows: Any, tokenizer: Any) -> dict[str, int]:
+    """Let a decoder begin as the targets of a dataset do, and return how that is."""
+    some = np.linspace(0, rows.num_samples - 1, 64).astype(int)  # of every stream
+    targets = [rows[number]["labels"].tolist() for number in {*some.tolist()}]
+    plain = network.get_base_model() if config.trainable == "lora" else network
+    return begin_as_trained(plain, targets, {*tokenizer.all_special_ids})

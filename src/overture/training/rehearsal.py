@@ -1,0 +1,170 @@
+"""Some steps of a run before the run: do gradients arrive, how long a step takes, and its memory.
+
+Memory is that above what the process held after the imports: of a GPU what torch has allocated,
+else the resident size. A few rows are tried, and more of them are taken to cost as much again each:
+what a step keeps for its backward pass grows with the rows, and nothing else does.
+"""
+
+import ctypes
+import platform
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from composer.core import Precision
+from composer.core.precision import get_precision_context
+from composer.utils import dist
+
+from overture.config.schema import Config
+from overture.data.labels import head_config
+from overture.data.loaders import build_loader
+from overture.models.attention import describe_attention
+from overture.models.trainable import describe_trained
+from overture.tokenizer import load_tokenizer
+from overture.training.cores import use_cores
+from overture.training.monitors import exchange_modules
+from overture.training.network import (
+    begin_of_targets,
+    build_network,
+    check_splits,
+    choose_device,
+)
+from overture.training.optim import build_optimizer
+from overture.training.tasks import TASKS
+
+SEARCHED = 1000  # rows, among which the longest are looked for
+TRIED = (1, 4)  # rows
+AT_ONCE = 30.0  # seconds that a whole microbatch may take to be tried too
+
+
+class Rehearsal(NamedTuple):
+    """What some steps have shown; bytes are those at the peak, above the imports."""
+
+    described: list[str]  # of the model: what is trained, and how it attends
+    rows: int  # of a microbatch
+    samples: int  # of an epoch
+    tokens: float  # real ones of a row among those that were looked at, mean
+    seconds: float  # for a microbatch, forward and backward pass and the optimizer's step
+    loss: float
+    parts: dict[str, int]  # bytes by what they are for, of a microbatch, as predicted
+    loading: int  # bytes while the model was loaded
+    per_row: int  # bytes
+    measured: int | None  # bytes of a whole microbatch, if there was time and room for it
+    without: list[str]  # trained tensors that no gradient reaches
+
+
+def rehearse(config: Config, room: int) -> Rehearsal:
+    """Take some steps as a run of this config would, on its longest rows, and write nothing.
+
+    A whole microbatch is tried if it fits in `room` bytes and is fast enough. Raises what a run
+    does before its first step.
+    """
+    meter = Meter()
+    device = choose_device(config)
+    cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
+    precision = "fp32" if cpu_autocast else config.precision
+    dist.initialize_dist(device, timeout=300)
+    name, task = config.tokenizer_name or config.model.name, TASKS[config.task]
+    tokenizer = load_tokenizer(name, config.model.trust_remote_code)
+    ledgers = check_splits(config, tokenizer)
+    network = build_network(config, tokenizer, device, ledgers)
+    exchange_modules(network, config, precision)
+    described = [*describe_trained(network), describe_attention(network, device)]
+    if device == "cpu":
+        use_cores()
+    collate = task.collator(config, tokenizer, True)
+    loader = build_loader(config, config.train_loader, collate, config.global_train_batch_size)
+    rows = loader.dataloader.dataset
+    if config.task == "seq2seq":
+        begin_of_targets(config, network, rows, tokenizer)
+    if config.task == "classify":
+        head_config(ledgers)
+    model = task.model(config, network, tokenizer, None, cpu_autocast).to(network.device)
+    if config.compile:
+        model.compile_backbone()
+    optimizer, loading = build_optimizer(model, config.optimizer), meter.peak()
+    model.train()
+
+    count = rows.num_samples
+    looked_at = [rows[number] for number in range(0, count, -(-count // SEARCHED))]
+    looked_at.sort(key=_tokens, reverse=True)
+
+    def step(size: int) -> tuple[int, int, float, float]:
+        """Return the peaks in bytes of both passes and of the optimizer, the seconds, the loss."""
+        chosen = (looked_at * (size // len(looked_at) + 1))[:size]
+        meter.reset()
+        start = time.perf_counter()
+        batch = collate(chosen)
+        batch = {k: v.to(network.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        optimizer.zero_grad()
+        with get_precision_context(Precision(precision)):
+            loss = model.loss(model(batch), batch)
+        loss.backward()
+        passes = meter.peak()
+        optimizer.step()
+        return passes, meter.peak(), time.perf_counter() - start, loss.item()
+
+    size = config.device_train_microbatch_size
+    size = config.global_train_batch_size if size == "auto" else size
+    few, more = (min(tried, size) for tried in TRIED)
+    *_, before = step(few)  # makes the optimizer's state, and gradients for what is behind zeros
+    low, *_ = step(few)
+    step(more)
+    high, updating, seconds, _ = step(more)
+    per_row = max(high - low, 0) // max(more - few, 1)
+    predicted = max(high + (size - more) * per_row, updating)
+    measured = max(high, updating) if more == size else None
+    seconds = seconds * size / more
+    if measured is None and predicted < room and seconds < AT_ONCE:
+        _, measured, seconds, _ = step(size)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    parts = {
+        "weights": sum(t.nbytes for t in [*network.parameters(), *network.buffers()]),
+        "gradients": sum(p.nbytes for p in trained.values()),
+        "optimizer": sum(
+            value.nbytes for state in optimizer.state.values()
+            for value in state.values() if torch.is_tensor(value)
+        ),
+    }  # fmt: skip
+    if config.algorithms.ema is not None:
+        parts["moving average"] = parts["gradients"]
+    parts["activations and logits"] = max(size * per_row, 0)
+    parts["workspace"] = max(predicted - sum(parts.values()), 0)
+    mean = sum(map(_tokens, looked_at)) / len(looked_at)
+    return Rehearsal(described, size, count, mean, seconds, before, parts, loading, per_row,
+                     measured, without)  # fmt: skip
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    return len(row["input_ids"]) + len(row.get("labels", ()))
+
+
+class Meter:
+    """The peak of this process's memory, in bytes, above what it was when this was made."""
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        self.start = 0 if self.on_gpu else _status("VmRSS")
+
+    def reset(self) -> None:
+        """Begin anew, with what is freed given back."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            if platform.libc_ver()[0] == "glibc":
+                ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5): VmHWM begins anew
+
+    def peak(self) -> int:
+        """Return the peak since the last reset."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return _status("VmHWM") - self.start
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))

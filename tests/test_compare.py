@@ -1,0 +1,94 @@
+"""Several runs on one page: differences, curves and answers against the files they came from."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from overture.compare import compare_runs, differences
+from overture.errors import ConfigError
+
+
+@pytest.fixture
+def folders(tmp_path):
+    made = []
+    for number, name in enumerate(("one", "other")):
+        folder = tmp_path / name
+        folder.mkdir()
+        result = {"run_name": name, "status": "target_reached", "target": 0.5, "seed": 17,
+                  "eval_cross_entropy": 0.4 + number, "time_to_train_seconds": 10.0}  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result))
+        config = {"run_name": name, "optimizer": {"lr": 0.1 + number, "name": "adamw"}}
+        config |= {"lora": {"r": 8}} if number else {"lora": None}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        records = [{"kind": "train", "step": s, "loss": 2.0 - s / 10, "tokens_per_second": 100.0}
+                   for s in range(1, 5)]  # fmt: skip
+        records += [{"kind": "eval", "step": 4, "cross_entropy": 0.4 + number}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        answers = [{"prompt": "<b>same</b>", "expected": "x", "after": "x"},
+                   {"prompt": "other", "expected": "y", "after": f"y{number}"},
+                   {"prompt": f"only {name}", "expected": "z", "after": "z"}]  # fmt: skip
+        text = "".join(json.dumps(a) + "\n" for a in answers)
+        (folder / "generations.jsonl").write_text(text)
+        made.append(folder)
+    return made
+
+
+def test_what_differs_is_shown_and_nothing_else(folders, tmp_path):
+    configs = [(folder / "config.yaml").read_text() for folder in folders]
+    assert list(differences(configs)) == [
+        ["lora", "null", ""], ["lora.r", "", "8"], ["optimizer.lr", "0.1", "1.1"],
+    ]  # fmt: skip
+    page = tmp_path / "page.html"
+    compare_runs(folders, page)
+    text = page.read_text()
+    assert "optimizer.lr" in text and "optimizer.name" not in text
+    assert "0.4000" in text and "1.4000" in text
+
+
+def test_each_chart_has_a_curve_of_each_run(folders, tmp_path):
+    page = tmp_path / "page.html"
+    compare_runs(folders, page)
+    curves = re.findall(r'<polyline points="([^"]*)" class="(run\d) ?\w*" data-name="(\w+)"',
+                        page.read_text())  # fmt: skip
+    assert [(c, n) for _, c, n in curves] == [("run0", "one"), ("run1", "other")] * 3
+    assert [len(points.split()) for points, _, _ in curves] == [1, 1, 4, 4, 4, 4]
+
+
+def test_answers_that_differ_come_first_and_text_stays_text(folders, tmp_path):
+    page = tmp_path / "page.html"
+    compare_runs(folders, page)
+    text = page.read_text()
+    assert text.index("<span>y0</span>") < text.index("<span>y1</span>") < text.index("&lt;b&gt;")
+    assert "only one" not in text and "<b>same" not in text
+    assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_refusals(folders, tmp_path, run_door):
+    with pytest.raises(ConfigError, match="named twice"):
+        compare_runs([folders[0], folders[0]], tmp_path / "p.html")
+    with pytest.raises(ConfigError, match="7 runs, but a page has room for 6"):
+        compare_runs([folders[0]] * 7, tmp_path / "p.html")
+    done = run_door("src/report_run.py", folders[0], tmp_path / "none")
+    assert (done.returncode, "no readable result.json" in done.stderr) == (2, True)
+    done = run_door("src/report_run.py", folders[0], "--out", tmp_path / "p.html")
+    assert (done.returncode, "--out is of several runs" in done.stderr) == (2, True)
+    assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_it_without_an_error(folders, tmp_path, run_door):
+    done = run_door("src/report_run.py", *folders, "--out", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    for width in (390, 1000):
+        picture = tmp_path / f"{width}.png"
+        done = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             f"--window-size={width},1200", f"--screenshot={picture}",
+             f"file://{tmp_path}/page.html"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "CONSOLE" not in done.stderr
+        assert picture.stat().st_size > 20_000  # of a white page: 5,000

@@ -1,0 +1,106 @@
+"""The doctor: what it says of a run that can begin, and of those that can not."""
+
+import json
+
+import pytest
+
+from overture.config.load import load_config
+from overture.training.doctor import GIB, _memory, _step, _time, examine
+from overture.training.rehearsal import Rehearsal, rehearse
+
+PARTS = {"weights": 2 * GIB, "gradients": GIB, "optimizer": 2 * GIB,
+         "activations and logits": 16 * GIB, "workspace": GIB}  # fmt: skip
+FOUND = Rehearsal(
+    described=[], rows=16, samples=1000, tokens=50.0, seconds=4.0, loss=1.0, parts=PARTS,
+    loading=GIB, per_row=GIB, measured=None, without=[],
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(tiny_yaml, tmp_path, monkeypatch):
+    def load(*overrides):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(tiny_yaml)
+        return load_config([str(path), *overrides], ("instruct", "causal_lm"))
+
+    monkeypatch.chdir(tmp_path)
+    return load
+
+
+def test_a_run_that_can_begin_is_told_so(run_door, smoke, tmp_path):
+    done = run_door("src/check_setup.py", "yamls/smoke/finetune.yaml", f"run_folder={tmp_path}/r")
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "this run can begin"
+    table = {line[8:21].strip(): line[:8].strip() for line in lines[-11:-1]}
+    assert table == dict.fromkeys(
+        ("config", "versions", "hub", "data, train", "data, test", "model", "step", "memory",
+         "time", "disk"), "ok",
+    ) | {"versions": table["versions"]}  # fmt: skip
+    assert "16 steps" in done.stdout and "[[" in done.stdout
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_model_too_large_is_stopped_before_it_is_made(run_door, smoke):
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+             "num_attention_heads": 64, "num_key_value_heads": 8}  # fmt: skip
+    done = run_door("src/check_setup.py", "yamls/smoke/pretrain.yaml",
+                    f"model.config={json.dumps(shape)}")  # fmt: skip
+    assert done.returncode == 2, done.stderr + done.stdout
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith("STOP")]
+    # 80 layers of attention (q and o whole, k and v an eighth), three products, and two norms;
+    # 16 bytes each. The vocabulary has 1,024 pieces at most.
+    layers = 80 * (8192 * 8192 * 2.25 + 3 * 8192 * 28672 + 2 * 8192)
+    assert float(line.split("take ")[1].split(" ")[0]) == pytest.approx(
+        layers * 16 / GIB, rel=0.001
+    )
+    assert done.stdout.splitlines()[-1] == "1 of these must be mended first"
+
+
+def test_what_is_wrong_with_the_data_is_a_stop(config, tmp_path):
+    findings = list(examine(config(f"data_local={tmp_path}/none")))
+    assert [f.verdict for f in findings][-1] == "stop"
+    assert f"{tmp_path}/none" in findings[-1].text
+
+
+def test_memory_that_is_there_is_fine_and_remedies_are_named_where_it_is_not(config):
+    plain = config("global_train_batch_size=16", "device_train_microbatch_size=16")
+    assert _memory(plain, FOUND, 30 * GIB).verdict == "ok"
+    assert _memory(plain, FOUND, 23 * GIB).verdict == "warning"
+    found = _memory(plain, FOUND, 12 * GIB)
+    assert (found.verdict, found.text[:22]) == ("stop", "22.00 GiB predicted fo")
+    # Of 12 GiB nine tenths are taken; 6 are not of rows; 4 rows fit, and divide 16.
+    assert "device_train_microbatch_size=4, at no other cost" in found.text
+    assert "trainable=lora, about 3.0 GiB less" in found.text
+    assert "device_train_microbatch_size" not in _memory(plain, FOUND, 6 * GIB).text
+    lora = config("trainable=lora", "model.dtype=float32")
+    assert "model.dtype=bfloat16, 1.0 GiB less" in _memory(lora, FOUND, 12 * GIB).text
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [("100ba", 100), ("2ep", 124), ("1600sp", 100), ("80000tok", 100)]
+)
+def test_time_is_that_of_all_steps(config, asked, steps):
+    options = ("global_train_batch_size=16", f"max_duration={asked}")
+    text = _time(config(*options), FOUND).text
+    assert text.startswith(f"{steps} steps, {steps * 16 * 50:,} tokens, 200 a second")
+    assert f"{steps * 4 / 60:.1f} minutes" in text
+
+
+def test_a_tensor_without_a_gradient_is_named():
+    found = _step(FOUND._replace(without=["a.weight", "b.weight"]))
+    assert found.verdict == "stop"
+    assert "no gradient reaches a.weight, b.weight;" in found.text
+
+
+def test_more_rows_are_foretold_from_few(config):
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    options = ("global_train_batch_size=48", "device_train_microbatch_size=48",
+               f"model.config={json.dumps(shape)}")  # fmt: skip
+    found = rehearse(config(*options), 1 << 40)
+    assert found.rows == 48
+    # Adam keeps two numbers of each, and how many steps it made.
+    assert found.parts["optimizer"] == pytest.approx(2 * found.parts["gradients"], rel=1e-3)
+    assert sum(found.parts.values()) == pytest.approx(found.measured, rel=0.25)
+    assert found.without == []
