@@ -73,6 +73,9 @@ def test_memory_that_is_there_is_fine_and_remedies_are_named_where_it_is_not(con
     assert "device_train_microbatch_size=4, at no other cost" in found.text
     assert "trainable=lora, about 3.0 GiB less" in found.text
     assert "device_train_microbatch_size" not in _memory(plain, FOUND, 6 * GIB).text
+    auto = config("global_train_batch_size=16", "device_train_microbatch_size=auto")
+    assert _memory(auto, FOUND, 12 * GIB).verdict == "ok"
+    assert "auto will take 4 or so" in _memory(auto, FOUND, 12 * GIB).text
     lora = config("trainable=lora", "model.dtype=float32")
     assert "model.dtype=bfloat16, 1.0 GiB less" in _memory(lora, FOUND, 12 * GIB).text
 

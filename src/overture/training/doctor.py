@@ -171,6 +171,9 @@ def _memory(config: Config, found: Rehearsal, room: int) -> Finding:
         return Finding("memory", "ok", text, tuple(lines))
     fixed, ways = predicted - found.rows * found.per_row, []
     fewer = int((0.9 * room - fixed) // max(found.per_row, 1))
+    if config.device_train_microbatch_size == "auto" and fewer > 0:
+        text += f"; auto will take {fewer} or so at once"
+        return Finding("memory", "ok", text, tuple(lines))
     sizes = range(1, min(fewer, found.rows - 1) + 1)
     if fitting := [n for n in sizes if config.global_train_batch_size % n == 0]:
         ways.append(f"device_train_microbatch_size={fitting[-1]}, at no other cost")
