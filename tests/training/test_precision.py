@@ -1,17 +1,22 @@
 """What a type of weights costs in quality, and that memory savers change nothing else."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
 
 from overture.config.load import load_config
 from overture.config.schema import ModelConfig
+from overture.data.shards import Split
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
+from overture.training.network import build_network, check_splits
 from overture.training.run import train
+from overture.training.tasks import TASKS
 
 YAML = Path(__file__).parents[2] / "yamls" / "smoke" / "finetune.yaml"
 STEPS = 200
@@ -53,3 +58,25 @@ def test_activation_checkpointing_changes_nothing(losses):
     shorter = ("max_duration=10ba", "eval_interval=10ba", "save_interval=10ba")
     plain = losses("plain", *shorter)
     assert losses("saved", *shorter, "model.activation_checkpointing=true") == plain
+
+
+@pytest.mark.parametrize(("yaml", "door"), [("finetune", "instruct"), ("pretrain", "causal_lm")])
+def test_activation_checkpointing_lets_go_of_activations(smoke, yaml, door):
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+    peaks = []
+    for switch in ("false", "true"):
+        options = [f"model.config={json.dumps(shape)}", f"model.activation_checkpointing={switch}"]
+        config = load_config([f"yamls/smoke/{yaml}.yaml", "model.dtype=float32", *options], (door,))
+        tokenizer = load_tokenizer(config.tokenizer_name)
+        ledgers = check_splits(config, tokenizer)
+        network = build_network(config, tokenizer, "cpu", ledgers)
+        model = TASKS[door].model(config, network, tokenizer, None, False).train()
+        split = Split(smoke / ("instruct" if door == "instruct" else "text") / "train")
+        batch = TASKS[door].collator(config, tokenizer, True)([split.row(n) for n in range(8)])
+        model.loss(model(batch), batch).backward()  # gradients are there from now on
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            model.loss(model(batch), batch).backward()
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        peaks.append(max(accumulate(event.nbytes() for event in events)))
+    assert peaks[1] < 0.5 * peaks[0]

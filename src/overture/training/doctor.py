@@ -164,9 +164,8 @@ def _memory(config: Config, found: Rehearsal, room: int) -> Finding:
     lines = [f"  {part:<22} {size / GIB:8.2f} GiB" for part, size in found.parts.items()]
     if found.loading >= predicted:
         lines.append(f"  {'at once, when loading':<22} {found.loading / GIB:8.2f} GiB")
-    if found.measured is not None:
-        lines.append(f"  {'measured':<22} {found.measured / GIB:8.2f} GiB")
-    text = f"{predicted / GIB:.2f} GiB predicted for {found.rows} rows, {room / GIB:.1f} are there"
+    how = "a whole microbatch took" if found.whole else "foretold from fewer:"
+    text = f"{found.rows} rows: {how} {predicted / GIB:.2f} GiB, {room / GIB:.1f} are there"
     if predicted < 0.9 * room:
         return Finding("memory", "ok", text, tuple(lines))
     fixed, ways = predicted - found.rows * found.per_row, []

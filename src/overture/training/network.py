@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from overture.config.schema import Config
 from overture.data.cache import open_cache
@@ -67,6 +68,9 @@ def build_network(
                 raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in network.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _checkpoint
     freeze_others(network, config.trainable, task.head)
     if config.model.adapter is not None:
         section = config.lora and vars(config.lora)
@@ -79,6 +83,13 @@ def build_network(
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
         network = add_lora(network, **vars(config.lora), head=task.head)
     return network
+
+
+def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    # Stopping a layer's second forward pass early is an exception, in which torch (2.7, 2.11) loses
+    # an operator of ours that is just saving its tensors: no layer's activations were let go.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 def begin_of_targets(config: Config, network: Any, rows: Any, tokenizer: Any) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 Memory is that above what the process held after the imports: of a GPU what torch has allocated,
 else the resident size. A few rows are tried, and more of them are taken to cost as much again each:
-what a step keeps for its backward pass grows with the rows, and nothing else does.
+what a step keeps for its backward pass grows with the rows, and nothing else does. Where there is
+time and room for it, a whole microbatch follows, twice before the optimizer and once behind it: the
+allocator of a CPU finds less room for the second, as gradients lie among what the first gave back.
 """
 
 import ctypes
@@ -17,7 +19,6 @@ from composer.core.precision import get_precision_context
 from composer.utils import dist
 
 from overture.config.schema import Config
-from overture.data.labels import head_config
 from overture.data.loaders import build_loader
 from overture.models.attention import describe_attention
 from overture.models.trainable import describe_trained
@@ -35,7 +36,7 @@ from overture.training.tasks import TASKS
 
 SEARCHED = 1000  # rows, among which the longest are looked for
 TRIED = (1, 4)  # rows
-AT_ONCE = 30.0  # seconds that a whole microbatch may take to be tried too
+AT_ONCE = 15.0  # seconds that a whole microbatch may take to be tried too
 
 
 class Rehearsal(NamedTuple):
@@ -47,10 +48,11 @@ class Rehearsal(NamedTuple):
     tokens: float  # real ones of a row among those that were looked at, mean
     seconds: float  # for a microbatch, forward and backward pass and the optimizer's step
     loss: float
-    parts: dict[str, int]  # bytes by what they are for, of a microbatch, as predicted
+    parts: dict[str, int]  # bytes by what they are for, of a microbatch; together the forecast
     loading: int  # bytes while the model was loaded
     per_row: int  # bytes
-    measured: int | None  # bytes of a whole microbatch, if there was time and room for it
+    foretold: int  # bytes, from the few rows alone
+    whole: bool  # whether a whole microbatch was tried, whose memory is the forecast then
     without: list[str]  # trained tensors that no gradient reaches
 
 
@@ -78,8 +80,6 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     rows = loader.dataloader.dataset
     if config.task == "seq2seq":
         begin_of_targets(config, network, rows, tokenizer)
-    if config.task == "classify":
-        head_config(ledgers)
     model = task.model(config, network, tokenizer, None, cpu_autocast).to(network.device)
     if config.compile:
         model.compile_backbone()
@@ -90,20 +90,24 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     looked_at = [rows[number] for number in range(0, count, -(-count // SEARCHED))]
     looked_at.sort(key=_tokens, reverse=True)
 
-    def step(size: int) -> tuple[int, int, float, float]:
-        """Return the peaks in bytes of both passes and of the optimizer, the seconds, the loss."""
-        chosen = (looked_at * (size // len(looked_at) + 1))[:size]
-        meter.reset()
-        start = time.perf_counter()
-        batch = collate(chosen)
+    def passes(size: int) -> float:
+        """Go forward and back on so many rows, and return the loss."""
+        batch = collate((looked_at * (size // len(looked_at) + 1))[:size])
         batch = {k: v.to(network.device) if hasattr(v, "to") else v for k, v in batch.items()}
-        optimizer.zero_grad()
         with get_precision_context(Precision(precision)):
             loss = model.loss(model(batch), batch)
         loss.backward()
-        passes = meter.peak()
+        return loss.item()
+
+    def step(size: int) -> tuple[int, int, float, float]:
+        """Return the peaks in bytes of both passes and of the optimizer, the seconds, the loss."""
+        meter.reset()
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = passes(size)
+        in_passes = meter.peak()
         optimizer.step()
-        return passes, meter.peak(), time.perf_counter() - start, loss.item()
+        return in_passes, meter.peak(), time.perf_counter() - start, loss
 
     size = config.device_train_microbatch_size
     size = config.global_train_batch_size if size == "auto" else size
@@ -113,11 +117,20 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     step(more)
     high, updating, seconds, _ = step(more)
     per_row = max(high - low, 0) // max(more - few, 1)
-    predicted = max(high + (size - more) * per_row, updating)
-    measured = max(high, updating) if more == size else None
+    foretold = forecast = max(high + (size - more) * per_row, updating)
     seconds = seconds * size / more
-    if measured is None and predicted < room and seconds < AT_ONCE:
-        _, measured, seconds, _ = step(size)
+    whole = foretold < 0.8 * room and seconds < AT_ONCE
+    if whole:
+        meter.reset()
+        optimizer.zero_grad()
+        passes(size)
+        start = time.perf_counter()
+        passes(size)
+        optimizer.step()
+        seconds = time.perf_counter() - start
+        optimizer.zero_grad()
+        passes(size)
+        forecast = meter.peak()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
     parts = {
@@ -130,11 +143,12 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     }  # fmt: skip
     if config.algorithms.ema is not None:
         parts["moving average"] = parts["gradients"]
-    parts["activations and logits"] = max(size * per_row, 0)
-    parts["workspace"] = max(predicted - sum(parts.values()), 0)
+    rest = max(forecast - sum(parts.values()), 0)
+    parts["activations and logits"] = min(size * per_row, rest)
+    parts["workspace"] = rest - parts["activations and logits"]
     mean = sum(map(_tokens, looked_at)) / len(looked_at)
     return Rehearsal(described, size, count, mean, seconds, before, parts, loading, per_row,
-                     measured, without)  # fmt: skip
+                     foretold, whole, without)  # fmt: skip
 
 
 def _tokens(row: dict[str, Any]) -> int:
