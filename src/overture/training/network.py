@@ -86,7 +86,7 @@ def build_network(
 
 
 def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-    # Stopping a layer's second forward pass early is an exception, in which torch (2.7, 2.11) loses
+    # Stopping a layer's second forward pass early is an exception, in which torch 2.7 loses
     # an operator of ours that is just saving its tensors: no layer's activations were let go.
     with set_checkpoint_early_stop(False):
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
