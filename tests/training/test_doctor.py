@@ -1,6 +1,7 @@
 """The doctor: what it says of a run that can begin, and of those that can not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,12 @@ def test_what_is_wrong_with_the_data_is_a_stop(config, tmp_path):
     findings = list(examine(config(f"data_local={tmp_path}/none")))
     assert [f.verdict for f in findings][-1] == "stop"
     assert f"{tmp_path}/none" in findings[-1].text
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_a_stop(config, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    *_, last = examine(config())
+    assert (last.verdict, "checkpoints take" in last.text) == ("stop", True)
 
 
 def test_memory_that_is_there_is_fine_and_remedies_are_named_where_it_is_not(config):

@@ -209,7 +209,8 @@ def _time(config: Config, found: Rehearsal) -> Finding:
 def _disk(config: Config) -> Finding:
     folder = resume.local_folder(config).absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    return Finding("disk", "ok", f"{shutil.disk_usage(there).free / GIB:.1f} GiB free at {there}")
+    free = shutil.disk_usage(there).free / GIB
+    return Finding("disk", "ok", f"{free:.1f} GiB free at {there}, enough for the checkpoints kept")
 
 
 def memory_there() -> int:

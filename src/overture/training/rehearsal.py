@@ -23,6 +23,7 @@ from overture.data.loaders import build_loader
 from overture.models.attention import describe_attention
 from overture.models.trainable import describe_trained
 from overture.tokenizer import load_tokenizer
+from overture.training import resume
 from overture.training.cores import use_cores
 from overture.training.monitors import exchange_modules
 from overture.training.network import (
@@ -71,6 +72,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
+    resume.check_room(config, network)
     exchange_modules(network, config, precision)
     described = [*describe_trained(network), describe_attention(network, device)]
     if device == "cpu":
