@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from overture.config.load import load_config
-from overture.training.doctor import GIB, _memory, _step, _time, examine
+from overture.training.doctor import GIB, _memory, _step, _time, _weights, examine
 from overture.training.rehearsal import Rehearsal, rehearse
 
 PARTS = {"weights": 2 * GIB, "gradients": GIB, "optimizer": 2 * GIB,
@@ -56,6 +56,18 @@ def test_a_model_too_large_is_stopped_before_it_is_made(run_door, smoke):
         layers * 16 / GIB, rel=0.001
     )
     assert done.stdout.splitlines()[-1] == "1 of these must be mended first"
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 0.5), (8, 1)])
+def test_quantised_weights_take_half_a_byte_or_one(config, bits, size):
+    shape = {"hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 10,
+             "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+    options = (f"model.config={json.dumps(shape)}", "model.dtype=bfloat16", "trainable=lora")
+    asked = config(*options)
+    setattr(asked.model, f"load_in_{bits}bit", True)
+    *_, found = _weights(asked, 0)
+    said = float(found.text.split("take ")[1].split(" ")[0])
+    assert said == pytest.approx(10 * 7 * 4096**2 * size / GIB, abs=0.06)  # tables: 0.02 GiB
 
 
 def test_what_is_wrong_with_the_data_is_a_stop(config, tmp_path):

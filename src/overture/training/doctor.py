@@ -15,7 +15,7 @@ from overture.check import check_data
 from overture.config.schema import Config
 from overture.data.inspect import ledger_figures, sample_lines, samples
 from overture.data.shards import Split
-from overture.errors import ConfigError, OvertureError
+from overture.errors import OvertureError
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
@@ -126,18 +126,21 @@ def _data(config: Config) -> Iterator[Finding]:
 
 def _weights(config: Config, room: int) -> Iterator[Finding]:
     """Return the bytes that a model's weights take, made of nothing; a stop if there is no room."""
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model.name)
+    name, trust = config.tokenizer_name or config.model.name, config.model.trust_remote_code
+    tokenizer = load_tokenizer(name, trust)
     wanted = replace(config.model, pretrained=False, load_in_4bit=False, load_in_8bit=False)
     try:
         with torch.device("meta"):
             network = load_network(wanted, tokenizer, 0, TASKS[config.task].head)
-    except ConfigError:
-        raise
-    except Exception:  # a model that must see its numbers while it is made
+    except RuntimeError:  # a model that must see its numbers while it is made
         return 0
     count = sum(p.numel() for p in network.parameters())
     held = sum(p.nbytes for p in network.parameters())
-    held //= 4 if config.model.load_in_4bit else 2 if config.model.load_in_8bit else 1
+    if config.model.load_in_4bit or config.model.load_in_8bit:  # its tables are left as they are
+        ends = (network.get_input_embeddings(), network.get_output_embeddings())
+        tables = {p for end in filter(None, ends) for p in end.parameters()}
+        held = sum(p.nbytes for p in tables)
+        held += (count - sum(p.numel() for p in tables)) // (2 if config.model.load_in_4bit else 1)
     if config.trainable == "all":
         held += held + 8 * count  # gradients, and two float32 of Adam's
     if held > room:
