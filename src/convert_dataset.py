@@ -50,7 +50,11 @@ def main() -> None:
     add("--dedupe", action="store_true", help="drop rows that repeat an earlier one")
     add("--max_seq_len", type=int, help="tokens; default: 2048")
     too_long = "rows of more than max_seq_len tokens; default: split for text, else truncate_prompt"
-    add("--overflow", choices=["truncate_prompt", "drop", "split", "error"], help=too_long)
+    add(
+        "--overflow",
+        choices=["truncate_prompt", "truncate", "drop", "split", "error"],
+        help=too_long,
+    )
     add("--packing", choices=["best_fit", "none"], help="default: best_fit, where a task can")
     add("--concat_tokens", type=int, metavar="N", help="text end to end, cut into rows of N tokens")
     add("--no_wrap", dest="wrap", action="store_false", help="with it: rows begin with documents")

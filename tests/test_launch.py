@@ -206,6 +206,27 @@ def test_signal_to_two_ranks_saves_and_leaves_nobody_behind(smoke, tmp_path, who
 
 
 @pytest.mark.dist
+def test_launcher_killed_while_ranks_still_import(smoke, tmp_path):
+    process = start(2, tmp_path / "run", "max_duration=400ba")
+    deadline = time.monotonic() + 120
+    while len(ranks := children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    while any(alive(rank) for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (tmp_path / "run").exists()
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+@pytest.mark.dist
 def test_dead_rank_ends_the_run(smoke, tmp_path):
     process = start(2, tmp_path / "run", "max_duration=4000ba", "eval_interval=4000ba")
     wait_for(tmp_path / "run", 3, process)

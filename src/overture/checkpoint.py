@@ -7,17 +7,22 @@ must be the same for a run to go on. It is written aside, brought to the disk, a
 """
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import overture
 from overture.data.schema import seal, sha256_file, unseal, write_aside
-from overture.errors import ConfigError, DataError
+from overture.errors import ConfigError, DataError, GuardError, OvertureError
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"
+OLD = ".old-"  # begins the name of one that another of the same step is about to replace
+REST = re.compile(r"\.(old-)?ba\d+(\.\d+)?")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.lzma", ".tar.xz")
 
 
 def write_checkpoint(
@@ -33,8 +38,9 @@ def write_checkpoint(
     """
     place = parent / f"ba{batch}"
     aside = parent / f".{place.name}.{os.getpid()}"
-    for rest in parent.glob(".ba*"):  # of a run that was killed while it wrote
-        shutil.rmtree(rest)
+    for rest in parent.glob(".*ba*"):  # of a run that was killed while it wrote
+        if REST.fullmatch(rest.name):
+            shutil.rmtree(rest)
     aside.mkdir(parents=True)
     try:
         write(aside)
@@ -48,9 +54,10 @@ def write_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if place.exists():  # of the same step, by an earlier part of the run
-        shutil.rmtree(place)
+        place.rename(parent / f"{OLD}{place.name}")
     aside.rename(place)
     _to_disk(parent)
+    shutil.rmtree(parent / f"{OLD}{place.name}", ignore_errors=True)
     return place
 
 
@@ -64,7 +71,16 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: they are not, or there is no manifest of this kit.
+        GuardError: they cannot be read just now, which says nothing of them.
     """
+    try:
+        return _verified(folder)
+    except OSError as error:
+        fault = f"{folder}: cannot be read ({error}); it may well be whole"
+        raise GuardError(f"{fault}: see to the disk, then run the same command again") from None
+
+
+def _verified(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = unseal(path)
@@ -72,7 +88,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         int(manifest["batch"])
     except FileNotFoundError:
         raise DataError(f"{folder}: no {MANIFEST}, so it is no checkpoint of this kit") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: unreadable ({error})") from None
     if STATE not in recorded or any(Path(name).name != name for name in recorded):
         raise DataError(f"{path}: names files that no checkpoint has")
@@ -88,22 +104,38 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(parent: Path, ours: bool = True) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest whole checkpoint and its manifest.
+    """Return the newest whole checkpoint and its manifest, None if there never was one.
 
     Broken ones are named, in `set_aside` of the manifest too, and set aside if they are `ours`.
+
+    Raises:
+        DataError: there were some, and none is whole: to begin anew is the user's to say.
+        GuardError: one cannot be read.
     """
     broken = []
+    for old in parent.glob(f"{OLD}ba*") if ours else ():  # killed between two renames
+        place = old.with_name(old.name.removeprefix(OLD))
+        if not place.exists():
+            old.rename(place)
     for folder in sorted(numbered(parent), key=_batch, reverse=True):
         try:
             return folder, {**read_checkpoint(folder), "set_aside": broken}
         except DataError as error:
-            if ours:
-                aside = folder.with_name(f"broken-{folder.name}-{len([*parent.glob('broken-*')])}")
-                folder.rename(aside)
-                error = f"{error}; set aside as {aside.name}"
-            broken.append(str(error))
-            print(f"{error}; going back to an earlier checkpoint", flush=True)
+            broken.append(set_aside(folder, error) if ours else str(error))
+            print(f"{broken[-1]}; going back to an earlier checkpoint", flush=True)
+    before = [path.name for path in parent.glob("broken-*")] if ours else []
+    if broken or before:
+        last = broken[-1] if broken else f"{', '.join(sorted(before))} were set aside"
+        remedy = f"; to begin anew delete {parent}" if ours else ""
+        raise DataError(f"{parent}: no checkpoint there is whole ({last}){remedy}")
     return None
+
+
+def set_aside(folder: Path, error: DataError) -> str:
+    """Give a broken checkpoint another name, and return what to say of it."""
+    aside = folder.with_name(f"broken-{folder.name}-{len([*folder.parent.glob('broken-*')])}")
+    folder.rename(aside)
+    return f"{error}; set aside as {aside.name}"
 
 
 def numbered(parent: Path) -> list[Path]:
@@ -122,8 +154,8 @@ def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
 
     Args:
         load_path: a checkpoint, a run folder, or a folder of checkpoints; may be s3:// and the
-            like. With `unverified` also a file that this kit did not write.
-        unverified: load without a manifest.
+            like. With `unverified` also a file here that this kit did not write.
+        unverified: load without a manifest, with a warning.
         cache: folder to download to.
 
     Raises:
@@ -131,10 +163,10 @@ def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
         DataError: it is not what was written.
     """
     if "://" in load_path:
-        newest = RemoteFolder(load_path).fetch_newest(cache)
-        if newest is None:
-            raise ConfigError(f"load_path: {load_path}: no whole checkpoint is there")
-        return newest / STATE
+        for uri in (load_path, f"{load_path.rstrip('/')}/checkpoints"):
+            if newest := RemoteFolder(uri).fetch_newest(cache):
+                return newest / STATE
+        raise ConfigError(f"load_path: {load_path}: no whole checkpoint is there")
     path = Path(load_path)
     for parent in (path, path / "checkpoints"):
         if numbered(parent):
@@ -146,9 +178,14 @@ def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
         return path / STATE
     if not path.is_file():
         raise ConfigError(f"load_path: {load_path}: no checkpoint is there")
+    if path.name.endswith(ARCHIVES):
+        fault = "is an archive, whose files could go anywhere; unpack it yourself"
+        raise ConfigError(f"load_path: {load_path}: {fault}, and name the file in it")
     if path.name == STATE and (path.parent / MANIFEST).is_file():
         read_checkpoint(path.parent)
-    elif not unverified:
+    elif unverified:
+        print(f"warning: {path} is loaded unverified: a pickle, which runs its maker's code")
+    else:
         raise ConfigError(
             f"load_path: {load_path}: no manifest of this kit is beside it; a checkpoint is a "
             "pickle, which can run any code as it is loaded: set load_unverified=true if you "
@@ -161,41 +198,58 @@ class RemoteFolder:
     """Checkpoints in an object store, through Composer's clients; the manifest is stored last.
 
     Args:
-        uri: `s3://bucket/folder` or another scheme that Composer knows.
+        uri: `s3://bucket/folder` or another scheme that Composer knows; of a checkpoint alone it
+            ends in `ba<step>`.
     """
 
     def __init__(self, uri: str) -> None:
         from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
         self.uri, self.prefix = uri.rstrip("/"), parse_uri(uri)[2].strip("/")
-        self._store = maybe_create_object_store_from_uri(uri)
+        self.only, self.set_aside = None, []
+        parent, _, name = self.prefix.rpartition("/")
+        if name[:2] == "ba" and name[2:].isdigit():
+            self.prefix, self.only = parent, name
+        with self._named():
+            self._store = maybe_create_object_store_from_uri(uri)
 
     def upload(self, folder: Path) -> None:
-        """Store a checkpoint that is whole here; each store's client raises its own errors."""
+        """Store a checkpoint that is whole here; GuardError if the store does not take it."""
         for path in sorted(_files(folder), key=lambda path: path.name == MANIFEST):
-            self._store.upload_object(f"{self.prefix}/{folder.name}/{path.name}", str(path))
+            self.upload_file(path)
+
+    def upload_file(self, path: Path) -> None:
+        """Store a file of a checkpoint; GuardError if the store does not take it."""
+        with self._named(GuardError, "cannot be written"):
+            name = f"{self.prefix}/{path.parent.name}/{path.name}"
+            self._store.upload_object(name, str(path))
 
     def fetch_newest(self, into: Path) -> Path | None:
         """Return the newest checkpoint that is whole, as a folder in `into`, or None.
+
+        One that lies there broken is set aside, and fetched again.
 
         Raises:
             ConfigError: the store cannot be read.
         """
         found = {}
-        try:
+        with self._named():
             names = self._store.list_objects(f"{self.prefix}/")
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{self.uri}: cannot be read ({reason})") from None
         for name in names:
             folder, _, file = name.removeprefix(f"{self.prefix}/").partition("/")
-            if file == MANIFEST and folder[2:].isdigit():
+            if file == MANIFEST and folder[2:].isdigit() and self.only in (None, folder):
                 found[int(folder[2:])] = folder
         for batch in sorted(found, reverse=True):
             place = into / found[batch]
+            if place.is_dir():
+                try:
+                    read_checkpoint(place)
+                    return place
+                except DataError as error:
+                    self.set_aside.append(set_aside(place, error))
+                    print(f"{self.set_aside[-1]}; fetched again from {self.uri}", flush=True)
             try:
-                if not (place / MANIFEST).is_file():
-                    self._fetch(found[batch], place)
+                self._fetch(found[batch], place)
                 read_checkpoint(place)
                 return place
             except DataError as error:
@@ -208,13 +262,25 @@ class RemoteFolder:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for file in (MANIFEST, STATE):
-            try:
-                self._store.download_object(f"{self.prefix}/{name}/{file}", str(aside / file))
-            except FileNotFoundError:
-                shutil.rmtree(aside)
-                raise DataError(f"{self.uri}/{name}/{file}: is missing") from None
-        shutil.rmtree(place, ignore_errors=True)
+            with self._named():
+                try:
+                    self._store.download_object(f"{self.prefix}/{name}/{file}", str(aside / file))
+                except FileNotFoundError:
+                    shutil.rmtree(aside)
+                    raise DataError(f"{self.uri}/{name}/{file}: is missing") from None
         aside.rename(place)
+
+    @contextmanager
+    def _named(
+        self, kind: type[OvertureError] = ConfigError, what: str = "cannot be read"
+    ) -> Iterator[None]:
+        """Raise an error of ours for those of the store's client, of which each has its own."""
+        try:
+            yield
+        except OvertureError:
+            raise
+        except Exception as error:
+            raise kind(f"{self.uri}: {what} ({' '.join(str(error).split())[:200]})") from None
 
 
 def _files(folder: Path) -> list[Path]:

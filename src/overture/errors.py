@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from overture.config.secrets import learn, redact
+from overture.launcher import follow_launcher
 
 EXIT_DONE = 0
 EXIT_TARGET_MISSED = 3
@@ -46,10 +47,11 @@ class GuardError(OvertureError):
     exit_code = EXIT_GUARD
 
 
-class Preempted(OvertureError):
+class Preempted(BaseException):
     """The run was asked to stop; `batch` is the step that was saved, None if there was none.
 
-    Of other work `saved` says what is kept of it.
+    Of other work `saved` says what is kept of it. A signal may raise it in any line, also where
+    libraries, or we, take whatever Exception there is for a fault: hence it is none.
     """
 
     exit_code = EXIT_PREEMPTED
@@ -74,15 +76,20 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     From here on nothing that this process prints, or a library logs, shows a secret.
     """
     given = [*os.environ.items(), *(("", argument) for argument in sys.argv)]
-    for named in [*given, *(argument.partition("=")[::2] for argument in sys.argv)]:
+    given += [argument.partition("=")[::2] for argument in sys.argv]
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)  # --name value; pieces are no secrets
+    given += [p for p in pairs if p[0].startswith("--") and not p[0].endswith("tokens")]
+    for named in given:
         learn(*named)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII only is no error
             stream.reconfigure(errors="backslashreplace")
             stream.write = partial(lambda write, text: write(redact(text)), stream.write)
+    if "LOCAL_RANK" in os.environ:
+        follow_launcher()
     try:
         return function() or EXIT_DONE
-    except OvertureError as error:
+    except (OvertureError, Preempted) as error:
         # Mostly every rank meets the same error. Rank zero goes first: the launcher then ends the
         # others and returns its code. If rank zero was fine, this rank speaks for itself.
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -33,7 +33,7 @@ def predict(
     tokens, names = Tokens(tokenizer), model.config.id2label
     encoded, long = [], 0
     for row in rows:
-        pair = [row["text_pair"]] if row.get("text_pair") else []
+        pair = [tokens.border + row["text_pair"]] if row.get("text_pair") else []
         found = dict(tokens.call(row["text"], *pair))
         if len(found["input_ids"]) > room:
             long += 1

@@ -1,5 +1,6 @@
 """The proof on a user's own config, in miniature, that a kill changes nothing."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from overture.checkpoint import STATE
 from overture.config.schema import DOORS, Config
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
@@ -16,7 +19,9 @@ from overture.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "save_interval=2ba", "eval_first=false", "eval_loader=null", "generation=null",
-    "callbacks.loss_target=null", "save_folder=null", "progress_bar=false",
+    "callbacks.loss_target=null", "callbacks.early_stop=null", "callbacks.mlperf_log=null",
+    "metrics=null", "loggers={tensorboard: null, wandb: null, mlflow: null}", "autoresume=true",
+    "save_folder=null", "save_num_checkpoints_to_keep=2", "progress_bar=false",
     "console_log_interval=null", "scheduler.t_warmup=0ba",
 )  # fmt: skip
 
@@ -49,9 +54,36 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
             if losses[0].get(number) != losses[1].get(number):
                 yield f"differs at step {number}: {losses[0].get(number)}, {losses[1].get(number)}"
                 return
-        weights = [sha256_file(next((f / "hf").glob("*.safetensors"))) for f in (whole, parts)]
-        same = weights[0] == weights[1]
-        yield "identical: losses and weights" if same else f"differs in the weights at step {count}"
+        for what, load in (("weights", _exported), ("weights or optimizer", _saved)):
+            if load(whole, count) != load(parts, count):
+                yield f"differs in the {what} at step {count}"
+                return
+        yield "identical: losses, weights and optimizer"
+
+
+def _exported(folder: Path, _: int) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in (folder / "hf").glob("*.safetensors")}
+
+
+def _saved(folder: Path, step: int) -> dict[str, bytes]:
+    """Return the tensors of a checkpoint, its model's and its optimizer's, by their places."""
+    import torch
+
+    path = folder / "checkpoints" / f"ba{step}" / STATE
+    state = torch.load(path, map_location="cpu", weights_only=False)["state"]
+    found: dict[str, bytes] = {}
+
+    def gather(place: str, tree: Any) -> None:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                gather(f"{place}/{key}", value)
+        elif torch.is_tensor(tree):
+            content = tree.contiguous().flatten().view(torch.uint8).numpy()
+            found[place] = hashlib.sha256(content).digest()
+
+    for part in ("model", "optimizers"):
+        gather(part, state[part])
+    return found
 
 
 def _finish(command: list[str]) -> None:

@@ -20,6 +20,7 @@ SPACE = "▁"
 UNKNOWN = "<unk>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 HOLE = "\ufffd"  # stands, while training, for characters that are to get no piece
+SENTENCE = 1 << 20  # bytes
 LONGEST = 4096  # characters of a text that are learned from at once
 # A piece of digits says little about their number, so each stands alone.
 _DIGITS = pre_tokenizers.Digits(individual_digits=True)
@@ -90,6 +91,12 @@ def over_characters(
     return _assembled([*apart, *found], specials, byte_fallback)
 
 
+def _sentences(text: str) -> Iterator[str]:
+    """Yield a text in parts of at most SENTENCE bytes; longer ones the library drops unsaid."""
+    for part in text.split(HOLE):
+        yield from (part[i : i + SENTENCE // 4] for i in range(0, len(part), SENTENCE // 4))
+
+
 def sentence_piece(
     texts: Texts, size: int, specials: Sequence[str], model: str, byte_fallback: bool
 ) -> tuple[Tokenizer, bytes]:
@@ -103,11 +110,11 @@ def sentence_piece(
     file = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for text in texts() for part in text.split(HOLE) if part),
+            sentence_iterator=(part for text in texts() for part in _sentences(text)),
             model_writer=file, model_type=model, vocab_size=size, byte_fallback=byte_fallback,
             character_coverage=1.0, required_chars="".join(BYTES) if byte_fallback else "",
             normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, split_digits=True, max_sentence_length=1 << 20,
+            remove_extra_whitespaces=False, split_digits=True, max_sentence_length=SENTENCE,
             eos_id=0, eos_piece=end, pad_id=1, pad_piece=padding, unk_id=2, unk_piece=unknown,
             bos_id=-1, control_symbols=others, user_defined_symbols=["\n"], minloglevel=2,
         )  # fmt: skip

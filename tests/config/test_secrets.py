@@ -17,6 +17,7 @@ def forget(monkeypatch):
     [
         "HF_TOKEN", "HFTOKEN", "hub.token", "auth_tokens", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY",
         "apikey", "apiKey", "accessKeyId", "ssh-key", "client_secret", "PGPASSWORD", "passwd",
+        "SSHKEY", "privatekey", "STORAGEKEY", "mykey", "tokenvalue", "storageAccountKey",
     ],
 )  # fmt: skip
 def test_names_of_secrets(name):
@@ -55,10 +56,19 @@ def test_numbers_switches_and_files_are_none(name, value):
         ),
         ("s3://me:a/b+c@d@bucket/x", "s3://***@bucket/x"),
         ("mail me@host, see https://host/x", "mail me@host, see https://host/x"),
+        (
+            "s3://b/x?X-Amz-Signature=0a1b&part=2&access_token=abc to",
+            "s3://b/x?X-Amz-Signature=***&part=2&access_token=*** to",
+        ),
     ],
 )
 def test_credentials_in_urls(text, shown):
     assert redact(text) == shown
+
+
+def test_a_password_may_be_a_number():
+    assert is_secret("DB_PASSWORD", "1234567890")
+    assert not is_secret("password", "false")
 
 
 def test_what_was_learned_is_found_in_every_form():

@@ -79,7 +79,7 @@ def test_twenty_kills_and_a_resume_each_give_the_same_bytes(job, tmp_path):
     assert len(whole) > 20
     rng = random.Random(11)
     kills = 0
-    for trial in range(20):
+    for trial in range(100):  # as many as it takes: on a busy machine most are done in time
         again = replace(job, out_root=str(tmp_path / f"killed-{trial}"))
         while killed_after(again, rng.uniform(0, 1.2 * seconds)) == -signal.SIGKILL:
             kills += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from handmade import pair, talk
@@ -118,20 +119,44 @@ def test_classes_by_name(run, tokenizer):
     ledger, rows, _ = run(records, "classify")
     assert ledger["labels"] == ["no", "yes"]
     assert [int(row["label"]) for row in rows] == [1, 0]
-    assert rows[1]["input_ids"].tolist() == tokenizer("bad", "b")["input_ids"]
+    # This tokenizer puts nothing between two texts, so a new line stands there.
+    assert rows[1]["input_ids"].tolist() == tokenizer("bad", "\nb")["input_ids"]
     assert len(rows[1]["token_type_ids"]) == len(rows[1]["input_ids"])
     ledger, rows, _ = run(records, "classify", labels=("yes", "no"))
     assert [int(row["label"]) for row in rows] == [0, 1]
     numbers = [{"text": "a", "label": n} for n in (10, 9, 10)]
     assert run(numbers, "classify")[0]["labels"] == ["9", "10"]
-    with pytest.raises(ConfigError, match=r"--labels yes: the label 'no' \(1 rows\)"):
+    with pytest.raises(ConfigError, match=r"--labels: these .* none of yes: 'no' \(1 rows\)"):
         run(records, "classify", labels=("yes",))
     with pytest.raises(ConfigError, match="say --regression"):
         run([{"text": "a", "label": 0.5}], "classify")
     ledger, rows, _ = run([{"text": "a", "label": 0.5}], "classify", regression=True)
     assert (ledger["labels"], float(rows[0]["label"])) == (None, 0.5)
-    with pytest.raises(ConfigError, match="is no number"):
+    with pytest.raises(ConfigError, match=r"are no number: 'yes' \(1 rows\), 'no' \(1 rows\)"):
         run(records, "classify", regression=True)
+    many = [{"text": "a", "label": f"l{n % 8}"} for n in range(24)]
+    with pytest.raises(ConfigError, match=r"none of l0: 'l1' \(3 rows\),.* and 2 more"):
+        run(many, "classify", labels=("l0",))
+
+
+def test_two_texts_never_run_together(run, tmp_path):
+    """Of a pair too where the tokenizer has no border of its own."""
+    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1, "|": 2, "</s>": 3}, unk_token="b"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # which takes a new line for a space
+    folder = str(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>").save_pretrained(folder)
+    _, (row,), _ = run(
+        [{"text": "a", "text_pair": "b", "label": "x"}], "classify", tokenizer=folder
+    )
+    assert row["input_ids"].tolist() == [0, 2, 1]
+    plain.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", 3)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>").save_pretrained(folder)
+    _, (row,), _ = run(
+        [{"text": "a", "text_pair": "b", "label": "x"}], "classify", tokenizer=folder
+    )
+    assert row["input_ids"].tolist() == [0, 3, 1, 3]
 
 
 # ---- text
@@ -179,6 +204,15 @@ def test_a_long_text_in_parts_has_every_token_once(run, tokenizer, length):
     assert tokenizer.decode(ids) == "a" * length + "<|endoftext|>"
     assert all(2 <= len(row["input_ids"]) <= 4 for row in rows)
     assert word
+
+
+def test_a_long_text_cut_at_its_end_has_both_marks(run, tokenizer):
+    ledger, rows, _ = run([{"text": "a" * 9}, {"text": "a" * 3}], "text", max_seq_len=4,
+                          packing="none", overflow="truncate", bos_text="<|padding|>")  # fmt: skip
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
+        "<|padding|>aa<|endoftext|>"
+    ] * 2
+    assert ledger["rows"]["truncated"] == 2
 
 
 # ---- rules for rows

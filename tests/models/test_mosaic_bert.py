@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from overture.models.attention import NAME, choose_attention
@@ -125,6 +127,19 @@ def test_tokens_end_to_end_and_where_their_documents_begin():
     assert found.mask.__dict__["spans"] == 81
 
 
+@pytest.mark.parametrize("rows", [2, 3])  # two of 32 are no more tokens than what is filled up to
+def test_padding_before_and_between_tokens_counts_in_no_distance(rows):
+    model, ids = build().eval(), torch.randint(0, 90, (rows, 32))
+    mask = torch.ones(rows, 32, dtype=torch.long)
+    mask[1, :5] = 0
+    mask[0, 7:11] = 0
+    out = model(ids, mask).last_hidden_state
+    for row in range(rows):
+        own = mask[row].bool()
+        alone = model(ids[row, own][None]).last_hidden_state[0]
+        torch.testing.assert_close(out[row, own], alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_masks_of_hugging_face_are_understood(left):
     model = build(MosaicBertForSequenceClassification, num_labels=3)
@@ -170,12 +185,27 @@ def test_saved_and_loaded_as_any_model(tmp_path):
     labels[0, 3] = 5
     expected = F.cross_entropy(model(ids).logits[0, 3:4], torch.tensor([5]))
     torch.testing.assert_close(again(ids, labels=labels).loss, expected)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path / "small")
+    small = AutoModelForMaskedLM.from_pretrained(tmp_path / "small", attn_implementation=NAME)
+    assert torch.equal(model(ids).logits, small(ids).logits)
+    assert small.config.vocab_size == 100
     classes, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=4, output_loading_info=True
     )
     assert {name.split(".")[-2] for name in info["missing_keys"]} == {"pooler", "classifier"}
     one, other = (m.bert.layers[1].mlp.gated.weight for m in (classes, model))
     assert torch.equal(one, other)
+
+
+def test_trainer_of_transformers_takes_it(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]} for _ in range(4)]
+    trainer = Trainer(build(MosaicBertForMaskedLM), arguments, train_dataset=rows)
+    assert trainer.train().training_loss > 0
 
 
 def test_what_is_recomputed_is_the_same():

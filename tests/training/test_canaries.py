@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from glue_files import write_glue
 from runs import result
 
 ROOT = Path(__file__).parents[2]
@@ -108,9 +109,47 @@ def test_config_that_cannot_be_used(door, option, tmp_path):
     assert not (folder / "result.json").exists()
 
 
+def test_secrets_in_a_yaml(smoke, tmp_path):
+    """Of a run, and of GLUE, whose jobs read configs of their own."""
+    data, name = write_glue(tmp_path / "tsv"), f"{CANARY}8"
+    uri = f"https://me:{name}@host.invalid/x"
+    path, work = tmp_path.parent / f"{tmp_path.name}.yaml", tmp_path / "work"
+    path.write_text(f"""
+data: {data}
+tasks: [rte]
+run_folder: {work}
+data_local: {tmp_path}/converted
+retries: 0
+finetune:
+  max_seq_len: 64
+  tokenizer_name: {smoke}/tokenizer
+  model: {{name: bert, pretrained: false, config: {{hidden_size: 32, intermediate_size: 64,
+           num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}}}}
+  max_duration: 1ba
+  resume: {{allow: ["{uri}"]}}
+  global_train_batch_size: 8
+""")
+    try:
+        done = subprocess.run(
+            [sys.executable, "src/evaluate_glue.py", str(path)], cwd=ROOT, capture_output=True,
+            text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+        )  # fmt: skip
+    finally:
+        path.unlink()
+    assert done.returncode == 0, done.stderr
+    assert result(work / "rte-17")["status"] == "completed"
+    assert "https://***@host.invalid/x" in (work / "jobs" / "rte-17.yaml").read_text()
+    assert CANARY not in done.stdout + done.stderr
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or CANARY.encode() not in file.read_bytes(), file
+
+
 def test_converter(smoke, tmp_path):
     options = ("--task", "instruct", "--tokenizer", str(smoke / "tokenizer"), "--max_rows", "50")
     remote = f"s3://me:{CANARY}6@bucket/x"
+    typed = [sys.executable, "src/convert_dataset.py", "--hub_token", f"hf_{CANARY}9"]
+    done = subprocess.run(typed, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, CANARY in done.stderr) == (2, False)
     for out, dataset, code in [("out", URL, 2), (remote, "embedded", 2)]:
         done = subprocess.run(
             [sys.executable, "src/convert_dataset.py", *options, "--dataset", dataset,

@@ -1,5 +1,6 @@
 """Interrupted and resumed equals uninterrupted, bit for bit; what has changed is refused."""
 
+import fcntl
 import json
 import resource
 import shutil
@@ -13,9 +14,11 @@ from moto.server import ThreadedMotoServer
 
 from overture import export
 from overture.callbacks.early_stop import EarlyStop
-from overture.checkpoint import MANIFEST, STATE
+from overture.checkpoint import MANIFEST, STATE, newest_checkpoint
+from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
+from overture.training.resume import changed_keys, check_room
 from runs import assert_same, curve, records, result
 
 # 24 rows a batch make epochs of five steps of the smoke data; 16 steps are more than three.
@@ -175,6 +178,33 @@ def test_broken_checkpoint_is_set_aside_and_an_earlier_one_is_used(broken, damag
     assert not list((parts / "checkpoints").glob(".ba*"))
 
 
+def test_none_whole_is_no_new_beginning(broken, run):
+    options = ("max_duration=4ba", "save_interval=2ba", "eval_interval=4ba")
+
+    def spoil(folder: Path) -> None:
+        (folder / "checkpoints" / "ba2" / STATE).write_bytes(b"x")
+
+    broken("lost", *options, at=(3,), between=spoil, finish=False)
+    steps = len(records(Path("runs/lost"), "train"))
+    for _ in range(2):  # the second finds it set aside already
+        with pytest.raises(DataError, match=r"no checkpoint there is whole .*broken-ba2-0.*delete"):
+            run(*OPTIONS, *options, "run_name=lost")
+        assert len(records(Path("runs/lost"), "train")) == steps
+    # A kill between two renames, and a disk that fails, which says nothing of a checkpoint.
+    checkpoints = Path("runs/lost/checkpoints")
+    broken("whole", *options)
+    shutil.rmtree(checkpoints)
+    shutil.copytree("runs/whole/checkpoints", checkpoints)
+    (checkpoints / "ba4").rename(checkpoints / ".old-ba4")
+    assert newest_checkpoint(checkpoints)[0].name == "ba4"
+    (checkpoints / "ba4" / STATE).unlink()
+    (checkpoints / "ba4" / MANIFEST).unlink()
+    (checkpoints / "ba4" / MANIFEST).mkdir()
+    with pytest.raises(GuardError, match=r"ba4: cannot be read .*may well be whole"):
+        newest_checkpoint(checkpoints)
+    assert not list(checkpoints.glob("broken-*"))
+
+
 def test_as_many_are_kept_as_was_asked(broken):
     folder = broken("kept", "max_duration=5ba", "save_interval=1ba")
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["ba4", "ba5"]
@@ -219,7 +249,7 @@ def test_other_data_under_the_same_name_is_refused(broken, run, smoke, tmp_path)
             "resume.allow=[global_train_batch_size,device_train_microbatch_size]")  # fmt: skip
 
 
-def test_checkpoints_of_others_need_a_word(run, tmp_path):
+def test_checkpoints_of_others_need_a_word(run, tmp_path, capsys):
     _, first = run("run_name=first", "max_duration=1ba", "eval_first=false")
     foreign = tmp_path / "foreign.pt"
     shutil.copy(first / "checkpoints" / "ba1" / STATE, foreign)
@@ -228,8 +258,14 @@ def test_checkpoints_of_others_need_a_word(run, tmp_path):
         run(*options, f"load_path={foreign}")
     with pytest.raises(ConfigError, match=r"load_path: nowhere: no checkpoint is there"):
         run(*options, "load_path=nowhere")
+    archive = tmp_path / "foreign.tar.gz"
+    archive.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"foreign.tar.gz: is an archive"):
+        run(*options, f"load_path={archive}", "load_unverified=true")
+    capsys.readouterr()
     code, second = run(*options, f"load_path={foreign}", "load_unverified=true")
     assert code == 0
+    assert "is loaded unverified: a pickle" in capsys.readouterr().out
     start = result(first)["eval_cross_entropy"]
     assert result(second)["eval_cross_entropy_before"] == pytest.approx(start, abs=1e-5)
     state = first / "checkpoints" / "ba1" / STATE
@@ -296,7 +332,53 @@ def test_too_little_room_is_found_before_training(run, monkeypatch):
     assert not Path("runs/tight").exists()
 
 
-def test_object_store_holds_what_a_fresh_machine_needs(broken, monkeypatch, tmp_path):
+def test_room_is_asked_for_what_is_not_there_yet(monkeypatch, tmp_path):
+    model = torch.nn.Linear(1000, 1000, bias=False)  # a checkpoint takes 12 MB
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=13_000_000))
+    config = Config("instruct", None, 2, "1ba", 1, run_folder=str(tmp_path))
+    with pytest.raises(GuardError, match="3 checkpoints take"):
+        check_room(config, model)
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"ba{step}").mkdir(parents=True)
+    check_room(config, model)
+
+
+def test_save_folder_is_one_run_s_alone(run, tmp_path):
+    (tmp_path / "saved").mkdir()
+    with (tmp_path / "saved" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"save_folder: another process trains into .*saved"):
+            run("run_name=second", f"save_folder={tmp_path}/saved")
+    assert not Path("runs/second").exists()
+    assert run("run_name=second", f"save_folder={tmp_path}/saved")[0] == 0
+
+
+def test_what_counts_as_a_secret_is_no_change_of_config():
+    shown = "seed: 1\nrun_name: '{}'\nmodel:\n  uri: 's3://{}@x'"
+    before, now = shown.format("***", "***"), shown.format("my-llama-run", "me:pw")
+    assert changed_keys(before, now) == changed_keys(now, before) == []
+    now = now.replace("@x", "@y").replace("seed: 1", "seed: 2")
+    assert changed_keys(before, now) == ["model", "seed"]
+
+
+def test_flipped_bit_in_the_best_weights_is_found(run, monkeypatch):
+    options = ("run_name=best", "callbacks.early_stop.patience=2", "optimizer.lr=1.0",
+               "max_duration=12ba", "eval_interval=2ba")  # fmt: skip
+    restore = EarlyStop.restore
+
+    def spoil(self, state):
+        content = bytearray(self.path.read_bytes())
+        content[-3] ^= 1
+        self.path.write_bytes(content)
+        return restore(self, state)
+
+    monkeypatch.setattr(EarlyStop, "restore", spoil)
+    with pytest.raises(DataError, match=r"best.safetensors: its weights are not what was written"):
+        run(*options)
+
+
+def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch, tmp_path):
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
@@ -316,11 +398,35 @@ def test_object_store_holds_what_a_fresh_machine_needs(broken, monkeypatch, tmp_
             body = b"not what was stored"
             client.put_object(Bucket="runs", Key="there/parts/ba4/state.pt", Body=body)
 
+        def spoil(folder: Path) -> None:
+            (folder / "checkpoints" / "ba4" / STATE).write_bytes(b"x")
+
         parts = broken("parts", *options, "save_folder=s3://runs/there/{run_name}", at=(5,),
                        between=between)  # fmt: skip
         late = {key: value for key, value in curve(whole).items() if key[1] > 2}
         assert {k: v for k, v in curve(parts).items() if k[1] > 2} == late
-        loaded = ("load_path=s3://runs/there/parts", "load_weights_only=true")
-        assert result(broken("third", *options, *loaded))["status"] == "completed"
+        # Broken here and whole there: it is fetched again, and nothing is lost.
+        again = broken("again", *options, "save_folder=s3://runs/there/{run_name}", at=(5,),
+                       between=spoil)  # fmt: skip
+        assert_same(whole, again)
+        assert [r["step"] for r in records(again, "event")] == [4, 4]  # set aside, and resumed
+        assert (again / "checkpoints" / "broken-ba4-0").is_dir()
+        for place in ("parts", "again/ba6"):
+            loaded = (f"load_path=s3://runs/there/{place}", "load_weights_only=true")
+            name = place.replace("/", "-")
+            assert result(broken(f"from-{name}", *options, *loaded))["status"] == "completed"
+        with pytest.raises(ConfigError, match=r"s3://runs/there/again/ba5: no whole checkpoint"):
+            run(*OPTIONS, *options, "load_path=s3://runs/there/again/ba5", "run_name=none")
+        gone = "save_folder=s3://gone/x"
+        with pytest.raises(ConfigError, match=r"s3://gone/x: cannot be read"):
+            run(*OPTIONS, *options, gone, "run_name=nowhere")
+        client.create_bucket(Bucket="gone")
+        close = type(
+            "Close", (Callback,), {"batch_start": lambda *_: client.delete_bucket(Bucket="gone")}
+        )
+        monkeypatch.setattr(recipe, "build_callbacks", lambda config: [close()])
+        with pytest.raises(GuardError, match=r"s3://gone/x: cannot be written"):
+            run(*OPTIONS, *options, gone, "save_interval=1ba", "run_name=nowhere")
+        assert result(Path("runs/nowhere"))["status"] == "failed"
     finally:
         server.stop()

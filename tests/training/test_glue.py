@@ -17,6 +17,7 @@ from overture.config.load import load_glue
 from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.errors import ConfigError, Preempted
+from overture.training import glue as whole
 from overture.training import jobs as queue
 from overture.training.glue import evaluate, plan, summarise, table_lines
 from overture.training.glue_tasks import TASKS, convert_task, find_missing
@@ -120,6 +121,10 @@ def test_plan_follows_the_table_and_what_the_user_says(glue):
         (["finetune.optimizer.lrr=1"], r"tiny, job mnli-17: optimizer.lrr: unknown key"),
         (["finetune.max_seq_len=null"], "finetune.max_seq_len: missing"),
         (["finetune.model.name=null"], "finetune.model.name: missing"),
+        (
+            ["finetune.trainable=lora"],
+            "finetune.trainable: lora leaves .* from which mrpc-17 cannot",
+        ),
     ],
 )
 def test_nothing_runs_before_all_fits(glue, overrides, words):
@@ -200,8 +205,9 @@ def test_failures_are_tried_again_and_reported_and_take_no_other_along(work, cap
     assert "3 of 4 jobs are finished and kept" in capsys.readouterr().out
 
 
-def test_asked_to_stop_it_leaves_no_process(work):
-    timer = subprocess.Popen(["sh", "-c", f"sleep 2; kill -TERM {os.getpid()}"])
+@pytest.mark.parametrize("name", ["TERM", "USR1", "HUP"])
+def test_asked_to_stop_it_leaves_no_process(work, name):
+    timer = subprocess.Popen(["sh", "-c", f"sleep 2; kill -{name} {os.getpid()}"])
     start = time.monotonic()
     with pytest.raises(Preempted, match="what was running has saved; the same command goes on"):
         work("slow", slots=(None,))
@@ -210,6 +216,41 @@ def test_asked_to_stop_it_leaves_no_process(work):
     found = subprocess.run(["pgrep", "-f", str(work.folder)], capture_output=True, text=True)
     assert found.stdout == ""
     assert signal.getsignal(signal.SIGTERM) is not None
+
+
+# ---- what is kept
+
+
+def test_results_are_of_what_is_there_now(glue, smoke, tmp_path, capsys, monkeypatch):
+    began = []
+    monkeypatch.setattr(whole, "run_jobs", lambda jobs, *_: began.append(jobs) or {})
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
+    options = ("tasks=[rte]", f"finetune.model.name={encoder}", f"data={tmp_path}/elsewhere/there")
+    with pytest.raises(ConfigError, match="no such folder"):
+        evaluate(glue(*options))
+    data = write_glue(tmp_path / "other")
+    options = (*options[:2], f"data={data}")
+    assert evaluate(glue(*options)) == 0  # the data that were not there are forgotten
+    assert "rte: converted\n" in capsys.readouterr().out
+    held_out = (data / "RTE" / "dev.tsv").read_text()
+    (data / "RTE" / "dev.tsv").write_text((data / "RTE" / "train.tsv").read_text())
+    with pytest.raises(ConfigError, match="no row"):  # all of train is held out now
+        evaluate(glue(*options))
+    (data / "RTE" / "dev.tsv").write_text(held_out + held_out.splitlines()[-1] + "\n")
+    evaluate(glue(*options))
+    assert "rte: converted\n" in capsys.readouterr().out  # as its files are others
+    part = Path("runs/glue/tiny/rte-17")
+    part.mkdir()
+    evaluate(glue(*options, "finetune.optimizer.lr=3"))
+    assert "rte-17: begun anew, as its config has changed" in capsys.readouterr().out
+    assert not part.exists()
+    part.mkdir()
+    (part / "result.json").write_text('{"status": "completed", "metrics": {"accuracy": 1}}')
+    (encoder / "model.safetensors").write_bytes(b"trained on")
+    with pytest.raises(ConfigError, match=r"begun with another config \(model\)"):
+        evaluate(glue(*options, "finetune.optimizer.lr=3"))
 
 
 # ---- the table of scores

@@ -1,18 +1,21 @@
 """Faults injected into real runs: each is met before it does harm, in a sentence."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from composer import Callback
 
-from overture.errors import ConfigError, GuardError
+from overture.callbacks.guards import FiniteGuard
+from overture.errors import ConfigError, GuardError, Preempted
 from overture.models.causal_lm import CausalLM
 from overture.training import run as recipe
 from runs import records, result
@@ -169,6 +172,14 @@ class Hang(Callback):
             time.sleep(1000)
 run.build_callbacks = lambda config: [Hang()]
 """,
+    "in_an_evaluation": """
+from composer import Callback
+from overture.training import run
+class Hang(Callback):
+    def eval_batch_start(self, state, logger):
+        time.sleep(1000)
+run.build_callbacks = lambda config: [Hang()]
+""",
     "in_a_worker": """
 from overture.data.collate import TokenCollator
 def sleeps_on_its_fourth(self, rows, count=[], make=TokenCollator.__call__):
@@ -188,7 +199,7 @@ sys.path[:0] = ["src"]
 {HANGS[where]}
 import runpy
 sys.argv = ["finetune.py", "{SMOKE}", "run_folder={tmp_path}/run", "guards.timeout=4",
-            "eval_first=false", "train_loader.num_workers=2"]
+            "eval_first={where == "in_an_evaluation"}", "train_loader.num_workers=2"]
 runpy.run_path("finetune.py", run_name="__main__")
 """
     began = time.monotonic()
@@ -202,12 +213,15 @@ runpy.run_path("finetune.py", run_name="__main__")
     assert str(file) in done.stdout
     assert "most recent call first" not in done.stdout + done.stderr
     ours, *workers = file.read_text().split("\nworker ")
+    assert result(tmp_path / "run")["status"] == "failed"
+    if where == "in_an_evaluation":  # before the first step
+        assert "in eval_batch_start" in ours
+        return
     assert len(workers) == 2
     assert all("in _worker_loop" in stacks for stacks in workers)
     assert ("in batch_start" in ours) == (where == "in_the_main_process")
     asleep = ["in sleeps_on_its_fourth" in stacks for stacks in workers]
     assert asleep == [where == "in_a_worker"] * 2
-    assert result(tmp_path / "run")["status"] == "failed"
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
@@ -243,6 +257,72 @@ def test_signal_saves_and_the_same_command_goes_on(smoke, tmp_path, number):
     assert result(folder)["steps"] == 100
     steps = [r["step"] for r in records(folder, "train")]
     assert steps == list(range(1, 101))  # none was done twice
+
+
+def test_second_ctrl_c_stops_at_once(smoke, tmp_path):
+    slow = (
+        "import sys, time, runpy; sys.path[:0] = ['src']\n"
+        "from composer import Callback\n"
+        "from overture.training import run\n"
+        "class Slow(Callback):\n"
+        "    def batch_start(self, state, logger):\n"
+        "        if state.timestamp.batch.value == 3: print('slow', flush=True); time.sleep(100)\n"
+        "run.build_callbacks = lambda config: [Slow()]\n"
+        f"sys.argv = ['finetune.py', {SMOKE!r}, 'run_folder={tmp_path}/run', 'save_interval=1ba']\n"
+        "runpy.run_path('finetune.py', run_name='__main__')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    while b"slow" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert b"SIGINT: saving after this batch ..." in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, b"Traceback" in said) == (130, False)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("ba*")} == {"ba2", "ba3"}
+
+
+def test_signal_while_the_outcome_is_written(run, monkeypatch):
+    """What was trained is there, and the same command makes what is left of it."""
+    save = recipe.save_model
+
+    def asked(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        save(*arguments)
+
+    monkeypatch.setattr(recipe, "save_model", asked)
+    with pytest.raises(Preempted, match="saved at step 8; the same command goes on from there"):
+        run("run_name=late")
+    assert result(Path("runs/late"))["status"] == "preempted"
+    monkeypatch.setattr(recipe, "save_model", save)
+    code, folder = run("run_name=late")
+    assert (code, result(folder)["status"]) == (0, "completed")
+    assert [r["step"] for r in records(folder, "train")] == list(range(1, 9))
+
+
+def test_scaler_does_not_skip_for_ever():
+    weight = torch.nn.Linear(2, 2)
+    log = SimpleNamespace(path=Path("metrics.jsonl"), note=lambda *_: None)
+    guard = FiniteGuard("stop", 3, log)
+    scaler = SimpleNamespace(is_enabled=lambda: True)
+    step = SimpleNamespace(batch=SimpleNamespace(value=0))
+    batch = {"sample_ids": torch.zeros(1), "num_labels": [1]}
+    state = SimpleNamespace(model=weight, scaler=scaler, timestamp=step, batch=batch)
+
+    def bad(value):
+        guard.after_dataloader(state, None)
+        weight.weight.grad = torch.full((2, 2), value)
+        guard.after_train_batch(state, None)
+
+    for _ in range(2):  # one that is finite begins the count anew
+        for _ in range(FiniteGuard.SCALED - 1):
+            bad(math.inf)
+        bad(1.0)
+    with pytest.raises(GuardError, match="a gradient is not finite"):
+        for _ in range(FiniteGuard.SCALED):
+            bad(math.nan)
 
 
 def test_dead_worker_of_the_loader(smoke, tmp_path):

@@ -1,10 +1,12 @@
 """Stop when evaluations get no better, and keep the weights of the best one."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -61,9 +63,10 @@ class EarlyStop(Callback):
 
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         kept = {name: p.detach().cpu().contiguous() for name, p in _trained(state).items()}
+        about = {"step": str(self.best[0]), "sha256": _digest(kept)}
         try:
             # Not its own save_file, whose error on a full disk is none of the system's.
-            aside.write_bytes(save(kept, {"step": str(self.best[0])}))
+            aside.write_bytes(save(kept, about))
             os.replace(aside, self.path)
         finally:
             aside.unlink(missing_ok=True)
@@ -98,10 +101,14 @@ class EarlyStop(Callback):
 
         try:
             with safe_open(self.path, "pt") as file:
-                if file.metadata() != {"step": str(step)}:
-                    return f"is not of step {step}, {json.dumps(file.metadata())}"
-                for name, p in _trained(state).items():
-                    p.data.copy_(file.get_tensor(name))
+                about, trained = file.metadata(), _trained(state)
+                if about.get("step") != str(step):
+                    return f"is not of step {step}, {json.dumps(about)}"
+                kept = {name: file.get_tensor(name) for name in trained}
+                if about.get("sha256") != _digest(kept):
+                    return "its weights are not what was written"
+                for name, p in trained.items():
+                    p.data.copy_(kept[name])
         except (OSError, SafetensorError) as error:
             return f"the weights of the best evaluation cannot be read ({error})"
         return None
@@ -111,6 +118,15 @@ class EarlyStop(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def _digest(weights: dict[str, torch.Tensor]) -> str:
+    """Return a sha256 over contiguous tensors on the CPU, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _trained(state: State) -> dict[str, Any]:

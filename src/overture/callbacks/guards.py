@@ -28,13 +28,16 @@ class FiniteGuard(Callback):
 
     Composer's NaNMonitor looks at the loss alone, misses Inf, and comes a step late. The policy is
     to stop, or to skip the step, `most` of them in all. The log is told, and beside it the samples
-    of a bad batch are noted in `bad_batch.json`.
+    of a bad batch are noted in `bad_batch.json`. A scaler's steps are its own to skip, as that is
+    how it finds its scale, but not `SCALED` of them in a row.
     """
+
+    SCALED = 50  # by then it has halved its scale to nothing
 
     def __init__(self, policy: Literal["stop", "skip"], most: int, log: RunLog) -> None:
         self.policy, self.most, self.log = policy, most, log
         self.path = log.path.with_name("bad_batch.json")
-        self.skipped = 0
+        self.skipped = self._scaled = 0
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Refuse a batch without a label on any rank: its mean loss would be 0 / 0."""
@@ -56,8 +59,12 @@ class FiniteGuard(Callback):
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         scaled = state.scaler is not None and state.scaler.is_enabled()  # it skips such steps
         loss_bad = self._bad.clone()
-        if gradients and not scaled:
-            self._bad += ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if gradients:
+            norms_bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            if scaled:
+                self._scaled = self._scaled + 1 if norms_bad else 0
+            if not scaled or self._scaled >= self.SCALED:
+                self._bad += norms_bad
         if dist.get_world_size() > 1:
             dist.all_reduce(self._bad, reduce_operation="SUM")
         if not self._bad.item():
@@ -124,6 +131,8 @@ class GradientGuard(Callback):
 class Watchdog(Callback):
     """Ends a run that has finished no batch for `timeout` seconds (0: never), with exit code 5.
 
+    It looks from the first evaluation or step on; saving counts too.
+
     The stacks of all threads go to `path`, with those that the loaders' workers write on SIGUSR2 to
     `workers`, an open file; `report` is told the reason before the end.
     """
@@ -134,11 +143,15 @@ class Watchdog(Callback):
         self.timeout, self.path, self.workers, self.report = timeout, path, workers, report
         self._beat = time.monotonic()
         self._over = threading.Event()
+        self._watching = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._beat = time.monotonic()
-        if self.timeout:
+        if self.timeout and not self._watching:
+            self._watching = True
             threading.Thread(target=self._watch, daemon=True).start()
+
+    eval_start = fit_start
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._beat = time.monotonic()

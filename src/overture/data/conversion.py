@@ -11,7 +11,7 @@ from overture.errors import ConfigError
 _TRUNCATE = ("truncate_prompt", "drop", "error")
 # task -> what may be done with a row of more than max_seq_len tokens, the default first
 OVERFLOWS = {
-    "text": ("split", "drop", "error"),
+    "text": ("split", "truncate", "drop", "error"),
     **dict.fromkeys(("instruct", "chat", "seq2seq", "classify"), _TRUNCATE),
     "jsonl": (),
 }

@@ -8,6 +8,7 @@ follows it and is learned. What stands in a record is text: a `</s>` in it does 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,22 @@ class Tokens:
         """Return what the tokenizer makes of texts with its own ends, as transformers has it."""
         return self.tokenizer(*texts, split_special_tokens=True, **options)
 
+    def pairs(self, texts: list[str], others: list[str], **options: Any) -> Any:
+        """Return what the tokenizer makes of pairs of texts, with a border between the two.
+
+        BERT's kind has one of its own; others would run two texts together as if they were one.
+        """
+        return self.call(texts, [self.border + other for other in others], **options)
+
+    @cached_property
+    def border(self) -> str:
+        """What stands between two texts of a pair, nothing where the tokenizer puts in its own."""
+        owners = self.call(["a"], ["b"]).encodings[0].sequence_ids
+        if None in owners[owners.index(0) : owners.index(1)]:
+            return ""
+        plain, broken = map(len, self.ids(["b", "\nb"]))
+        return "\n" if broken > plain else " | "  # some take a new line for a space
+
     def forbids(self, record: dict[str, str]) -> bool:
         """Return whether a record spells a special token where those count as such."""
         counts = not self.backend.encode_special_tokens
@@ -116,7 +133,9 @@ class Encoder:
     def encode(self, records: Records) -> Encoded:
         """Return the documents of some records, in order."""
         out = Encoded([], [], Counter())
-        for number, found in enumerate(self.documents(records, out.notes)):
+        # Tokenizers take no empty batch, which is left where all rows are held out.
+        every = self.documents(records, out.notes) if records else ()
+        for number, found in enumerate(every):
             if isinstance(found, str):
                 out.drops.append((number, found))
             else:
@@ -144,6 +163,11 @@ class TextEncoder(Encoder):
                 yield "special_token_in_text"
             elif not len(ids) or len(whole) < 2:
                 yield "empty"
+            elif len(whole) > longest and self.overflow == "truncate":
+                notes["truncated"] += 1
+                room = longest - len(whole) + len(ids)
+                whole = np.concatenate([missing_bos(self.bos, ids), ids[:room], self.eos])
+                yield [token_document([(whole[:1], False), (whole[1:], True)])]
             elif len(whole) > longest and self.overflow != "split":
                 yield "too_long"
             else:

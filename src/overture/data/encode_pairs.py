@@ -84,22 +84,26 @@ class ClassifyEncoder(Encoder):
         if any(pairs) and not all(pairs):  # a batch takes pairs or single texts, not both
             return [row for record in records for row in self._rows([record], **options)]
         texts = [record["text"] for record in records]
-        return self.tokens.call(texts, pairs if all(pairs) else None, **options).encodings
+        if all(pairs):
+            return self.tokens.pairs(texts, pairs, **options).encodings
+        return self.tokens.call(texts, **options).encodings
 
 
 def class_names(found: Counter[str], given: Sequence[str], regression: bool) -> list[str] | None:
     """Return the names of the classes in the order of their numbers, or None for regression.
 
-    Without names `given`, they are those `found`: numbers in order, then names. ConfigError where a
-    label is no number, or not among the names given, or there are too many.
+    Without names `given`, they are those `found`: numbers in order, then names. ConfigError where
+    labels are no numbers, or not among the names given, or there are too many.
     """
     numeric = {name: _number(name) for name in found}
-    for name, count in found.items():
-        label = f"the label {name!r} ({count:,} rows)"
-        if regression and numeric[name] is None:
-            raise ConfigError(f"--regression: {label} is no number")
-        if given and name not in given:
-            raise ConfigError(f"--labels {' '.join(given)}: {label} is not there")
+    for option, wrong, what in (
+        ("--regression", [n for n in found if regression and numeric[n] is None], "no number"),
+        ("--labels", [n for n in found if given and n not in given], f"none of {', '.join(given)}"),
+    ):
+        if wrong:
+            shown = ", ".join(f"{name!r} ({found[name]:,} rows)" for name in wrong[:5])
+            more = f" and {len(wrong) - 5} more" * (len(wrong) > 5)
+            raise ConfigError(f"{option}: these labels are {what}: {shown}{more}")
     if regression or given:
         return list(given) or None
     if any(value is not None and value % 1 for value in numeric.values()):

@@ -5,6 +5,7 @@ fails is tried again and takes no other with it, and one that is finished is kep
 """
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -16,10 +17,13 @@ from omegaconf import OmegaConf
 
 from overture.config.load import check_config
 from overture.config.schema import GlueConfig
-from overture.data.schema import write_aside
+from overture.config.secrets import redact
+from overture.data.schema import sha256_file, write_aside
 from overture.errors import ConfigError
+from overture.models.build import locate_model
 from overture.training.glue_tasks import TASKS, convert_task, find_missing
 from overture.training.jobs import Job, is_finished, run_jobs
+from overture.training.resume import may_be_same
 
 # No loss is above it: a run with this target ends at its first evaluation, before a step.
 ANY_LOSS = 1e9
@@ -30,7 +34,7 @@ def evaluate(config: GlueConfig) -> int:
     """Run what is not done yet, print and write the table, and return the exit code.
 
     0 if every job came to its end, else that of the first that failed. Raises ConfigError before
-    anything runs: files are missing, or a job's config is wrong.
+    anything runs: files are missing, a job's config is wrong, or the hub has no such data.
     """
     find_missing(config)
     jobs, folder = plan(config), Path(config.run_folder)
@@ -70,6 +74,9 @@ def plan(config: GlueConfig) -> list[Job]:
     for job in jobs:
         place = f"{config.run_name}, job {job.name}"
         check_config(job.config, lambda _, place=place: place, ("classify",))
+        if job.needs and job.config.get("trainable") == "lora":
+            fault = f"lora leaves adapters of MNLI's head, from which {job.name} cannot start"
+            raise ConfigError(f"finetune.trainable: {fault}; leave mnli out of tasks, or train all")
     return jobs
 
 
@@ -135,15 +142,30 @@ def _begin(config: GlueConfig, folder: Path, jobs: list[Job]) -> None:
 
     Raises ConfigError if a job was finished with another config, or the data are others.
     """
-    path, now = folder / "glue.yaml", {"data": config.data}
+    path, now = folder / "glue.yaml", {"data": config.data, "model": _content(config)}
     now |= {job.name: job.config for job in jobs}
     before = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     changed = [key for key in now if key in before and before[key] != now[key]]
-    if done := [key for key in changed if key == "data" or is_finished(folder / key)]:
+    changed = [key for key in changed if not may_be_same(repr(before[key]), repr(now[key]))]
+    of_all = any(is_finished(folder / job.name) for job in jobs)
+    if done := [key for key in changed if (of_all and key in ("data", "model"))
+                or is_finished(folder / key)]:  # fmt: skip
         fault = f"run_name: {config.run_name} was begun with another config ({', '.join(done)})"
         raise ConfigError(f"{fault}; choose another run_name, or delete {folder}")
+    for job in jobs:
+        if {job.name, "data", "model"} & {*changed} and (folder / job.name).exists():
+            print(f"{job.name}: begun anew, as its config has changed")
+            shutil.rmtree(folder / job.name)
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
-    write_aside(path, OmegaConf.to_yaml(OmegaConf.create({**before, **now})))
+    write_aside(path, redact(OmegaConf.to_yaml(OmegaConf.create({**before, **now}))))
+
+
+def _content(config: GlueConfig) -> str | None:
+    """Return a sha256 over the files of the encoder that is tuned, None of one of the hub."""
+    place = Path(locate_model(config.finetune["model"]["name"]))
+    files = [p for p in sorted(place.glob("*")) if p.suffix in (".json", ".safetensors", ".bin")]
+    named = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)
+    return hashlib.sha256(named.encode()).hexdigest() if files else None
 
 
 def summarise(config: GlueConfig, folder: Path) -> tuple[list[dict[str, Any]], float | None]:

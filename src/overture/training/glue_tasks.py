@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from overture.config.schema import GlueConfig
 from overture.data.conversion import Conversion, Origin
-from overture.data.schema import LEDGER, read_ledger
+from overture.data.schema import LEDGER, read_ledger, sha256_file
 from overture.errors import ConfigError
 
 
@@ -45,6 +45,7 @@ def _pair(one: str, other: str, **label: str) -> dict[str, str]:
 
 _ONE, _TWO = {"text": "sentence"}, _pair("sentence1", "sentence2")
 _QUESTIONS, _ENTAILED = _pair("question1", "question2"), ("entailment", "not_entailment")
+_NO_YES = ("0", "1")
 TASKS: dict[str, Row] = {
     "mnli": Row(
         "MNLI", _pair("premise", "hypothesis"), {**_TWO, "label": "gold_label"}, ("accuracy",),
@@ -52,15 +53,15 @@ TASKS: dict[str, Row] = {
         dev=(("dev", "dev_matched.tsv", "validation_matched"),
              ("dev_mm", "dev_mismatched.tsv", "validation_mismatched")),
     ),
-    "cola": Row("CoLA", _ONE, _ONE, ("matthews",), 10, 32, 5e-5, 5e-6,
+    "cola": Row("CoLA", _ONE, _ONE, ("matthews",), 10, 32, 5e-5, 5e-6, labels=_NO_YES,
                 columns=("source", "label", "star", "sentence")),
-    "sst2": Row("SST-2", _ONE, _ONE, ("accuracy",), 3, 16, 3e-5, 3e-6),
+    "sst2": Row("SST-2", _ONE, _ONE, ("accuracy",), 3, 16, 3e-5, 3e-6, labels=_NO_YES),
     "mrpc": Row("MRPC", _TWO, _pair("#1 String", "#2 String", label="Quality"),
-                ("accuracy", "f1"), 10, 32, 8e-5, 8e-6, from_mnli=True),
+                ("accuracy", "f1"), 10, 32, 8e-5, 8e-6, labels=_NO_YES, from_mnli=True),
     "stsb": Row("STS-B", _TWO, {**_TWO, "label": "score"}, ("pearson", "spearman"),
                 10, 32, 3e-5, 3e-6, regression=True, from_mnli=True),
     "qqp": Row("QQP", _QUESTIONS, {**_QUESTIONS, "label": "is_duplicate"}, ("accuracy", "f1"),
-               5, 16, 3e-5, 3e-6, one_seed=True),
+               5, 16, 3e-5, 3e-6, labels=_NO_YES, one_seed=True),
     "qnli": Row("QNLI", _pair("question", "sentence"), _pair("question", "sentence"),
                 ("accuracy",), 10, 16, 1e-5, 1e-6, labels=_ENTAILED, one_seed=True),
     "rte": Row("RTE", _TWO, _TWO, ("accuracy",), 3, 16, 1e-5, 1e-5, labels=_ENTAILED,
@@ -98,6 +99,9 @@ def convert_task(config: GlueConfig, task: str, tokenizer: str, max_seq_len: int
     there = [out / split for split in origins if (out / split / LEDGER).is_file()]
     ledgers = [read_ledger(folder) for folder in there]
     found = [[ledger["arguments"], ledger["tokenizer"]["sha256"]] for ledger in ledgers]
+    read = [ledger["source"].get("sha256") for ledger in ledgers]
+    if root.is_dir() and read != [sha256_file(Path(one.dataset)) for one in origins.values()]:
+        found = []  # the files are others than they were
     if found == [wanted] * len(origins):
         return True
     convert(job, lambda _: None)

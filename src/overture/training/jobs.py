@@ -1,13 +1,17 @@
 """Runs of `finetune.py` as processes: as many at once as there is room for, each with its log."""
 
+import atexit
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +19,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from overture.config.load import child_environment
+from overture.config.secrets import redact
 from overture.data.schema import write_aside
 from overture.errors import EXIT_GUARD, Preempted
 
@@ -39,7 +44,7 @@ def run_jobs(
     A slot is a CUDA device, None on a CPU. In `folder` a job has its run folder and, in `jobs`, its
     config and its log. One that fails is tried again `retries` times, from its newest checkpoint.
     Returns exit codes by name, of a job whose `needs` failed that one's. Raises Preempted on
-    SIGTERM or Ctrl-C, when the jobs have saved and ended.
+    SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, when the jobs have saved and ended.
     """
     waiting = [job for job in jobs if not is_finished(folder / job.name)]
     done = {job.name for job in jobs} - {job.name for job in waiting}
@@ -83,29 +88,44 @@ def run_jobs(
 
 def _start(job: Job, folder: Path, slot: int | None, parallel: int) -> subprocess.Popen:
     path = folder / "jobs" / f"{job.name}.yaml"
-    write_aside(path, OmegaConf.to_yaml(OmegaConf.create(job.config)))
-    with path.with_suffix(".log").open("ab") as log:
+    text = OmegaConf.to_yaml(OmegaConf.create(job.config))
+    write_aside(path, redact(text))
+    log = path.with_suffix(".log")
+    if redact(text) != text:  # what the job reads is kept from the folder, and from others
+        path = Path(_private()) / path.name
+        path.write_text(text, encoding="utf-8")
+    with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, str(FINETUNE), str(path)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
             env=child_environment(slot, parallel),
         )  # fmt: skip
 
 
+@cache
+def _private() -> str:
+    """Return a folder that is this process's alone, and ends with it."""
+    folder = tempfile.mkdtemp(prefix="overture-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @contextmanager
 def _ended(running: dict[subprocess.Popen, Any]) -> Iterator[None]:
-    """Leave no process behind; on SIGTERM or Ctrl-C they save, and Preempted is raised."""
+    """Leave no process behind; on a signal to stop they save, and Preempted is raised."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in asking}
     try:
         yield
     except KeyboardInterrupt:
         raise Preempted(None, "what was running has saved") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for process in running:
             process.terminate()
         for process in running:

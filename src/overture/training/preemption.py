@@ -1,43 +1,43 @@
 """Signals that ask a run to stop: finish the batch, save, and exit 75."""
 
-import ctypes
-import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import torch
 from composer.utils import dist, get_device
 
 from overture.errors import Preempted
+from overture.launcher import follow_launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class StopRequest:
     """Whether this run was asked to stop, by SIGTERM, SIGUSR1 or Ctrl-C.
 
     While `training` is set the request waits for the end of the batch; before and after, there is
-    nothing to finish and Preempted is raised at once. A second Ctrl-C stops without saving.
+    nothing to finish and Preempted is raised at once, with the step that is `saved`, if any.
+    A second Ctrl-C stops without saving.
     """
 
     def __init__(self) -> None:
         self.asked = self.training = False
+        self.saved: int | None = None
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        parent = Path(f"/proc/{os.getppid()}/cmdline")
-        self._launched = parent.exists() and b"composer" in parent.read_bytes()
-        if self._launched:
-            # The launcher dies of these signals and would leave its ranks behind.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        self._launched = follow_launcher()
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
         self.asked = True
         if not self.training:
-            raise Preempted(None)
+            raise Preempted(self.saved)
         print(f"{signal.Signals(number).name}: saving after this batch ...", flush=True)
+
+    def finish(self) -> None:
+        """Let signals pass from here on: all is done, but for a page and some lines."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def close(self) -> None:
         """Give the signals back; a rank that is ending anyway lets the launcher's SIGTERM pass."""

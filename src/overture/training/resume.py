@@ -5,7 +5,9 @@ numbers is never restored, so that dropout differs; and a checkpoint at the end 
 that epoch's number for the data, so that the next one repeats its order.
 """
 
+import atexit
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -45,13 +47,17 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         ConfigError: it is of a run with another config, or autoresume is off.
     """
 
-    if config.save_folder and "://" in config.save_folder and dist.get_local_rank() == 0:
-        store.RemoteFolder(config.save_folder).fetch_newest(local_folder(config))  # on every node
+    broken: list[str] = []
+    if config.save_folder and "://" in config.save_folder:
+        remote, here = store.RemoteFolder(config.save_folder), local_folder(config)
+        on_every_node(lambda: remote.fetch_newest(here))
+        broken = remote.set_aside
 
     def look() -> tuple[Path, dict[str, Any]] | None:
         found = store.newest_checkpoint(local_folder(config))
         if found is None:
             return None
+        found[1]["set_aside"][:0] = broken
         remedy = f"choose another run_name, or delete {config.run_folder}"
         changed = changed_keys(found[1]["config"], dump_config(config))
         changed = [key for key in changed if key not in config.resume.allow]
@@ -70,9 +76,13 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
 
 def find_load_path(config: Config, model: str) -> Path:
     """Return the state file that load_path means, downloaded, verified, and of a like `model`."""
-    cache = Path(tempfile.gettempdir()) / f"overture-{config.run_name}"
+    remote = "://" in str(config.load_path)
 
     def look() -> Path:
+        # Of this process alone: what lies in a folder that others know could be theirs.
+        cache = Path(tempfile.mkdtemp(prefix="overture-")) if remote else Path()
+        if remote:
+            atexit.register(shutil.rmtree, cache, ignore_errors=True)
         state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
         if (state.parent / store.MANIFEST).is_file() and "model" not in config.resume.allow:
             try:
@@ -82,7 +92,7 @@ def find_load_path(config: Config, model: str) -> Path:
                 raise
         return state
 
-    return on_rank_zero(look)
+    return on_every_node(look) if remote else on_rank_zero(look)
 
 
 def on_rank_zero(function: Any) -> Any:
@@ -102,10 +112,42 @@ def on_rank_zero(function: Any) -> Any:
     return answer[0]
 
 
+def on_every_node(function: Any) -> Any:
+    """Return on every rank what the first rank of its node returns, or raise an error of any."""
+    answer = None
+    if dist.get_local_rank() == 0:
+        try:
+            answer = function()
+        except OvertureError as error:
+            answer = error
+        except Exception as error:  # a bug of ours
+            answer = GuardError(f"rank {dist.get_global_rank()} failed: {error!r}")
+    answers = dist.all_gather_object(answer)
+    for error in answers:
+        if isinstance(error, OvertureError):
+            raise error
+    return answers[dist.get_global_rank() - dist.get_local_rank()]
+
+
 def changed_keys(before: str, now: str) -> list[str]:
-    """Return the top-level keys in which two dumped configs differ, but for those that are free."""
+    """Return the top-level keys in which two dumped configs differ, but for those that are free.
+
+    Secrets are not in them: `***` in one stands for anything, as what is known to be one depends on
+    the environment.
+    """
     old, new = (OmegaConf.to_container(OmegaConf.create(text)) for text in (before, now))
-    return [k for k in sorted({*old, *new}) if k not in FREE and old.get(k) != new.get(k)]
+    keys = [k for k in sorted({*old, *new}) if k not in FREE and old.get(k) != new.get(k)]
+    return [k for k in keys if not may_be_same(repr(old.get(k)), repr(new.get(k)))]
+
+
+def may_be_same(one: str, other: str) -> bool:
+    """Return whether two texts differ at most in what `***` stands for in one of them."""
+
+    def fits(shown: str, text: str) -> bool:
+        parts = map(re.escape, shown.split("***"))
+        return "***" in shown and bool(re.fullmatch(".*".join(parts), text, re.DOTALL))
+
+    return fits(one, other) or fits(other, one)
 
 
 def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -> None:
@@ -159,15 +201,19 @@ def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], pat
 def check_room(config: Config, model: torch.nn.Module) -> None:
     """Compare what the checkpoints will take with what is free where they go.
 
+    Those that are there already are counted as kept. A quota of the user's is not seen.
+
     Raises:
-        GuardError: it is not enough for those that are kept and the one that is being written.
+        GuardError: it is not enough for those that are kept and the one that is being written; with
+            save_num_checkpoints_to_keep of -1, for one and another.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     copies = 1 + (config.algorithms.ema is not None)
     # Adam keeps two float32 of each.
     one = sum(p.numel() * (copies * p.element_size() + 8) for p in trained)
-    count = max(config.save_num_checkpoints_to_keep, 1) + 1
     place = local_folder(config).absolute()
+    keep = max(config.save_num_checkpoints_to_keep, 1)
+    count = max(keep - len(store.numbered(place)), 0) + 1
     free = shutil.disk_usage(next(p for p in [place, *place.parents] if p.exists())).free
     if free < count * one:
         raise GuardError(
@@ -225,7 +271,13 @@ class Checkpointer(Callback):
         batch = state.timestamp.batch.value
         if batch == self._saved:  # while the evaluation of this very step goes on
             place = self.folder / f"ba{batch}"
-            return on_rank_zero(lambda: store.change_manifest(place, evaluation_due=evaluation_due))
+
+            def change() -> None:
+                store.change_manifest(place, evaluation_due=evaluation_due)
+                if self.remote:
+                    self.remote.upload_file(place / store.MANIFEST)
+
+            return on_rank_zero(change)
         trained = [p.detach() for p in state.model.parameters() if p.requires_grad]
         if not torch.stack(torch._foreach_norm(trained)).isfinite().all():
             raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")

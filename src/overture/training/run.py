@@ -84,7 +84,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     device = choose_device(config)
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     precision = "fp32" if cpu_autocast else config.precision
-    dist.initialize_dist(device, timeout=300)
+    # Ranks wait for rank zero while it saves; one that is gone is noticed at once.
+    dist.initialize_dist(device, timeout=max(config.guards.timeout, 300.0))
     reproducibility.seed_all(config.seed)
     run_folder = runs.refuse_finished_run(config)
     found = resume.find_checkpoint(config)
@@ -223,14 +224,14 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         request.training = True
         _fit(trainer, config.eval_first, due, target, early)
         seconds = clock.seconds()
-        request.training = False
+        request.training, request.saved = False, trainer.state.timestamp.batch.value
         if request.asked:  # too late for a batch to end
-            raise Preempted(trainer.state.timestamp.batch.value)
+            raise Preempted(request.saved)
         if mlperf:
             mlperf.stop(trainer.state, target is not None and target.reached)
         if early:
             early.restore(trainer.state)
-    except Exception as error:
+    except (Exception, Preempted) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
         error = _explain(error, run_folder)
         fail(str(error), preempted=isinstance(error, Preempted))
@@ -241,24 +242,30 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     trainer.close()
 
     # Outcome: model, answers, result.json, report.
-    if dist.get_global_rank() == 0:
-        trained_on = base_record(vars(config.model), facts)
-        save_model(network, tokenizer, run_folder / "hf", trained_on)
-    if answers:
-        answers.after = answers.ask(network, "answers after training")
-    result = _result(config, log, throughput, target, seconds)
-    result["steps"] = trainer.state.timestamp.batch.value
-    result["metrics"] = {} if isinstance(answers, Translations) else log.scores
-    result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
-    if dist.get_global_rank() == 0:
+    try:
+        if dist.get_global_rank() == 0:
+            trained_on = base_record(vars(config.model), facts)
+            save_model(network, tokenizer, run_folder / "hf", trained_on)
         if answers:
-            result["metrics"] |= answers.write(run_folder / "generations.jsonl")
-        runs.write_result(run_folder, result)
-        if early:
-            early.forget()
-        page = build_report(run_folder)
-        print("\n".join([*summary_lines(result), f"report: {page}"]))
-    dist.barrier()
+            answers.after = answers.ask(network, "answers after training")
+        result = _result(config, log, throughput, target, seconds)
+        result["steps"] = trainer.state.timestamp.batch.value
+        result["metrics"] = {} if isinstance(answers, Translations) else log.scores
+        result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
+        request.finish()
+        if dist.get_global_rank() == 0:
+            if answers:
+                result["metrics"] |= answers.write(run_folder / "generations.jsonl")
+            runs.write_result(run_folder, result)
+            if early:
+                early.forget()
+            page = build_report(run_folder)
+            print("\n".join([*summary_lines(result), f"report: {page}"]))
+    except Preempted as error:  # what is left of the run is made by the same command
+        fail(str(error), preempted=True)
+        raise
+    with suppress(RuntimeError):  # rank zero may have been stopped, which speaks for all
+        dist.barrier()
     return _exit_code(target, log)
 
 

@@ -19,15 +19,17 @@ from overture.config.secrets import redact
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
 from overture.training.cores import processor
+from overture.training.resume import local_folder, on_rank_zero
 
 FINISHED = ("target_reached", "target_missed", "completed")
-_held: list[TextIO] = []  # locks of this process
+_held: dict[Path, TextIO] = {}  # locks of this process
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "datasets", "peft", "numpy")
 
 
 def refuse_finished_run(config: Config) -> Path:
-    """Return the run folder; ConfigError if a finished run is in it."""
+    """Return the run folder; ConfigError if a finished run, or another process, is in it."""
     folder = Path(config.run_folder)
+    on_rank_zero(lambda: _lock(config))
     result = folder / "result.json"
     status = json.loads(result.read_text("utf-8"))["status"] if result.is_file() else None
     if status in FINISHED:
@@ -42,7 +44,10 @@ def begin_run(config: Config, command: str, resumed: bool) -> None:
     dist.barrier()  # no rank writes before every rank has looked
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder)
+        if config.save_folder and "://" not in config.save_folder:
+            Path(config.save_folder).mkdir(parents=True, exist_ok=True)
+    on_rank_zero(lambda: _lock(config))
+    if dist.get_global_rank() == 0:
         log = folder / "metrics.jsonl"
         if not resumed:
             # Steps of an attempt that left nothing to go on from are no part of this run.
@@ -55,21 +60,28 @@ def begin_run(config: Config, command: str, resumed: bool) -> None:
         (folder / "result.json").unlink(missing_ok=True)
 
 
-def _lock(folder: Path) -> None:
-    """Keep the folder to this process; ConfigError if another has it."""
-    _held.append((folder / ".lock").open("w"))
-    try:
-        fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"run_folder: another process trains into {folder}") from None
-    except OSError:  # a file system without locks
-        pass
+def _lock(config: Config) -> None:
+    """Keep the folders of a run that are there to this process; ConfigError if another has one."""
+    run, checkpoints = Path(config.run_folder), local_folder(config)
+    folders = {run: "run_folder", checkpoints: "save_folder"}
+    if run in checkpoints.parents:
+        del folders[checkpoints]
+    for folder, key in folders.items():
+        if folder in _held or not folder.is_dir():
+            continue
+        _held[folder] = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{key}: another process trains into {folder}") from None
+        except OSError:  # a file system without locks
+            pass
 
 
 def end_run() -> None:
-    """Let another process have the run folder."""
+    """Let another process have the folders."""
     while _held:
-        _held.pop().close()
+        _held.popitem()[1].close()
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 class MosaicBertConfig(PretrainedConfig):
     """Shape of a MosaicBERT (Portes et al. 2023, 2312.17482); the defaults are those of its base.
 
-    `vocab_size` is rounded up to a multiple of 64, as matrix products want it. There is no limit
-    of positions: ALiBi knows distances only.
+    `vocab_size` of a new one is rounded up to a multiple of 64, as matrix products want it. There
+    is no limit of positions: ALiBi knows distances only.
     """
 
     model_type = "mosaic_bert"
@@ -31,7 +31,8 @@ class MosaicBertConfig(PretrainedConfig):
         **more: Any,
     ) -> None:
         super().__init__(pad_token_id=pad_token_id, **more)
-        self.vocab_size = -(-vocab_size // 64) * 64
+        is_saved = "transformers_version" in more  # with whatever size its weights have
+        self.vocab_size = vocab_size if is_saved else -(-vocab_size // 64) * 64
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads

@@ -141,6 +141,7 @@ class MosaicBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Layer"]  # noqa: RUF012, as transformers has it
     _supports_sdpa = _supports_attention_backend = True
     reads_documents = True  # takes `document_starts`
+    accepts_loss_kwargs = False  # transformers' Trainer would send some with every batch
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -39,32 +39,39 @@ def keep_padding(starts: Tensor, spans: int | None = None) -> Unpadded:
 
 
 def unpad(starts: Tensor, num_tokens: int | None, num_documents: int | None) -> Unpadded:
-    """Return that the tokens alone are computed on, end to end, and less than STEP of padding.
+    """Return that the tokens alone are computed on, end to end, and less than STEP of padding: all
+    of it, where there is no more.
 
     Args:
         starts: [rows, tokens] int32, where the document of each token begins, -1 for padding.
         num_tokens, num_documents: how many there are, so that no GPU has to be asked.
     """
     rows, tokens = starts.shape
-    is_token = (starts >= 0).flatten()
-    num_tokens = int(is_token.sum()) if num_tokens is None else num_tokens
+    is_token, counted = starts >= 0, num_tokens is not None
+    num_tokens = num_tokens if counted else int(is_token.sum())
     total = -(-num_tokens // STEP) * STEP
-    if total >= rows * tokens:
-        return keep_padding(starts, num_documents if num_tokens == rows * tokens else None)
+    filled = rows * tokens
+    # Ours is behind the tokens; kept before or between them, it would count in distances.
+    if total >= filled and (counted or not (is_token[:, 1:] & ~is_token[:, :-1]).any()):
+        return keep_padding(starts, num_documents if num_tokens == filled else None)
+    is_token, total = is_token.flatten(), min(total, filled)
     places = is_token.to(torch.uint8).argsort(descending=True, stable=True)[:total]
     number = is_token.cumsum(0) - 1  # of each token among all of them
     begins = starts + torch.arange(rows, device=starts.device)[:, None] * tokens
     begins = number[begins.flatten()[places[:num_tokens]]].to(torch.int32)
     begins = torch.nn.functional.pad(begins, (0, total - num_tokens), value=-1)
     spans = None if num_documents is None else num_documents + (total > num_tokens)
-    return Unpadded((rows, tokens), mask_of(begins[None], spans, tokens), places, num_tokens)
+    return Unpadded(
+        (rows, tokens), mask_of(begins[None], spans, max(tokens, STEP)), places, num_tokens
+    )
 
 
 def starts_of(attention_mask: Tensor | None, shape: torch.Size) -> Tensor:
     """Return [rows, tokens] int32, as in batches of ours, of a mask as Hugging Face has it.
 
-    Such a mask is [rows, tokens], 1 where there is a token, or None where all are. What it hides
-    between tokens is taken out, so that these are neighbours. Raises ValueError for other shapes.
+    Such a mask is [rows, tokens], 1 where there is a token, or None where all are. Where rows are
+    computed on end to end, what it hides between tokens is taken out, so that these are neighbours.
+    Raises ValueError for other shapes.
     """
     if attention_mask is None:
         return torch.zeros(shape, dtype=torch.int32)

@@ -1,0 +1,28 @@
+"""What a rank of the composer launcher owes it: it ends when that does."""
+
+import ctypes
+import os
+import signal
+from functools import cache
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+@cache
+def follow_launcher() -> bool:
+    """Let this process be sent SIGTERM when its launcher is gone; return whether it has one.
+
+    The launcher dies of signals and would leave its ranks behind. Called first in the life of a
+    rank: later, a launcher that is gone already could not be told from none.
+    """
+    parent = os.getppid()
+    try:
+        launched = b"composer" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        launched = False
+    if launched:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # gone in between
+            os.kill(os.getpid(), signal.SIGTERM)
+    return launched
