@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+import convert_dataset
+from handmade import talk
 from overture.config.load import load_config, load_glue
-from overture.config.schema import DOORS
+from overture.config.schema import DOORS, ModelConfig
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
 from overture.training.glue import plan
@@ -106,13 +110,19 @@ def test_pretraining_shapes_are_as_large_as_their_headers_say(name, smoke):
     assert f"{16 * expected / 2**30:.0f} GiB on each" in " ".join(header.replace("#", "").split())
 
 
+FEW = (
+    "max_duration=3ba", "eval_interval=3ba", "global_train_batch_size=8", "max_seq_len=128",
+    "device_train_microbatch_size=4", "device_eval_batch_size=8", "train_loader.num_workers=0",
+    "eval_loader.num_workers=0",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_pretraining_recipes_run_in_small(name, smoke, tmp_path, monkeypatch):
     config = load(
         f"yamls/pretrain/{name}.yaml", f"tokenizer_name={smoke / 'tokenizer'}",
-        f"data_local={smoke / 'text'}", "eval_loader.dataset.split=test", "max_duration=3ba",
-        "scheduler.t_warmup=1ba", "global_train_batch_size=8", "eval_interval=3ba",
-        "max_seq_len=128", "train_loader.num_workers=0", "eval_loader.num_workers=0",
+        f"data_local={smoke / 'text'}", "eval_loader.dataset.split=test", "scheduler.t_warmup=1ba",
+        *FEW,
         *(f"model.config.{key}={value}" for key, value in SHAPES[name][1].items()),
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -120,3 +130,123 @@ def test_pretraining_recipes_run_in_small(name, smoke, tmp_path, monkeypatch):
     outcome = result(tmp_path / "runs" / name)
     assert outcome["steps"] == 3
     assert outcome["eval_cross_entropy"] == pytest.approx(math.log(1024), abs=0.4)
+
+
+@pytest.mark.parametrize("name", ["mosaic-bert-base-uncased", "hf-bert-base-uncased"])
+def test_bert_recipes_run_in_small(name, smoke, tmp_path, monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    config = load(
+        f"yamls/pretrain/{name}.yaml", f"tokenizer_name={smoke / 'tokenizer'}",
+        f"data_local={smoke / 'text'}", "eval_loader.dataset.split=test", *FEW,
+        *(f"model.config.{key}={value}" for key, value in small.items()),
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert train(config, command="python main.py") == 0
+    outcome = result(tmp_path / "runs" / name)
+    assert outcome["steps"] == 3
+    assert outcome["eval_cross_entropy"] == pytest.approx(math.log(1024), abs=0.4)
+
+
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}  # fmt: skip
+NEOX = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4}  # fmt: skip
+NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+# recipe -> a model of its base's family, its head, and the part of the smoke data that it can take
+FINETUNED = {
+    "bart-alt-enja": ("bart", BART, "Seq2SeqLM", "seq2seq"),
+    "dolly": ("llama", LLAMA, "CausalLM", "instruct"),
+    "dolly-gpt-125m": ("gpt2", SHAPES["gpt-125m"][1], "CausalLM", "instruct"),
+    "dolly-gpt-neo-1.3b": ("gpt_neo", NEO, "CausalLM", "neo"),
+    "dolly-llama-3.2-1b": ("llama", LLAMA, "CausalLM", "instruct"),
+    "enja": ("mbart", {}, "Seq2SeqLM", "seq2seq"),  # made by the recipe itself
+    "jsquad": ("gpt_neox", NEOX, "CausalLM", "instruct"),
+    "oasst1": ("llama", LLAMA, "CausalLM", "chat"),
+}
+
+
+def test_every_recipe_of_finetuning_is_run_here_or_by_a_command():
+    there = {path.stem for path in (ROOT / "yamls" / "finetune").glob("*.yaml")}
+    assert there == {*FINETUNED, "classify", "quickstart"}  # make quickstart
+
+
+def convert(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["convert_dataset.py", *map(str, arguments)])
+    assert not convert_dataset.main()
+
+
+def tiny(folder: Path, smoke: Path, kind: str, shape: dict, head: str) -> Path:
+    """A model as a hub has them: a folder with weights and tokenizer."""
+    tokenizer = load_tokenizer(str(smoke / "tokenizer"))
+    wanted = ModelConfig(kind, pretrained=False, config=dict(shape))
+    load_network(wanted, tokenizer, 0, head).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_finetuning_recipes_run_in_small(name, smoke, tmp_path, monkeypatch):
+    kind, shape, head, data = FINETUNED[name]
+    place = smoke / data
+    monkeypatch.chdir(tmp_path)
+    if data == "chat":
+        lines = [talk(f"say {n}", f"it is {n}") for n in range(60)]
+        Path("talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source = ("--dataset", "talks.jsonl", "--task", "chat", "--prompt_template", "plain")
+    if data == "neo":  # cannot keep packed documents apart
+        source = (
+            "--dataset",
+            "embedded",
+            "--max_rows",
+            200,
+            "--task",
+            "instruct",
+            "--packing",
+            "none",
+        )
+    if not place.is_dir():
+        place = tmp_path / "data"
+        convert(monkeypatch, *source, "--test_fraction", 0.2, "--tokenizer", smoke / "tokenizer",
+                "--max_seq_len", 128, "--out_root", place)  # fmt: skip
+    given = [
+        f"tokenizer_name={smoke / 'tokenizer'}",
+        "model.config={d_model: 32, max_position_embeddings: 128}",
+    ]
+    if name != "enja":
+        given = [f"model.name={tiny(tmp_path / 'base', smoke, kind, shape, head)}"]
+    config = load(
+        f"yamls/finetune/{name}.yaml", *given, f"data_local={place}",
+        "eval_loader.dataset.split=test", "generation={num_prompts: 2, max_new_tokens: 4}",
+        "scheduler.t_warmup=1ba", *FEW,
+    )  # fmt: skip
+    assert train(config, command="python finetune.py") == 0
+    outcome = result(tmp_path / "runs" / config.run_name)
+    assert outcome["steps"] == 3
+    assert outcome["eval_cross_entropy"] == pytest.approx(math.log(1024), abs=0.6)
+
+
+def test_ones_own_csv_is_three_lines(smoke, tmp_path, monkeypatch):
+    """As the header of classify.yaml says, with nothing changed but what it marks."""
+    monkeypatch.chdir(tmp_path)
+    rows = [f"the food was {'good' if n % 2 else 'bad'} {n},{n % 2}" for n in range(200)]
+    Path("my.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
+    base = tiny(tmp_path / "base", smoke, "bert", NEOX, "MaskedLM")
+    text = (ROOT / "yamls/finetune/classify.yaml").read_text()
+    command = re.search(r"#   (python src/convert_dataset.py (?:.*\\\n)*.*)\n", text)[1]
+    words = shlex.split(command.replace("\\\n#", ""))[2:]
+    places = {"google-bert/bert-base-uncased": str(base), "data/my-classes": "data/reviews",
+              "128": "64"}  # fmt: skip
+    convert(monkeypatch, *(places.get(word, word) for word in words))
+    marked = [line for line in text.splitlines() if "# <-" in line]
+    assert len(marked) == 3
+    for line in marked:
+        changed = line
+        for old, new in places.items():
+            changed = changed.replace(old, new)
+        assert changed != line
+        text = text.replace(line, changed)
+    Path("mine.yaml").write_text(text)
+    config = load_config(["mine.yaml", "max_duration=2ba", "optimizer.lr=1e-2"], ("classify",))
+    assert train(config, command="python finetune.py mine.yaml") == 0
+    assert {"accuracy", "f1", "matthews"} <= result(Path("runs/mine"))["metrics"].keys()

@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ Rows = list[tuple[Any, dict[str, Any]]]  # where each stands, and the record
 @in_evaluation
 def answer(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch: int, title: str = "",
-    stop: Sequence[str] = (), **options: Any,
+    stop: Sequence[str] = (), enough: Callable[[], bool] = bool, **options: Any,
 ) -> tuple[list[str], int]:  # fmt: skip
     """Return the continuation of each prompt as text, and the number of tokens made for them all.
 
@@ -51,6 +51,7 @@ def answer(
         batch: how many prompts to go on with at once; greedy answers do not depend on it.
         title: of the progress bar that long work has.
         stop: texts before which an answer ends.
+        enough: asked before each batch whether to leave it at what there is, the others empty.
         options: of transformers' `generate`; greedy where they do not say otherwise.
     """
     known = {"eos_token_id": end_tokens(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -66,6 +67,8 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
+        if enough():
+            break
         ids = {"input_ids": [prompts[i] for i in numbers]}
         given = tokenizer.pad(ids, return_attention_mask=True, **side).to(model.device)
         begin = 1 if apart else given["input_ids"].shape[1]

@@ -102,17 +102,20 @@ def group(bench: Bench, most: int) -> list[Outcome]:
 
 def rank(bench: Bench, most: int) -> list[Outcome]:
     """Kill -9 of one of two ranks: the other must not wait for it."""
-    return _answered(bench, "rank", most, bench.train, ranks=2)
+    said = "another rank ended"
+    return _answered(bench, "rank", said, most, bench.train, ranks=2)
 
 
 def worker(bench: Bench, most: int) -> list[Outcome]:
     """Kill -9 of one of two workers of the loader."""
-    return _answered(bench, "worker", most, bench.train, "train_loader.num_workers=2", code=5)
+    said, workers = "a worker of the loader died", "train_loader.num_workers=2"
+    return _answered(bench, "worker", said, most, bench.train, workers, code=5)
 
 
 def sigterm(bench: Bench, most: int) -> list[Outcome]:
     """SIGTERM: saved within 25 seconds, exit code 75."""
-    return _answered(bench, "sigterm", most, bench.train, whom=None, code=75, within=25)
+    said = "stopped as asked, saved at step"
+    return _answered(bench, "sigterm", said, most, bench.train, whom=None, code=75, within=25)
 
 
 def leaked() -> set[str]:
@@ -147,8 +150,10 @@ def _chain(bench, folder, command, steps, at, after=lambda: None, ranks=1) -> li
     return [Outcome(same and not note, same and not note, s, note) for s in seconds[-len(steps) :]]
 
 
-def _answered(bench, name, most, train, *options, ranks=1, whom=-1, code=None, within=ANSWER):
-    """Do something to a part of a run: it has to end by itself, in a sentence, and go on."""
+def _answered(
+    bench, name, sentence, most, train, *options, ranks=1, whom=-1, code=None, within=ANSWER
+):
+    """Do something to a part of a run: it has to end by itself, in a `sentence`, and go on."""
     folder, outcomes = bench.fresh(name), []
     command = train(folder, *options, ranks=ranks)
     for step in sorted(bench.rng.sample(range(2, STEPS - 5), min(most, CHAIN))):
@@ -164,6 +169,7 @@ def _answered(bench, name, most, train, *options, ranks=1, whom=-1, code=None, w
         said = hear(process, ANSWER)
         seconds = time.monotonic() - began
         fine = process.returncode == code if code else process.returncode != 0
+        fine = fine and sentence in said and "the same command goes on" in said
         fine = fine and seconds < within and "Traceback" not in said and all_gone(str(folder))
         outcomes.append(Outcome(fine, None, seconds, "" if fine else said[-500:]))
     same, _, said = bench.go_on(folder, command, ranks)

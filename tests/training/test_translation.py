@@ -1,7 +1,9 @@
 """Translation by the recipe: learned, scored, stopped early, resumed, exported and asked again."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ import generate_text
 from overture.config.load import load_config
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.errors import ConfigError, DataError
+from overture.errors import ConfigError, DataError, Preempted
 from overture.tokenizer import load_tokenizer
 from overture.trained import load_trained
+from overture.training import answers
 from overture.training import run as recipe
 from runs import assert_same, records, result
 
@@ -170,6 +173,28 @@ def test_a_cold_cache_is_filled_and_positions_are_asked_for(translate, data, tmp
     assert result(folder)["steps"] == 2
     with pytest.raises(ConfigError, match="leave no room for a prompt in the model's 32"):
         translate("generation.max_new_tokens=32", "run_name=long")
+
+
+def test_asked_to_stop_while_it_translates(translate, monkeypatch):
+    made, calls, real = [], [], answers.answer
+
+    def asked(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:  # the first was before training
+            os.kill(os.getpid(), signal.SIGTERM)
+        texts = real(*arguments, **options)
+        made.append(sum(map(bool, texts[0])))
+        return texts
+
+    monkeypatch.setattr(answers, "answer", asked)
+    options = ("max_duration=80ba", "generation.batch_size=5")
+    with pytest.raises(Preempted, match="saved at step 40"):
+        translate(*options, "run_name=asked")
+    assert made[1] == 0  # not one batch more
+    monkeypatch.setattr(answers, "answer", real)
+    parts = translate(*options, "run_name=asked")
+    assert_same(translate(*options, "run_name=whole"), parts)
+    assert [r["step"] for r in records(parts, "eval")] == [40, 80]
 
 
 def test_stops_when_it_overfits_and_gives_the_best_weights(translate, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class HeldOutAnswers:
         self._ends = {expected[-1] for _, expected in pairs}  # of a chat it is no EOS
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
         self.expected = [self.text(expected) for _, expected in pairs]
+        self.enough: Callable[[], bool] = bool  # asked before each batch; bool() is False
         self.before: list[str] = []
         self.after: list[str] = []
 
@@ -58,7 +60,8 @@ class HeldOutAnswers:
         options = {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams}
         options["eos_token_id"] = sorted({*(end_tokens(model, self.tokenizer) or ()), *self._ends})
         answers = [""] * len(self._ids)
-        found, _ = answer(model, self.tokenizer, mine, config.batch_size, title, **options)
+        batch = config.batch_size, title
+        found, _ = answer(model, self.tokenizer, mine, *batch, enough=self.enough, **options)
         for share, part in enumerate(dist.all_gather_object(found)):
             answers[share::ranks] = part
         return answers
@@ -91,6 +94,8 @@ class Translations(HeldOutAnswers):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        # What a run does, if it was asked to stop, with an evaluation that is broken off.
+        self.break_off: Callable[[], None] = lambda: None
         from sacrebleu.metrics import BLEU, CHRF
 
         name = self.config.bleu_tokenize or "13a"
@@ -117,6 +122,7 @@ class Translations(HeldOutAnswers):
     def judge(self, model: Any, log: RunLog) -> dict[str, float]:
         """Return the scores of what the model makes of the prompts now, and `log` some of it."""
         step, answers = log.step, self.ask(model, "translations")
+        self.break_off()
         rows = zip(self.prompts, answers, self.expected, strict=True)
         for prompt, text, truth in list(rows)[: self.SHOWN]:
             log.note(step, f"{prompt} -> {text} (expected: {truth})")

@@ -165,10 +165,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     runs.begin_run(config, command, resumed=found is not None)
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
         log.note(found[1]["batch"], event)
+    saver = resume.Checkpointer(config, facts, request)
     exact, stacks = resume.ExactResume(), run_folder / f"stacks-{os.getpid()}.txt"
     fail = partial(runs.write_failure, run_folder, config)
     watchdog = Watchdog(config.guards.timeout, stacks, workers, fail)
     if isinstance(answers, Translations):
+        answers.enough = lambda: request.asked
         log.more = watchdog.unwatched(partial(answers.judge, network, log))
     finite = FiniteGuard(config.guards.non_finite, config.guards.max_skips, log)
     spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
@@ -199,7 +201,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             *filter(None, (target, early, mlperf)),
             watchdog,
             # Last, as it keeps the state of the others.
-            resume.Checkpointer(config, facts, request),
+            saver,
         ],
         loggers=build_loggers(config),
         run_name=config.run_name,
@@ -217,6 +219,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
+    if isinstance(answers, Translations):
+        answers.break_off = lambda: saver.eval_batch_end(trainer.state, trainer.logger)
     quiet_trainer(trainer)
     exact.rng, trainer._rng_state = trainer._rng_state, None
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
