@@ -50,12 +50,18 @@ print(json.dumps(answers))
 """
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any]) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    trained_on: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a model, or the adapters of a PeftModel and what they were `trained_on`, with its
-    tokenizer; whole or not at all.
+    tokenizer; whole or not at all. `weights` are its state dict, if it holds but shards of them.
     """
     with _aside(folder) as aside:
-        _write(model, tokenizer, aside, trained_on)
+        _write(model, tokenizer, aside, trained_on, weights)
 
 
 @torch.no_grad()
@@ -164,8 +170,10 @@ def _aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any]) -> None:
-    model.save_pretrained(folder, safe_serialization=True)
+def _write(
+    model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any], weights: Any = None
+) -> None:
+    model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if trained_on and (folder / "adapter_config.json").is_file():
         (folder / RECORD).write_text(json.dumps(trained_on, indent=1) + "\n")

@@ -19,6 +19,7 @@ from overture.errors import ConfigError
 from overture.models import lora
 from overture.models.build import load_network, locate_model
 from overture.tokenizer import load_tokenizer
+from overture.training.sharding import METADATA, whole_from_shards
 
 ADAPTERS = "adapter_config.json"
 HEADS = {kind: head for head, kind in lora.TASK_TYPES.items()}
@@ -199,6 +200,8 @@ def _unpack(file: Path, into: Path) -> Path:
     try:
         # A pickle: `checkpoint_to_load` has compared its hash, or the user trusts its maker.
         state = torch.load(file, map_location="cpu", weights_only=False)["state"]
+        if (file.parent / METADATA).is_file():
+            state["model"] = whole_from_shards(file.parent)
         known = state["integrations"]["huggingface"]
         HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(known, False, str(into))
         weights = {n.removeprefix("model."): t.clone() for n, t in state["model"].items()}

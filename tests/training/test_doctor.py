@@ -134,3 +134,19 @@ def test_what_a_model_holds_is_counted(config, monkeypatch):
     monkeypatch.setattr("overture.training.rehearsal.AT_ONCE", 0.0)
     few = rehearse(config(*options), 1 << 40)
     assert (few.whole, few.tokens) == (False, found.tokens)
+
+
+def test_shards_are_counted_and_how_many_ranks_they_need(config):
+    shape = {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+    }  # fmt: skip
+    big = config("fsdp_config={}", "precision=amp_bf16", f"model.config={json.dumps(shape)}")
+    # 8,030,261,248 parameters of 16 bytes, as the yaml of that name says.
+    (found,) = _weights(big, 80 * GIB)
+    assert found.verdict == "ok"
+    assert "59.8 on 2, 29.9 on 4, 15.0 on 8" in found.text
+    assert "besides 2.8; at least 2 ranks like this device of 80.0 GiB" in found.text
+    assert found.text.endswith("too large to be tried here")
+    (found,) = _weights(big, 3 * GIB)
+    assert (found.verdict, found.text.endswith("too large")) == ("stop", True)

@@ -18,6 +18,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.distributed.tensor import DTensor
 
 from overture.callbacks.run_log import RunLog
 from overture.errors import EXIT_GUARD, GuardError
@@ -56,7 +57,7 @@ class FiniteGuard(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Look at the gradients of all microbatches, after the ranks have added theirs up."""
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in state.model.parameters() if p.grad is not None]
         scaled = state.scaler is not None and state.scaler.is_enabled()  # it skips such steps
         loss_bad = self._bad.clone()
         if gradients:
@@ -118,8 +119,10 @@ class GradientGuard(Callback):
         if state.timestamp.batch.value >= self.STEPS or not self._from_the_start:
             return
         trained = {n: p for n, p in state.model.named_parameters() if p.requires_grad}
-        self._reached |= {n for n, p in trained.items() if p.grad is not None and p.grad.any()}
+        moved = {n: p.grad for n, p in trained.items() if p.grad is not None}
+        self._reached |= {n for n, grad in moved.items() if local_part(grad).any()}
         if state.timestamp.batch.value == self.STEPS - 1:
+            self._reached = set().union(*dist.all_gather_object(self._reached))  # of all shards
             # An expert waits until a token is sent to it.
             missing = [n for n in trained if n not in self._reached and ".experts." not in n]
             if missing:
@@ -234,6 +237,11 @@ class SpikeGuard(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self._recent = state["steps"], deque(state["recent"], maxlen=self.WINDOW)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a rank holds of a tensor: its shard under FSDP2, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _device(state: State) -> torch.device:

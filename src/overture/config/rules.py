@@ -98,6 +98,8 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
         if config.task != "masked_lm" and _at(config, key) is not None:
             yield key, "needs task: masked_lm"
     yield from _streams(config)
+    if config.fsdp_config is not None:
+        yield from _sharded(config)
     for key in (
         "callbacks.loss_target", "callbacks.early_stop", "eval_first", "generation", "metrics",
     ):  # fmt: skip
@@ -177,6 +179,34 @@ def _trainable(config: Config) -> Iterator[Problem]:
             yield f"model.{key}", "is for weights that were trained; leave it out"
     if len(quantised) == 2:
         yield "model.load_in_8bit", "is set, and so is load_in_4bit; leave one of them out"
+
+
+def _sharded(config: Config) -> Iterator[Problem]:
+    early, clipping = config.callbacks.early_stop, config.algorithms.gradient_clipping
+    whole = "needs the whole model on each rank, so it cannot be used with fsdp_config"
+    refused = {
+        "compile": config.compile,
+        "generation": config.generation is not None,
+        "model.adapter": config.model.adapter is not None,
+        "model.load_in_4bit": config.model.load_in_4bit,
+        "model.load_in_8bit": config.model.load_in_8bit,
+        "algorithms.ema": config.algorithms.ema is not None,
+        "callbacks.early_stop.keep_best": early is not None and early.keep_best,
+    }
+    for key in [key for key, is_set in refused.items() if is_set]:
+        yield key, whole
+    if clipping is not None and clipping.clipping_type == "adaptive":
+        yield "algorithms.gradient_clipping.clipping_type", f"adaptive {whole}"
+    if config.model.dtype != "float32":
+        text = "shards are of one type, float32; precision: amp_bf16 computes in bfloat16"
+        yield "model.dtype", f"with fsdp_config {text}"
+    if config.precision == "amp_fp16":
+        yield "precision", "amp_fp16 is not scaled with fsdp_config; set amp_bf16"
+    if config.device_train_microbatch_size == "auto":
+        yield "device_train_microbatch_size", "auto is not found out with fsdp_config; say it"
+    if config.fsdp_config.state_dict_type == "sharded" and "://" in (config.save_folder or ""):
+        text = f"sharded is written to a folder that all nodes share, not to {config.save_folder}"
+        yield "fsdp_config.state_dict_type", f"{text}; set full"
 
 
 def _streams(config: Config) -> Iterator[Problem]:

@@ -250,6 +250,19 @@ class GuardsConfig:
 
 
 @dataclass
+class FSDPConfig:
+    """Weights, gradients and optimizer in shards, one for each rank: FSDP2 through Composer."""
+
+    # false: what a layer's forward pass has gathered is kept for the backward pass.
+    reshard_after_forward: bool = True
+    # Gradients are added up over ranks in float32, or with PURE in the type of `precision`.
+    mixed_precision: Literal["DEFAULT", "PURE"] = "DEFAULT"
+    # full: rank zero gathers and writes a checkpoint like any other. sharded: each rank writes its
+    # own part, into a folder that all nodes share. Any number of ranks goes on from either.
+    state_dict_type: Literal["full", "sharded"] = "full"
+
+
+@dataclass
 class Config:
     task: Task
     model: ModelConfig
@@ -284,6 +297,8 @@ class Config:
     # torch.compile for the layers of the model while it is trained and evaluated; needs a C++
     # compiler. The first steps take minutes; benchmarks/RESULTS.md says where it pays.
     compile: bool = False
+    # Several ranks: without it each holds the whole model (DDP).
+    fsdp_config: FSDPConfig | None = None
     run_folder: str = "runs/{run_name}"
     save_folder: str | None = None  # may be s3://, gs://, ...; default: <run_folder>/checkpoints
     save_interval: str = "1ep"

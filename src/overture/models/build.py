@@ -22,13 +22,15 @@ def load_network(
     head: str = "CausalLM",
     labels: dict[str, Any] | None = None,
     device_map: str | None = None,
+    hollow: bool = False,
 ) -> Any:
     """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
     tokens. The head on whole rows is for the `labels` of `data/labels.py`, and padding is what the
     tokenizer takes for it. `made_anew` of the model names the tensors that no checkpoint had. With
-    a `device_map` of accelerate's, as "auto", it is spread over the devices that there are.
+    a `device_map` of accelerate's, as "auto", it is spread over the devices that there are. A
+    `hollow` one is on the meta device, its weights not read.
 
     Raises ConfigError: no such model, none with such a head, no such key in its config or weights
     of another shape, or too few embeddings for the tokenizer or positions for the rows.
@@ -59,7 +61,11 @@ def load_network(
     if wanted.load_in_4bit or wanted.load_in_8bit:
         options |= _quantised(wanted)
     try:
-        if wanted.pretrained:
+        if hollow:
+            with torch.device("meta"):
+                model = auto.from_config(config, **options)
+            model.made_anew = []
+        elif wanted.pretrained:
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, loaded = auto.from_pretrained(location, config=config, **options)
             model.made_anew = _made_anew(model, loaded, wanted, location, bool(labels))

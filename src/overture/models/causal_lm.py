@@ -42,7 +42,8 @@ class CausalLM(HuggingFaceModel):
         self._shape = _shape(base, config)
         self._cpu_autocast = cpu_autocast  # Composer's amp_bf16 does nothing without CUDA
         self._frozen = not base.get_input_embeddings().weight.requires_grad
-        self._prove_logits(base)
+        if base.device.type != "meta":
+            self._prove_logits(base)
 
     @torch.no_grad()
     def _prove_logits(self, base: Any) -> None:

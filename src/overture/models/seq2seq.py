@@ -116,7 +116,7 @@ def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) ->
     Raises:
         ConfigError: its decoder begins with a word of the target, which would give that away.
     """
-    rows = [torch.tensor([ids], device=model.device) for ids in targets]
+    rows = [torch.tensor([ids]) for ids in targets]
     first = {model.prepare_decoder_input_ids_from_labels(labels=row)[0, 0].item() for row in rows}
     if len(first) > 1:
         fault = f"the decoder of a {type(model).__name__} begins with a token of each target"

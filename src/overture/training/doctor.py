@@ -54,7 +54,8 @@ def examine(config: Config) -> Iterator[Finding]:
         held = yield from _weights(config, room)
         if held > room:
             return
-        found = rehearse(config, room)
+        # Tried whole, as one process has nobody to share with.
+        found = rehearse(replace(config, fsdp_config=None), room)
         yield Finding("model", "ok", config.model.name, tuple(found.described))
         yield _step(found)
         yield _memory(config, found, room)
@@ -143,7 +144,9 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         held += (count - sum(p.numel() for p in tables)) // (2 if config.model.load_in_4bit else 1)
     if config.trainable == "all":
         held += held + 8 * count  # gradients, and two float32 of Adam's
-    if held > room:
+    if config.fsdp_config is not None:
+        yield _shards(config, network, held, room)
+    elif held > room:
         what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
         fault = f"{count:,} parameters: {what} take {need}"
@@ -151,6 +154,33 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         ways += ["trainable=lora"] * (config.trainable == "all")
         yield Finding("memory", "stop", "; ".join([fault, *ways, "or a larger device"]))
     return held
+
+
+def _shards(config: Config, network: torch.nn.Module, held: int, room: int) -> Finding:
+    """Say what the shards take on each of some numbers of ranks, and what every rank holds besides.
+
+    A layer's weights are gathered while it computes, and those of the next one ahead; what belongs
+    to no layer, as the tables of words, stays from the first forward pass to the end of the step.
+    """
+    wide = 4 if config.precision == "fp32" else 2
+    layers = [
+        m for stack in network.modules() if isinstance(stack, torch.nn.ModuleList) for m in stack
+    ]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    apart = sum(p.numel() for p in network.parameters()) - sum(sizes)
+    besides = wide * (2 * max(sizes, default=0) + apart)
+    ranks = (1, 2, 4, 8, 16, 32, 64)
+    shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in ranks[1:])
+    what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
+    text = f"{what} in shards: GiB on each of so many ranks: {shown}; besides {besides / GIB:.1f}"
+    fitting = [n for n in ranks if held / n + besides < 0.8 * room]
+    if not fitting:
+        return Finding("shards", "stop", f"{text}, of which {room / GIB:.1f} are there: too large")
+    least = (
+        f"at least {fitting[0]} ranks like this device of {room / GIB:.1f} GiB, activations apart"
+    )
+    whole = "" if held <= room else "; too large to be tried here"
+    return Finding("shards", "ok", f"{text}; {least}{whole}")
 
 
 def _step(found: Rehearsal) -> Finding:

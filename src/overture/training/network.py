@@ -17,6 +17,7 @@ from overture.models.lora import add_lora, continue_adapters
 from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
 from overture.models.trainable import freeze_others
 from overture.tokenizer import tokenizer_sha256
+from overture.training.sharding import is_hollow
 from overture.training.tasks import TASKS
 
 
@@ -48,24 +49,16 @@ def build_network(
     task = TASKS[config.task]
     labels = head_config(ledgers) if config.task == "classify" else None
     packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
-    network = load_network(config.model, tokenizer, config.max_seq_len, task.head, labels)
+    known = config.model, tokenizer, config.max_seq_len, task.head, labels
+    network = load_network(*known, hollow=is_hollow(config))
     if config.task == "seq2seq":
         refuse_unknown_family(network)
     # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
     # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
-    if not getattr(network, "is_quantized", False):
+    if not getattr(network, "is_quantized", False) and config.fsdp_config is None:
         network.to("cuda" if device == "gpu" else "cpu")
-    dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
-    with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
-        longest = min(position_limit(network), config.max_seq_len)
-        task.prove(network, len(tokenizer), longest, packed)
-        if config.algorithms.seq_length_warmup and not packed:
-            try:
-                task.prove(network, len(tokenizer), longest, True)
-            except ConfigError:
-                fault = f"pieces of a document see each other in a {type(network).__name__}"
-                remedy = f"({config.model.name}); leave it out"
-                raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
+    if network.device.type != "meta":
+        _prove(config, network, len(tokenizer), packed)
     if config.model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
         for module in network.modules():
@@ -83,6 +76,22 @@ def build_network(
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
         network = add_lora(network, **vars(config.lora), head=task.head)
     return network
+
+
+def _prove(config: Config, network: Any, vocabulary: int, packed: bool) -> None:
+    """Raise ConfigError if documents see each other in a network, where they are not to."""
+    prove = TASKS[config.task].prove
+    dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
+    with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
+        longest = min(position_limit(network), config.max_seq_len)
+        prove(network, vocabulary, longest, packed)
+        if config.algorithms.seq_length_warmup and not packed:
+            try:
+                prove(network, vocabulary, longest, True)
+            except ConfigError:
+                fault = f"pieces of a document see each other in a {type(network).__name__}"
+                remedy = f"({config.model.name}); leave it out"
+                raise ConfigError(f"algorithms.seq_length_warmup: {fault} {remedy}") from None
 
 
 def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 from omegaconf import OmegaConf
 
 from overture import checkpoint as store
+from overture.callbacks.guards import local_part
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
 from overture.models.lora import check_base
 from overture.training.preemption import StopRequest
+from overture.training.sharding import rest_of_state, save_shards
 
 # Settings of the terminal, of loggers and of where and how often to save do not change a result.
 FREE = (
@@ -179,12 +182,20 @@ def _refuse_other_shape(manifest: Path, config: Config) -> None:
 def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:
     """Take from another run's state what is not ours: its clock, its counts and its outcome.
 
-    Raises:
-        ConfigError: it lacks weights that are to be `trained`, given with their shapes, or has them
-            in others, as that of another model would.
+    Raises ConfigError as `check_shapes` does.
     """
     state_dict["state"].pop("callbacks", None)
-    theirs = {name: list(weight.shape) for name, weight in state_dict["state"]["model"].items()}
+    if "model" in state_dict["state"]:  # shards are beside it
+        weights = state_dict["state"]["model"]
+        check_shapes({name: list(x.shape) for name, x in weights.items()}, trained, path)
+
+
+def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], path: Path) -> None:
+    """Compare the weights of a checkpoint with those that are to be trained, by their shapes.
+
+    Raises:
+        ConfigError: it lacks some, or has them in other shapes, as that of another model would.
+    """
     for name in sorted(trained.keys() & theirs.keys()):
         if theirs[name] != trained[name]:
             fault = f"{name} is {theirs[name]} there, but {trained[name]} here"
@@ -238,6 +249,7 @@ class Checkpointer(Callback):
         self.remote = store.RemoteFolder(remote) if remote and dist.get_global_rank() == 0 else None
         self.facts = {"config": dump_config(config), "facts": facts}
         self.request = request
+        self.sharded = config.fsdp_config and config.fsdp_config.state_dict_type == "sharded"
         self._is_due = create_interval_scheduler(config.save_interval)
         self._saved = -1
 
@@ -278,33 +290,61 @@ class Checkpointer(Callback):
                     self.remote.upload_file(place / store.MANIFEST)
 
             return on_rank_zero(change)
-        trained = [p.detach() for p in state.model.parameters() if p.requires_grad]
-        if not torch.stack(torch._foreach_norm(trained)).isfinite().all():
+        trained = [local_part(p.detach()) for p in state.model.parameters() if p.requires_grad]
+        finite = bool(torch.stack(torch._foreach_norm(trained)).isfinite().all())
+        if not all(dist.all_gather_object(finite)):
             raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")
-        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        kept = rest_of_state(state) if self.sharded else state.state_dict()
+        content = {"state": kept, "rng": reproducibility.get_rng_state()}
         if state.timestamp.batch_in_epoch == 0:
             # Streaming still counts the epoch that is over.
             content["state"]["dataset_state"]["train"]["epoch"] = state.timestamp.epoch.value
-        facts = {**self.facts, "evaluation_due": evaluation_due}
+        facts, shards = {**self.facts, "evaluation_due": evaluation_due}, self.folder / ".shards"
+
+        def begin() -> None:
+            shutil.rmtree(shards, ignore_errors=True)  # of a run that was killed while it wrote
+            shards.mkdir(parents=True)
+
+        def fill(folder: Path) -> None:
+            torch.save(content, folder / store.STATE)
+            if self.sharded:
+                for file in shards.iterdir():
+                    file.rename(folder / file.name)
+                shards.rmdir()
 
         def write() -> None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                place = store.write_checkpoint(
-                    self.folder, batch, lambda f: torch.save(content, f / store.STATE), facts
-                )
-                if self.remote:
-                    self.remote.upload(place)
-                store.keep_newest(self.folder, self.keep)
-            except (OSError, RuntimeError) as error:  # torch's writer wraps the system's
-                raise GuardError(
-                    f"step {batch}: the checkpoint cannot be written to {self.folder} "
-                    f"({' '.join(str(error).split())[:150]}); free space or name another "
-                    "save_folder, then run the same command again: the last one is whole"
-                ) from None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            place = store.write_checkpoint(self.folder, batch, fill, facts)
+            if self.remote:
+                self.remote.upload(place)
+            store.keep_newest(self.folder, self.keep)
 
-        on_rank_zero(write)
+        if self.sharded:
+            self._on_rank_zero(begin, batch)
+            try:
+                save_shards(state, shards)
+            except OSError as error:
+                shutil.rmtree(shards, ignore_errors=True)
+                raise self._unwritten(batch, error) from None
+        self._on_rank_zero(write, batch)
         self._saved = batch
+
+    def _on_rank_zero(self, work: Callable[[], None], batch: int) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except (OSError, RuntimeError) as error:  # torch's writer wraps the system's
+                raise self._unwritten(batch, error) from None
+
+        on_rank_zero(attempt)
+
+    def _unwritten(self, batch: int, error: Exception) -> GuardError:
+        reason = " ".join(str(error).split())[-150:]
+        return GuardError(
+            f"step {batch}: the checkpoint cannot be written to {self.folder} ({reason}); free "
+            "space or name another save_folder, then run the same command again: the last one is "
+            "whole"
+        )
 
 
 class ExactResume(Callback):

@@ -54,6 +54,14 @@ from overture.training.network import (
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
+from overture.training.sharding import (
+    METADATA,
+    gather_in_forward,
+    load_shards,
+    parallelism,
+    shard_shapes,
+    whole_weights,
+)
 from overture.training.tasks import TASKS
 
 # What torch says, in any line of ours, of another process that is gone.
@@ -97,7 +105,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
     exchange_modules(network, config, precision)
-    facts = _facts(config, tokenizer, network)
+    facts = resume.on_rank_zero(lambda: _facts(config, tokenizer, network))
     if found:
         resume.check_facts(found[1]["facts"], facts, config.resume.allow)
         say(f"going on from {found[0]}")
@@ -134,7 +142,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         begins = begin_of_targets(config, network, batches.dataloader.dataset, tokenizer)
         facts["use"] = {"generation": begins}
     model = task.model(config, network, tokenizer, samples, cpu_autocast)
-    model.to("cuda" if device == "gpu" else "cpu")
+    if config.fsdp_config is None:
+        model.to("cuda" if device == "gpu" else "cpu")
     if config.compile:
         model.compile_backbone()
     answers = None
@@ -160,6 +169,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     start = found[0] / STATE if found else None
     if config.load_path and not found:
         start = resume.find_load_path(config, facts["model"])
+    weights_only = config.load_weights_only and not found
+    strict = config.trainable == "all"  # adapters are saved by themselves
+    sharded = start is not None and (start.parent / METADATA).is_file()
     foreign = partial(resume.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
     runs.begin_run(config, command, resumed=found is not None)
@@ -188,6 +200,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         max_duration=config.max_duration,
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_scheduler(config.scheduler),
+        parallelism_config=parallelism(config, network),
         algorithms=build_algorithms(config),
         callbacks=[
             exact,
@@ -211,16 +224,21 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         # The mean over the label tokens of the global batch, however it is divided.
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
-        load_path=str(start) if start else None,
-        load_weights_only=config.load_weights_only and not found,
+        load_path=str(start) if start and not (sharded and weights_only) else None,
+        load_weights_only=weights_only,
         load_ignore_keys=None if found else foreign,
-        load_strict_model_weights=config.trainable == "all",  # adapters are saved by themselves
+        load_strict_model_weights=strict,
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
     if isinstance(answers, Translations):
         answers.break_off = lambda: saver.eval_batch_end(trainer.state, trainer.logger)
+    gather_in_forward(model)
+    if sharded:
+        if not found:
+            resume.check_shapes(shard_shapes(start.parent), shapes, start)
+        load_shards(trainer.state, start.parent, weights_only, strict)
     quiet_trainer(trainer)
     exact.rng, trainer._rng_state = trainer._rng_state, None
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
@@ -247,9 +265,10 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
     # Outcome: model, answers, result.json, report.
     try:
+        weights = whole_weights(network)
         if dist.get_global_rank() == 0:
             trained_on = base_record(vars(config.model), facts)
-            save_model(network, tokenizer, run_folder / "hf", trained_on)
+            save_model(network, tokenizer, run_folder / "hf", trained_on, weights)
         if answers:
             answers.after = answers.ask(network, "answers after training")
         result = _result(config, log, throughput, target, seconds)

@@ -1,0 +1,181 @@
+"""A model in shards: each rank keeps a part of weights, gradients and optimizer (FSDP2).
+
+Composer's FSDP2 on its own would shard a model as one piece, and leave our forward pass, which goes
+to the backbone and not through the model, without its weights. Only rank zero reads a model's
+weights; the others make it of nothing (the meta device) and are sent their shards.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from composer.core import State
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn import ModuleList
+
+from overture.config.schema import Config
+from overture.errors import ConfigError
+
+PREFIX = "model."  # of weights in the shards
+METADATA = ".metadata"  # of torch's distributed checkpoints: which shard is in which file
+
+
+def is_hollow(config: Config) -> bool:
+    """Return whether this rank makes its model of nothing, to be sent its shards."""
+    return config.fsdp_config is not None and dist.get_global_rank() != 0
+
+
+def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
+    """Return how Composer is to shard a network, by its layers, whose list is marked in it.
+
+    Raises ConfigError for a model without a list of layers, which would be one piece.
+    """
+    if config.fsdp_config is None:
+        return None
+    layers = [m for stack in network.modules() if isinstance(stack, ModuleList) for m in stack]
+    kinds = {kind for m in layers if (kind := type(m).__name__) in _layer_names(network)}
+    if not kinds:
+        fault = f"a {type(network).__name__} does not say which of its modules are layers"
+        raise ConfigError(f"fsdp_config: {fault}; leave it out")
+    for module in network.modules():
+        module._fsdp_wrap = type(module).__name__ in kinds
+    network._fsdp_wrap = True
+    # Composer's own sharded checkpoints hold its clocks too, and load on as many ranks only.
+    options = vars(config.fsdp_config) | {"state_dict_type": "full"}
+    return ParallelismConfig(fsdp2=FSDP2Config(**options))
+
+
+def _layer_names(network: Any) -> set[str]:
+    """Return the classes of a model's layers, as transformers keep them together on a device."""
+    return {*(getattr(network.base_model, "_no_split_modules", None) or ()),
+            *(getattr(network, "_no_split_modules", None) or ())}  # fmt: skip
+
+
+def gather_in_forward(model: Any) -> None:
+    """Let a ComposerModel's forward pass gather the weights that belong to no layer."""
+    root, own = model.model, model.forward
+    if not isinstance(root, FSDPModule):
+        return
+    for name, module in root.named_modules():
+        # Left behind on the meta device: transformers keep the frequencies of rotation twice.
+        if "original_inv_freq" in vars(module):
+            module.original_inv_freq = module.inv_freq
+        lost = [key for key, value in vars(module).items() if torch.is_tensor(value)]
+        if any(getattr(module, key).is_meta for key in lost):
+            fault = f"{name} of a {type(root).__name__} has tensors that cannot be sent"
+            raise ConfigError(f"fsdp_config: {fault} ({lost[0]}); leave it out")
+    given: list[Any] = []
+    # Not as an argument: FSDP2 would round labels that are numbers to the type of the weights.
+    root.forward_of_batch = lambda: own(given.pop())
+    register_fsdp_forward_method(root, "forward_of_batch")
+
+    def forward(batch: Any) -> Any:
+        given.append(batch)
+        return root.forward_of_batch()
+
+    model.forward = forward
+    if (times := _times_too_large(next(root.parameters()).device)) != 1:
+        own_loss = model.loss
+
+        def loss(outputs: Any, batch: Any) -> torch.Tensor:
+            found = own_loss(outputs, batch)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: gradient / times)
+            return found
+
+        model.loss = loss
+
+
+def _times_too_large(device: torch.device) -> float:
+    """Return how many times too large a mean over the ranks is: gloo, asked for one, gives the sum,
+    and says nothing. Adam would hardly show it in gradients; clipping, and other optimizers, would.
+    """
+    ones = torch.ones(dist.get_world_size(), device=device)
+    mean = ones.new_empty(1)
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    return mean.item()
+
+
+def whole_weights(network: Any) -> dict[str, torch.Tensor] | None:
+    """Return the state dict of a sharded network on rank zero, on the CPU; None of another one.
+
+    All ranks take part.
+    """
+    if not isinstance(network, FSDPModule):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, seen = get_model_state_dict(network, options=options), set()
+    for name, p in network.named_parameters(remove_duplicate=False):
+        if p in seen:  # tied, and written once
+            weights.pop(name, None)
+        seen.add(p)
+    return weights
+
+
+def rest_of_state(state: State) -> dict[str, Any]:
+    """Return what Composer keeps of a state, but for its weights and its optimizer."""
+    every = state.serialized_attributes
+    state.serialized_attributes = [n for n in every if n not in ("model", "optimizers")]
+    try:
+        return state.state_dict()
+    finally:
+        state.serialized_attributes = every
+
+
+def save_shards(state: State, folder: Path) -> None:
+    """Write this rank's shards of weights and optimizer; all ranks take part.
+
+    Raises OSError if any of them could not.
+    """
+    model, optimizer = get_state_dict(state.model, state.optimizers)
+    try:
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:  # not even an Exception
+        raise OSError(" ".join(str(error).split())[-300:]) from None
+
+
+def load_shards(state: State, folder: Path, weights_only: bool, strict: bool) -> None:
+    """Read what this rank holds of weights and optimizer from the shards of any number of ranks."""
+    options = StateDictOptions(strict=strict)
+    if weights_only:
+        model = get_model_state_dict(state.model)
+        dcp.load({"model": model}, checkpoint_id=folder)
+        set_model_state_dict(state.model, model, options=options)
+        return
+    model, optimizer = get_state_dict(state.model, state.optimizers)
+    dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    set_state_dict(
+        state.model, state.optimizers, model_state_dict=model, optim_state_dict=optimizer,
+        options=options,
+    )  # fmt: skip
+
+
+def shard_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the names and shapes of the weights in the shards of a checkpoint."""
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name.removeprefix(PREFIX): list(of.size) for name, of in known.items()
+            if name.startswith(PREFIX)}  # fmt: skip
+
+
+def whole_from_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in the shards of a checkpoint, put together on the CPU."""
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(of.size, dtype=of.properties.dtype)
+        for name, of in known.items() if name.startswith(PREFIX)
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it loads in a single process
+        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
