@@ -18,7 +18,7 @@ from overture.errors import ConfigError
 from overture.generate import answer, encode_prompts, read_rows, turn
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
-from overture.training.answers import held_out_prompts, is_exact
+from overture.training.answers import f1, held_out_prompts, is_exact
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,13 @@ def test_model_goes_back_to_training(pair):
 def test_exact_match_ignores_space_at_the_ends_only():
     assert is_exact(" In Oslo\n", "In Oslo")
     assert not is_exact("in Oslo", "In Oslo")
+
+
+def test_f1_counts_characters_as_jglue_does():
+    assert f1("東京 タワー。", " 東京  タワー") == 1.0
+    assert f1("OSLO", "oslo") == 1.0
+    assert f1("abc", "abd") == pytest.approx(2 / 3)
+    assert f1("", "a") == 0.0
 
 
 def test_an_answer_ends_before_a_stop_text_whatever_is_beside_it(pair):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from overture import hub
 from overture.data.shards import Split
 from overture.errors import ConfigError, DataError, GuardError
 from overture.generate import AS_IT_IS, GREEDY, encode_prompts, end_tokens
@@ -150,7 +151,8 @@ def check_out(out: Path, source: str, overwrite: bool) -> None:
     if not overwrite:
         raise ConfigError(f"--out {out} is there already; give --overwrite to replace it")
     here, theirs = out.resolve(), Path(source).resolve()
-    is_export = (out / "README.md").is_file() and [*out.glob("*config.json")]
+    card = out / "README.md"
+    is_export = card.is_file() and hub.WRITER in card.read_text(encoding="utf-8", errors="replace")
     if not is_export or here in (theirs, *theirs.parents):
         raise ConfigError(f"--out {out}: is no earlier export, so it is not replaced; name another")
 
@@ -162,8 +164,11 @@ def _aside(folder: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         yield aside
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        if folder.exists():
+            folder.rename(old)
         aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # which is no OSError, on a full disk either
         raise GuardError(f"{folder}: cannot be written ({error})") from None
     finally:
@@ -253,7 +258,8 @@ def _fresh_answers(
     command = [sys.executable, "-I", "-c", FRESH]
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1][:200]
+        killed = f"killed by signal {-done.returncode}, as when memory runs out"
+        reason = (done.stderr.strip() or killed).splitlines()[-1][:200]
         raise DataError(f"plain transformers cannot use what was exported ({reason})")
     return json.loads(done.stdout.splitlines()[-1])
 

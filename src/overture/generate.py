@@ -211,7 +211,9 @@ def generate(
     if not asked:
         if pairs:
             raise ConfigError(f"--chat: {trained.name} has an encoder; it answers a --prompt alone")
-        tokenizer.chat_template = template or tokenizer.chat_template
+        learned = next((ledger["template"] for ledger in ledgers(trained.run)), None)
+        learned = learned if isinstance(learned, str) else tokenizer.chat_template
+        tokenizer.chat_template = template or learned
         return chat(model, tokenizer, room, streamer=streamer, **options)
     if isinstance(asked, Conversion):
         learned = next((ledger["template"] for ledger in ledgers(trained.run)), None)

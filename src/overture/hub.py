@@ -10,6 +10,7 @@ from overture.errors import ConfigError
 from overture.report import summary_lines
 from overture.trained import Trained, ledgers
 
+WRITER = "Written by Overture's export_model.py."  # ends a card, and tells an export from others
 PIPELINES = {
     "CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation",
     "SequenceClassification": "text-classification",
@@ -43,7 +44,7 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
         if (run / file).is_file():
             text = form((run / file).read_text(encoding="utf-8")).strip()
             parts.append(f"## {heading}\n\n```\n{text}\n```")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, WRITER]) + "\n"
 
 
 def _data_row(ledger: dict[str, Any]) -> str:

@@ -81,8 +81,11 @@ def load_trained(
         has_own = adapters and (adapters / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(adapters) if has_own else base, trust)
         model = load_network(wanted, tokenizer, head=head, labels=labels, device_map=device_map)
-        if base.startswith(aside):
-            _refuse_missing(model, base, name)
+        # A classifier's head may come with its adapters.
+        beside = f"{model.base_model_prefix}." if adapters and head == HEADS["SEQ_CLS"] else ""
+        if lost := [key for key in model.made_anew if key.startswith(beside)]:
+            fault = f"lacks {len(lost)} tensors of its model ({lost[0]}, ...)"
+            raise ConfigError(f"{name}: {fault}, which would be drawn at random")
         if not device_map and not getattr(model, "is_quantized", False):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.eval()
@@ -207,11 +210,16 @@ def _unpack(file: Path, into: Path) -> Path:
         weights = {n.removeprefix("model."): t.clone() for n, t in state["model"].items()}
         has_adapters = "peft_config" in known["model"]
         config = known["model"]["peft_config" if has_adapters else "config"]["content"]
+        if not has_adapters:  # the config is that of its base, whose head may have been another
+            config["architectures"] = [known["model"]["config"]["class"].rpartition(".")[2]]
     except Exception as error:  # unpickling can run into anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise ConfigError(f"{file}: holds no model of transformers' ({reason})") from None
     if has_adapters:
-        weights = {name.replace(".default", ""): tensor for name, tensor in weights.items()}
+        weights = {
+            name.replace(".modules_to_save", "").replace(".default", ""): tensor
+            for name, tensor in weights.items()
+        }
     name = "adapter_model" if has_adapters else "model"
     save_file(weights, into / f"{name}.safetensors", {"format": "pt"})
     place = into / (ADAPTERS if has_adapters else "config.json")
@@ -229,13 +237,3 @@ def _unpack(file: Path, into: Path) -> Path:
             made.update(**begins, _from_model_config=False)  # or it would be made of that again
             made.save_pretrained(into)
     return into
-
-
-def _refuse_missing(model: Any, folder: str, name: str) -> None:
-    """Raise ConfigError if transformers drew some weights at random, as a checkpoint lacks them."""
-    from safetensors import safe_open
-
-    with safe_open(f"{folder}/model.safetensors", "pt") as file:
-        there = {*file.keys(), *(model._tied_weights_keys or ())}
-    if missing := [key for key in model.state_dict() if key not in there]:
-        raise ConfigError(f"{name}: lacks {len(missing)} tensors of its model ({missing[0]}, ...)")

@@ -206,6 +206,21 @@ def test_a_long_text_in_parts_has_every_token_once(run, tokenizer, length):
     assert word
 
 
+def test_a_tokenizer_that_takes_text_for_its_marks(run, tmp_path):
+    """As T5's does, whatever it is told: such rows are left out, and said to be."""
+    pieces = [("</s>", 0.0), ("<unk>", -9.0), *((c, -2.0) for c in "▁abs</>")]
+    made = Tokenizer(models.Unigram(pieces, unk_id=1))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    folder = str(tmp_path / "unigram")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(folder)
+    records = [{"text": "a b"}, {"text": "a </s> b"}]
+    ledger, rows, _ = run(records, "text", tokenizer=folder)
+    assert (len(rows), ledger["rows"]["dropped"]) == (1, {"special_token_in_text": 1})
+    records = [{**record, "label": "x"} for record in records]
+    ledger, rows, _ = run(records, "classify", tokenizer=folder)
+    assert (len(rows), ledger["rows"]["dropped"]) == (1, {"special_token_in_text": 1})
+
+
 def test_a_long_text_cut_at_its_end_has_both_marks(run, tokenizer):
     ledger, rows, _ = run([{"text": "a" * 9}, {"text": "a" * 3}], "text", max_seq_len=4,
                           packing="none", overflow="truncate", bos_text="<|padding|>")  # fmt: skip

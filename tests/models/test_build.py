@@ -315,6 +315,11 @@ def test_wrong_lora_target(tokenizer):
         add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["nope"])
 
 
+def test_one_wrong_lora_target_among_right_ones(tokenizer):
+    with pytest.raises(ConfigError, match=r"'v_porj' is the name of no module .*\"v_proj\""):
+        add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["q_proj", "v_porj"])
+
+
 def test_what_cannot_be_trained_is_refused(tokenizer):
     with pytest.raises(ConfigError, match=r"the output head takes no adapter"):
         add_lora(build("llama", tokenizer), 4, 8.0, 0.0, ["q_proj", "lm_head"])

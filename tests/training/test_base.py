@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from overture.errors import DataError
+from overture.errors import ConfigError
 from overture.models.lora import check_base, model_fingerprint
 
 LORA = (
@@ -35,7 +35,9 @@ def test_adapters_on_another_base_are_refused(run, bases):
     _, first = run(*LORA, f"model.name={base}", "run_name=first")
     more = (*LORA, f"load_path={first}", "load_weights_only=true")
     assert run(*more, f"model.name={base}", "run_name=same")[0] == 0
-    with pytest.raises(DataError, match=r"ba2/manifest\.json: was trained in another model"):
+    with pytest.raises(
+        ConfigError, match=r"is a .*base, pretrained, but model is a .*other, pretr"
+    ):
         run(*more, f"model.name={other}", "run_name=wrong")
     allowed = run(*more, f"model.name={other}", "run_name=allowed", "resume.allow=[model]")
     assert allowed[0] == 0
@@ -45,5 +47,5 @@ def test_adapters_on_another_base_are_refused(run, bases):
         return model_fingerprint(PeftModel.from_pretrained(network, first / "hf"))
 
     check_base(first / "hf" / "trained_on.json", exported(base))
-    with pytest.raises(DataError, match=r"trained_on\.json: was trained in another model"):
+    with pytest.raises(ConfigError, match=r"trained_on\.json: was trained in another model"):
         check_base(first / "hf" / "trained_on.json", exported(other))

@@ -19,7 +19,7 @@ from overture.config.load import load_config
 from overture.config.schema import ModelConfig
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.errors import ConfigError, DataError
+from overture.errors import ConfigError
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
 from overture.training import run as recipe
@@ -335,7 +335,7 @@ def test_splits_of_other_classes_are_refused(classify, smoke, data):
 
 def test_load_path_with_a_head_of_another_size_is_refused(classify):
     three = classify("run_name=three", "max_duration=2ba", task="mnli")
-    with pytest.raises(DataError, match=r"was trained in another model than this one"):
+    with pytest.raises(ConfigError, match=r"was trained in another model than this one"):
         classify(f"load_path={three}", "load_weights_only=true", "run_name=two")
     with pytest.raises(ConfigError, match=r"classifier.* is \[3.* there, but \[2.* here"):
         classify(

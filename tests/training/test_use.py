@@ -1,5 +1,6 @@
 """What a run leaves is used: asked, exported, loaded by plain transformers, asked again."""
 
+import copy
 import io
 import json
 import shlex
@@ -21,6 +22,7 @@ from overture.data.embedded import generate_rows
 from overture.errors import ConfigError, DataError, GuardError
 from overture.export import _ask, _compare, _compare_tokens, _logits
 from overture.generate import AS_IT_IS, answer, encode_prompts
+from overture.models.lora import model_fingerprint
 from overture.trained import load_trained
 from overture.training.run import train
 from runs import result
@@ -250,7 +252,7 @@ def test_adapters_for_another_base_are_refused(runs, door, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match="was trained in another model than this one"):
+    with pytest.raises(ConfigError, match="was trained in another model than this one"):
         load_trained(str(other), "runs/lora")
     # Of others, without a record: by the shapes of their tensors.
     foreign = tmp_path / "foreign"
@@ -270,6 +272,37 @@ def test_adapters_for_another_base_are_refused(runs, door, tmp_path):
     (foreign / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match="adapters that do not fit this model"):
         load_trained(str(foreign))
+
+
+def test_a_base_is_known_by_the_place_of_its_weights_too():
+    one = torch.nn.Linear(4, 4, bias=False)
+    one.weight.requires_grad_(False)
+    two = copy.deepcopy(one)
+    two.weight.data = two.weight.data.flip(0)  # the same numbers
+    assert model_fingerprint(one) != model_fingerprint(two)
+    two.weight.data = two.weight.data.flip(0)
+    assert model_fingerprint(one) == model_fingerprint(two)
+
+
+def test_weights_of_other_names_are_not_drawn_at_random(runs, door, tmp_path):
+    """As of a model that was saved while it was compiled."""
+    other = tmp_path / "other"
+    shutil.copytree(runs / "runs/base/hf", other)
+    weights = load_file(other / "model.safetensors")
+    weights = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks \d+ tensors of its model .* drawn at random"):
+        load_trained(str(other))
+
+
+def test_a_model_that_transformers_would_not_save_is_saved(runs, door, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "runs/base/hf", other)
+    settings = json.loads((other / "generation_config.json").read_text())
+    settings |= {"temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    door(export_model, other, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_another_model_than_the_one_that_was_trained_is_not_exported(door):

@@ -37,6 +37,9 @@ class Seq2SeqEncoder(InstructEncoder):
         for record, source, target in zip(records, sources, targets, strict=True):
             if self.tokens.eos not in target[-2:]:  # a language code may follow it
                 target = [*target, self.tokens.eos]
+            if self.tokens.forbids(record):
+                yield "special_token_in_text"
+                continue
             if not set(target) - self._special:
                 yield "empty_response"
                 continue
@@ -68,6 +71,9 @@ class ClassifyEncoder(Encoder):
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
         for record, row in zip(records, self._rows(records), strict=True):
+            if self.tokens.forbids(record):
+                yield "special_token_in_text"
+                continue
             is_long = len(row.ids) > self.max_seq_len
             if is_long and self.overflow == "truncate_prompt":
                 row = self._rows([record], truncation=True, max_length=self.max_seq_len)[0]

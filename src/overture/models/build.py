@@ -76,6 +76,7 @@ def load_network(
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None
     if labels:
         model.config.pad_token_id = tokenizer.pad_token_id
+    _let_be_saved(model)
     embeddings = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None:  # its own, or the one for the end
         raise ConfigError(f"tokenizer_name: {tokenizer.name_or_path} has no token to pad with")
@@ -88,6 +89,18 @@ def load_network(
         fault = f"max_seq_len: {max_seq_len}, but {name} has {known}"
         raise ConfigError(f"{fault}; convert the data to fit")
     return model
+
+
+def _let_be_saved(model: Any) -> None:
+    """Mend a generation config that transformers load but will not save, as some of the hub's are:
+    a temperature, say, of a model that does not sample.
+    """
+    config = getattr(model, "generation_config", None)
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def position_limit(model: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overture.errors import ConfigError, DataError
+from overture.errors import ConfigError, nearest
 
 RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
 
@@ -56,6 +56,11 @@ def add_lora(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
+    names = [name for name, _ in model.named_modules()]  # peft has put its own within them
+    for target in target_modules if isinstance(target_modules, list) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            hint = nearest(target, {name.rpartition(".")[2] for name in names})
+            raise ConfigError(f"lora.target_modules: {target!r} is the name of no module{hint}")
     if _changes_head(model):
         raise ConfigError(
             "lora.target_modules: the output head takes no adapter here; leave it out"
@@ -88,7 +93,7 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
     Raises:
         ConfigError: no adapters are there, or for another model, or not what is `wanted`: a
             section `lora` of the config, None for what they are.
-        DataError: they are ours, and were trained in another base, by its content.
+            Or they are ours, and were trained in another base, by its content.
     """
     folder = Path(name) / "hf" if (Path(name) / "hf").is_dir() else Path(name)
     if not (folder / "adapter_config.json").is_file():
@@ -132,10 +137,10 @@ def check_base(record: Path, model: str, or_else: str = "") -> None:
         or_else: ends the message: what else can be done.
 
     Raises:
-        DataError: it is another one, in which adapters would mean something else.
+        ConfigError: it is another one, in which adapters would mean something else.
     """
     if json.loads(record.read_text(encoding="utf-8")).get("facts", {}).get("model") != model:
-        raise DataError(
+        raise ConfigError(
             f"{record}: was trained in another model than this one: trained tensors or frozen "
             f"weights differ; use its base model, dtype and lora{or_else}"
         )
@@ -150,9 +155,20 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     apart = ("lora_", ".modules_to_save.", ".original_module.")
     for name, p in model.named_parameters():
         is_trained = p.requires_grad or any(part in name for part in apart)
-        content = is_trained or p.detach().view(torch.uint8).sum().item()
+        content = is_trained or _checksum(p.detach())
         rows.append((name, *p.shape, p.dtype, content))
     return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _checksum(weights: Tensor) -> int:
+    """Return a number that depends on every bit of a tensor and on its place, on any device."""
+    content = weights.contiguous().view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(content, (0, -len(content) % 8)).view(torch.int64)
+    total = 0
+    for part in words.split(1 << 22):  # odd factors, of which none hides a bit
+        factors = torch.arange(1, 2 * len(part), 2, device=part.device)
+        total = (31 * total + int((part * factors).sum())) % (1 << 64)
+    return total
 
 
 def _changes_head(model: Any) -> bool:

@@ -157,11 +157,16 @@ def is_exact(answer: str, expected: str) -> bool:
 
 
 def f1(answer: str, expected: str) -> float:
-    """Return the F1 of an answer's characters, white space left out, as JGLUE counts them.
+    """Return the F1 of an answer's characters, as JGLUE counts them, but for one answer that is
+    expected, where JGLUE takes the best of several.
 
     The harmonic mean of the shares of one's characters that are the other's too, each as often
-    (Kurihara et al. 2022, "JGLUE", section 5.2; Rajpurkar et al. 2016, 1606.05250, have words).
+    (Kurihara et al. 2022, "JGLUE", section 5.2; Rajpurkar et al. 2016, 1606.05250, have words), in
+    small letters, without a last full stop, white space made one space.
     """
-    ours, theirs = (Counter("".join(text.split())) for text in (answer, expected))
+    plain = (
+        " ".join(text.lower().strip().removesuffix("。").split()) for text in (answer, expected)
+    )
+    ours, theirs = map(Counter, plain)
     common, total = (ours & theirs).total(), ours.total() + theirs.total()
     return 2 * common / total if total else 1.0

@@ -90,8 +90,8 @@ def find_load_path(config: Config, model: str) -> Path:
         if (state.parent / store.MANIFEST).is_file() and "model" not in config.resume.allow:
             try:
                 check_base(state.parent / store.MANIFEST, model, ", or set resume.allow=[model]")
-            except DataError:
-                _refuse_other_shape(state.parent / store.MANIFEST, config)
+            except ConfigError:
+                _refuse_other_model(state.parent / store.MANIFEST, config)
                 raise
         return state
 
@@ -167,16 +167,18 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
         )
 
 
-def _refuse_other_shape(manifest: Path, config: Config) -> None:
+def _refuse_other_model(manifest: Path, config: Config) -> None:
     """Raise ConfigError if a checkpoint's model was begun as another one than the config's."""
     record = json.loads(manifest.read_text(encoding="utf-8"))
     theirs = OmegaConf.to_container(OmegaConf.create(record["config"]))["model"]
-    ours = vars(config.model)
-    if not theirs["pretrained"] and not ours["pretrained"]:
-        shapes = [f"{m['name']} of {m['config'] or 'default shape'}" for m in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            fault = f"load_path: {manifest.parent}: is a {shapes[0]}, but model is a {shapes[1]}"
-            raise ConfigError(f"{fault}; set model to what the checkpoint is of")
+    shapes = [
+        f"{m['name']}, pretrained" if m["pretrained"]
+        else f"{m['name']} of {m['config'] or 'default shape'}"
+        for m in (theirs, vars(config.model))
+    ]  # fmt: skip
+    if shapes[0] != shapes[1]:
+        fault = f"load_path: {manifest.parent}: is a {shapes[0]}, but model is a {shapes[1]}"
+        raise ConfigError(f"{fault}; set model to what the checkpoint is of")
 
 
 def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:

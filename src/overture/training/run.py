@@ -268,6 +268,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         weights = whole_weights(network)
         if dist.get_global_rank() == 0:
             trained_on = base_record(vars(config.model), facts)
+            if config.task == "chat":  # so that it is asked as it was trained
+                tokenizer.chat_template = next(iter(ledgers.values()))["template"]
             save_model(network, tokenizer, run_folder / "hf", trained_on, weights)
         if answers:
             answers.after = answers.ask(network, "answers after training")
