@@ -25,7 +25,7 @@ from overture.data.encode_pairs import Seq2SeqEncoder
 from overture.data.examine import dropped, examine
 from overture.data.prompts import PromptTemplate, parse_template
 from overture.data.schema import write_aside
-from overture.errors import ConfigError
+from overture.errors import ConfigError, GuardError
 from overture.models.build import position_limit
 from overture.models.isolation import in_evaluation
 from overture.predict import ROW, predict
@@ -246,7 +246,7 @@ def generate(
         said = f"{prompt}\n-> {text}\n" if pairs else f"{prompt}{text}\n"
         lines.append(json.dumps(row, ensure_ascii=False) + "\n" if out else said)
     if out:
-        write_aside(out, "".join(lines))
+        _write(out, lines)
     elif not streamed:
         print(*lines, sep="\n")
     rate = f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.1f} tokens/s"
@@ -278,7 +278,7 @@ def _label(
         said = f"{content['prompt']} -> {label}{sure}\n"
         lines.append(json.dumps(content, ensure_ascii=False) + "\n" if out else said)
     if out:
-        write_aside(out, "".join(lines))
+        _write(out, lines)
     else:
         print("".join(lines), end="")
     print(f"{len(lines):,} rows{f' in {out}' if out else ''}")
@@ -292,3 +292,10 @@ def _typed(texts: list[str], template: PromptTemplate) -> Rows:
         fault = f"the template reads {', '.join(needed)}: give rows that have these with --data"
         raise ConfigError(f"--prompt_template: {fault}")
     return [("--prompt", {needed[0]: text}) for text in texts]
+
+
+def _write(out: Path, lines: list[str]) -> None:
+    try:
+        write_aside(out, "".join(lines))
+    except OSError as error:
+        raise GuardError(f"--out {out}: cannot be written ({error}); nothing is there") from None

@@ -28,6 +28,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # the hub's client raises a dozen kinds; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: no tokenizer to be had there ({reason})") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"{name}: only fast tokenizers are supported, with a tokenizer.json")
     if tokenizer.pad_token is None:
         # Padding is never learned and never seen by a real token, so any valid id will do.
         tokenizer.pad_token = tokenizer.eos_token

@@ -22,6 +22,7 @@ from overture.data.convert import convert
 from overture.errors import ConfigError
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
+from overture.trained import load_trained
 from overture.training import run as recipe
 from runs import assert_same, curve, records, result
 
@@ -256,7 +257,13 @@ def test_a_mosaic_bert_takes_adapters(classify):
     classify("run_name=base", "max_duration=2ba", model=BERT.replace("bert", "mosaic_bert").replace(
         ", max_position_embeddings: 32", ""))  # fmt: skip
     more = ("model.name=runs/base", "trainable=lora", "lora.r=4", "run_name=lora")
-    assert result(classify(*more, "max_duration=4ba", model="{name: x}"))["steps"] == 4
+    folder = classify(*more, "max_duration=4ba", model="{name: x}")
+    assert result(folder)["steps"] == 4
+    for place in ("runs/base", "runs/lora"):  # the checkpoints are what was written out
+        (newest,) = Path(place, "checkpoints").glob("ba[24]")
+        there, here = (load_trained(p).model.state_dict() for p in (str(newest), place))
+        assert there.keys() == here.keys()
+        assert all(torch.equal(there[key], here[key]) for key in here)
 
 
 class Power(Exception):

@@ -10,7 +10,9 @@ import export_model
 from overture.config.load import load_config
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
+from overture.data.prompts import chat_templates
 from overture.errors import ConfigError
+from overture.tokenizer import load_tokenizer
 from overture.training.run import train
 from runs import result
 
@@ -127,6 +129,8 @@ progress_bar: false
 """)
     config = load_config(["chat.yaml"], ("chat",))
     assert train(config, command="python finetune.py chat.yaml") == 0
+    given = load_tokenizer("runs/chat")  # asked, here or elsewhere, as it was trained
+    assert given.chat_template == chat_templates()["plain"]
     lines = (tmp_path / "runs" / "chat" / "generations.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     answers = {row["messages"][0]["content"]: row["messages"][3]["content"] for row in rows}

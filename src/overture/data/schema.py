@@ -51,8 +51,11 @@ def write_aside(path: Path, text: str) -> None:
     """Write a text file so that at any moment either the old or the new content is there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     # A file name may be no UTF-8; its escape is JSON's own, so it reads back as the same name.
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def seal(record: dict[str, Any]) -> str:
