@@ -112,6 +112,7 @@ def test_ledger_agrees_with_the_index(smoke):
         assert ledger["samples"] == sum(shard["samples"] for shard in index["shards"])
 
 
+@pytest.mark.slow
 def test_resume_is_proven_on_a_config(run_door, smoke):
     # With what it leaves out as it evaluates nothing: see SMALL.
     done = run_door("src/check_setup.py", "yamls/smoke/finetune.yaml", "lora.dropout=0.1",

@@ -211,7 +211,8 @@ def _unpack(file: Path, into: Path) -> Path:
         has_adapters = "peft_config" in known["model"]
         config = known["model"]["peft_config" if has_adapters else "config"]["content"]
         if not has_adapters:  # the config is that of its base, whose head may have been another
-            config["architectures"] = [known["model"]["config"]["class"].rpartition(".")[2]]
+            kind = known["model"]["config"]["class"].rpartition(".")[2]
+            config["architectures"] = [kind.removeprefix("FSDP")]  # as that of a sharded one begins
     except Exception as error:  # unpickling can run into anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise ConfigError(f"{file}: holds no model of transformers' ({reason})") from None
