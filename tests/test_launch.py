@@ -45,7 +45,10 @@ def test_exit_code_of_two_ranks_is_that_of_the_error(run_door, smoke):
     ("yaml", "more"),
     [
         (SMOKE, ("model.dtype=float32", "algorithms.ema.half_life=2ba")),
-        ("yamls/smoke/seq2seq.yaml", ("model.config.dropout=0.0", "generation.num_prompts=3")),
+        pytest.param(
+            "yamls/smoke/seq2seq.yaml", ("model.config.dropout=0.0", "generation.num_prompts=3"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(

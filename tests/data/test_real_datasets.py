@@ -76,7 +76,11 @@ def test_every_dataset_has_a_command(real_data):
     assert set(commands()) == set(expected(real_data))
 
 
-@pytest.mark.parametrize("name", commands())
+# The largest takes a minute.
+LONG = {"jaquad": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in commands()])
 def test_counts(name, real_data, tmp_path, smoke, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "src"))
     import convert_dataset

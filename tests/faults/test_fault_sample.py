@@ -10,10 +10,9 @@ from faults.bench import ANSWER, Bench
 SAMPLE = [
     kills.converting, damage.shard, damage.index, damage.ledger, damage.missing,
     storage.full_disk_converting, content.hostile_index, content.hostile_model,
-    kills.saving,
     *(
         pytest.param(kind, marks=pytest.mark.slow)
-        for kind in (storage.full_disk_saving, storage.one_cache, storage.error_500)
+        for kind in (kills.saving, storage.full_disk_saving, storage.one_cache, storage.error_500)
     ),
 ]  # fmt: skip
 
