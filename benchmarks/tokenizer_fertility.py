@@ -20,8 +20,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from overture.tokenizer_training import Plan, train_tokenizer  # noqa: E402
-
 TEXTS = {
     "botchan": ("text/botchan.txt", 2000), "enja": ("small_parallel_enja/train.ja", 3000),
     "jaquad": ("jaquad/jaquad_train.json.gz", 8000),
@@ -36,6 +34,8 @@ KINDS = (
 
 def main() -> None:
     """Train, print a table, write the results."""
+    from overture.tokenizer_training import Plan, train_tokenizer
+
     data, rows = Path(os.environ["OVERTURE_DATA"]), []
     head = ("text", "pieces", "model", "library", "tokens a word", "tokens a byte", "unknown",
             "changed", "seconds")  # fmt: skip

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from outages import RESUMED, Outage, Power
 from overture.config.load import load_config
+from overture.training import run as recipe
 from overture.training.run import train
 
 FINETUNE = """
@@ -62,3 +64,26 @@ def door(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+@pytest.fixture
+def broken(run, monkeypatch):
+    """Train, with the power going out at some steps, and go on by the same command each time."""
+
+    def go(name, *options, at=(), between=lambda folder: None, finish=True, **more) -> Path:
+        build = recipe.build_callbacks
+        for step in at:
+            monkeypatch.setattr(
+                recipe, "build_callbacks", lambda config, step=step: [*build(config), Outage(step)]
+            )
+            with pytest.raises(Power):
+                run(*RESUMED, *options, f"run_name={name}", **more)
+            between(Path("runs") / name)
+            monkeypatch.setattr(recipe, "build_callbacks", build)
+        if not finish:
+            return Path("runs") / name
+        code, folder = run(*RESUMED, *options, f"run_name={name}", **more)
+        assert code == 0
+        return folder
+
+    return go

@@ -1,70 +1,15 @@
 """Interrupted and resumed equals uninterrupted, bit for bit; what has changed is refused."""
 
-import fcntl
 import json
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-import torch
-from composer import Callback
-from moto.server import ThreadedMotoServer
 
-from overture import export
-from overture.callbacks.early_stop import EarlyStop
-from overture.checkpoint import MANIFEST, STATE, newest_checkpoint
-from overture.config.schema import Config
-from overture.errors import ConfigError, DataError, GuardError
-from overture.training import run as recipe
-from overture.training.resume import changed_keys, check_room
-from runs import assert_same, curve, records, result
-
-# 24 rows a batch make epochs of five steps of the smoke data; 16 steps are more than three.
-OPTIONS = (
-    "global_train_batch_size=24", "device_train_microbatch_size=8", "max_duration=16ba",
-    "trainable=lora", "lora.r=4", "lora.dropout=0.1", "model.dtype=bfloat16", "eval_interval=5ba",
-    "eval_first=false",
-)  # fmt: skip
-
-
-class Power(Exception):
-    """The power went out."""
-
-
-class Outage(Callback):
-    """Breaks off a run at the end of a step, before that step is saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch_end(self, state, logger):
-        if state.timestamp.batch.value == self.step:
-            raise Power
-
-
-@pytest.fixture
-def broken(run, monkeypatch):
-    """Train, with the power going out at some steps, and go on by the same command each time."""
-
-    def go(name, *options, at=(), between=lambda folder: None, finish=True, **more) -> Path:
-        build = recipe.build_callbacks
-        for step in at:
-            monkeypatch.setattr(
-                recipe, "build_callbacks", lambda config, step=step: [*build(config), Outage(step)]
-            )
-            with pytest.raises(Power):
-                run(*OPTIONS, *options, f"run_name={name}", **more)
-            between(Path("runs") / name)
-            monkeypatch.setattr(recipe, "build_callbacks", build)
-        if not finish:
-            return Path("runs") / name
-        code, folder = run(*OPTIONS, *options, f"run_name={name}", **more)
-        assert code == 0
-        return folder
-
-    return go
+from outages import RESUMED
+from overture.errors import ConfigError, DataError
+from overture.training.resume import changed_keys
+from runs import assert_same, curve, result
 
 
 def steps_per_epoch(smoke: Path) -> int:
@@ -136,85 +81,14 @@ def test_another_stream_under_the_same_name_is_refused(broken, run, smoke, tmp_p
     shutil.rmtree(tmp_path / "a" / "train")
     shutil.copytree(smoke / "instruct" / "test", tmp_path / "a" / "train")
     with pytest.raises(DataError, match=r"the dataset of this run is not what it was begun with"):
-        run(*OPTIONS, *options, "run_name=begun")
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "manifest", "missing", "empty"])
-def test_broken_checkpoint_is_set_aside_and_an_earlier_one_is_used(broken, damage, capsys):
-    def between(folder: Path) -> None:
-        newest = folder / "checkpoints" / "ba4"
-        state = newest / STATE
-        if damage == "flip":
-            content = bytearray(state.read_bytes())
-            content[len(content) // 2] ^= 4
-            state.write_bytes(content)
-        elif damage == "cut":
-            state.write_bytes(state.read_bytes()[:-7])
-        elif damage == "manifest":
-            (newest / MANIFEST).write_text("{")
-        elif damage == "missing":
-            state.unlink()
-        else:
-            shutil.rmtree(newest)
-            newest.mkdir()
-        # What a kill leaves while a checkpoint is written.
-        (folder / "checkpoints" / ".ba5.123").mkdir()
-        (folder / "checkpoints" / ".ba5.123" / STATE).write_bytes(b"half")
-
-    options = ("max_duration=7ba", "eval_interval=7ba", "save_interval=2ba")
-    whole = broken("whole", *options)
-    parts = broken("parts", *options, at=(5,), between=between)
-    assert_same(whole, parts)
-    said = capsys.readouterr().out
-    assert "ba4" in said
-    assert "set aside as broken-ba4-0; going back to an earlier checkpoint" in said
-    assert "going on from runs/parts/checkpoints/ba2" in said
-    broken_off, resumed = records(parts, "event")
-    assert broken_off["step"] == resumed["step"] == 2
-    assert broken_off["what"].endswith("set aside as broken-ba4-0")
-    assert resumed["what"] == "resumed"
-    assert "step 2: resumed" in (parts / "report.html").read_text()
-    assert (parts / "checkpoints" / "broken-ba4-0").is_dir()
-    assert not list((parts / "checkpoints").glob(".ba*"))
-
-
-def test_none_whole_is_no_new_beginning(broken, run):
-    options = ("max_duration=4ba", "save_interval=2ba", "eval_interval=4ba")
-
-    def spoil(folder: Path) -> None:
-        (folder / "checkpoints" / "ba2" / STATE).write_bytes(b"x")
-
-    broken("lost", *options, at=(3,), between=spoil, finish=False)
-    steps = len(records(Path("runs/lost"), "train"))
-    for _ in range(2):  # the second finds it set aside already
-        with pytest.raises(DataError, match=r"no checkpoint there is whole .*broken-ba2-0.*delete"):
-            run(*OPTIONS, *options, "run_name=lost")
-        assert len(records(Path("runs/lost"), "train")) == steps
-    # A kill between two renames, and a disk that fails, which says nothing of a checkpoint.
-    checkpoints = Path("runs/lost/checkpoints")
-    broken("whole", *options)
-    shutil.rmtree(checkpoints)
-    shutil.copytree("runs/whole/checkpoints", checkpoints)
-    (checkpoints / "ba4").rename(checkpoints / ".old-ba4")
-    assert newest_checkpoint(checkpoints)[0].name == "ba4"
-    (checkpoints / "ba4" / STATE).unlink()
-    (checkpoints / "ba4" / MANIFEST).unlink()
-    (checkpoints / "ba4" / MANIFEST).mkdir()
-    with pytest.raises(GuardError, match=r"ba4: cannot be read .*may well be whole"):
-        newest_checkpoint(checkpoints)
-    assert not list(checkpoints.glob("broken-*"))
-
-
-def test_as_many_are_kept_as_was_asked(broken):
-    folder = broken("kept", "max_duration=5ba", "save_interval=1ba")
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["ba4", "ba5"]
+        run(*RESUMED, *options, "run_name=begun")
 
 
 def test_changes_are_refused_by_name_unless_allowed(broken, run, smoke, tmp_path):
     options = ("max_duration=6ba", "save_interval=2ba", "run_name=begun")
 
     def resume(*changes: str, **more):
-        return run(*OPTIONS, *options, *changes, **more)
+        return run(*RESUMED, *options, *changes, **more)
 
     data = tmp_path / "data"
     shutil.copytree(smoke / "instruct", data)
@@ -244,114 +118,9 @@ def test_other_data_under_the_same_name_is_refused(broken, run, smoke, tmp_path)
         shutil.rmtree(data / split)
         shutil.copytree(smoke / "instruct" / "test", data / split)
     with pytest.raises(DataError, match=r"the dataset of this run is not what it was begun with"):
-        run(*OPTIONS, *options, "run_name=begun", "global_train_batch_size=2",
+        run(*RESUMED, *options, "run_name=begun", "global_train_batch_size=2",
             "device_train_microbatch_size=2",
             "resume.allow=[global_train_batch_size,device_train_microbatch_size]")  # fmt: skip
-
-
-def test_checkpoints_of_others_need_a_word(run, tmp_path, capsys):
-    _, first = run("run_name=first", "max_duration=1ba", "eval_first=false")
-    foreign = tmp_path / "foreign.pt"
-    shutil.copy(first / "checkpoints" / "ba1" / STATE, foreign)
-    options = ("run_name=second", "load_weights_only=true", "max_duration=1ba")
-    with pytest.raises(ConfigError, match=r"pickle.*load_unverified=true"):
-        run(*options, f"load_path={foreign}")
-    with pytest.raises(ConfigError, match=r"load_path: nowhere: no checkpoint is there"):
-        run(*options, "load_path=nowhere")
-    archive = tmp_path / "foreign.tar.gz"
-    archive.write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"foreign.tar.gz: is an archive"):
-        run(*options, f"load_path={archive}", "load_unverified=true")
-    capsys.readouterr()
-    code, second = run(*options, f"load_path={foreign}", "load_unverified=true")
-    assert code == 0
-    assert "is loaded unverified: a pickle" in capsys.readouterr().out
-    start = result(first)["eval_cross_entropy"]
-    assert result(second)["eval_cross_entropy_before"] == pytest.approx(start, abs=1e-5)
-    state = first / "checkpoints" / "ba1" / STATE
-    state.write_bytes(state.read_bytes() + b"x")
-    with pytest.raises(DataError, match=r"state\.pt: .* bytes, but .* were written"):
-        run("run_name=third", "load_weights_only=true", f"load_path={state}")
-
-
-def test_full_disk_leaves_the_last_checkpoint_and_one_sentence(broken, monkeypatch):
-    save = torch.save
-
-    def full(content, path, **options):
-        if "ba4" in str(path):
-            Path(path).write_bytes(b"part")
-            raise OSError(28, "No space left on device")
-        save(content, path, **options)
-
-    monkeypatch.setattr(torch, "save", full)
-    options = ("max_duration=6ba", "save_interval=2ba", "eval_interval=6ba")
-    with pytest.raises(GuardError, match=r"step 4: the checkpoint cannot be written .*No space"):
-        broken("full", *options)
-    folder = Path("runs/full")
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["ba2"]
-    assert result(folder)["status"] == "failed"
-    monkeypatch.setattr(torch, "save", save)
-    assert_same(broken("whole", *options), broken("full", *options))
-
-
-@pytest.mark.parametrize(
-    ("owner", "said"),
-    [(export, r"runs/full/hf: cannot be written"), (EarlyStop, r"cannot be written to \(File too")],
-)
-def test_a_disk_that_is_full_for_weights_leaves_no_part_of_them(owner, said, run, monkeypatch):
-    write, kinds = owner._write, (signal.SIGXFSZ, resource.RLIMIT_FSIZE)
-    old = resource.getrlimit(kinds[1])
-
-    def limited(*arguments):
-        handler = signal.signal(kinds[0], signal.SIG_IGN)
-        resource.setrlimit(kinds[1], (2_000, old[1]))  # the kernel refuses what is larger
-        try:
-            return write(*arguments)
-        finally:
-            resource.setrlimit(kinds[1], old)
-            signal.signal(kinds[0], handler)
-
-    monkeypatch.setattr(owner, "_write", limited)
-    options = ("run_name=full", "callbacks.early_stop.patience=2")
-    with pytest.raises(GuardError, match=said):
-        run(*options)
-    left = {path.name for path in Path("runs/full").iterdir()}
-    assert not left & {"hf", *(["best.safetensors"] if owner is EarlyStop else [])}
-    assert not [name for name in left if "partial" in name or ".best" in name]
-    monkeypatch.setattr(owner, "_write", write)
-    code, folder = run(*options)
-    assert (code, result(folder)["status"]) == (0, "completed")
-    assert not (folder / "best.safetensors").exists()
-
-
-def test_too_little_room_is_found_before_training(run, monkeypatch):
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(GuardError, match=r"save_folder: .*runs/tight/checkpoints: 3 checkpoints"):
-        run("run_name=tight")
-    assert not Path("runs/tight").exists()
-
-
-def test_room_is_asked_for_what_is_not_there_yet(monkeypatch, tmp_path):
-    model = torch.nn.Linear(1000, 1000, bias=False)  # a checkpoint takes 12 MB
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=13_000_000))
-    config = Config("instruct", None, 2, "1ba", 1, run_folder=str(tmp_path))
-    with pytest.raises(GuardError, match="3 checkpoints take"):
-        check_room(config, model)
-    for step in (2, 4):
-        (tmp_path / "checkpoints" / f"ba{step}").mkdir(parents=True)
-    check_room(config, model)
-
-
-def test_save_folder_is_one_run_s_alone(run, tmp_path):
-    (tmp_path / "saved").mkdir()
-    with (tmp_path / "saved" / ".lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match=r"save_folder: another process trains into .*saved"):
-            run("run_name=second", f"save_folder={tmp_path}/saved")
-    assert not Path("runs/second").exists()
-    assert run("run_name=second", f"save_folder={tmp_path}/saved")[0] == 0
 
 
 def test_what_counts_as_a_secret_is_no_change_of_config():
@@ -360,73 +129,3 @@ def test_what_counts_as_a_secret_is_no_change_of_config():
     assert changed_keys(before, now) == changed_keys(now, before) == []
     now = now.replace("@x", "@y").replace("seed: 1", "seed: 2")
     assert changed_keys(before, now) == ["model", "seed"]
-
-
-def test_flipped_bit_in_the_best_weights_is_found(run, monkeypatch):
-    options = ("run_name=best", "callbacks.early_stop.patience=2", "optimizer.lr=1.0",
-               "max_duration=12ba", "eval_interval=2ba")  # fmt: skip
-    restore = EarlyStop.restore
-
-    def spoil(self, state):
-        content = bytearray(self.path.read_bytes())
-        content[-3] ^= 1
-        self.path.write_bytes(content)
-        return restore(self, state)
-
-    monkeypatch.setattr(EarlyStop, "restore", spoil)
-    with pytest.raises(DataError, match=r"best.safetensors: its weights are not what was written"):
-        run(*options)
-
-
-def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch, tmp_path):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        import boto3
-
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="runs")
-        options = ("max_duration=7ba", "eval_interval=7ba", "save_interval=2ba")
-        whole = broken("whole", *options)
-
-        def between(folder: Path) -> None:
-            shutil.rmtree(folder)  # the machine is gone
-            body = b"not what was stored"
-            client.put_object(Bucket="runs", Key="there/parts/ba4/state.pt", Body=body)
-
-        def spoil(folder: Path) -> None:
-            (folder / "checkpoints" / "ba4" / STATE).write_bytes(b"x")
-
-        parts = broken("parts", *options, "save_folder=s3://runs/there/{run_name}", at=(5,),
-                       between=between)  # fmt: skip
-        late = {key: value for key, value in curve(whole).items() if key[1] > 2}
-        assert {k: v for k, v in curve(parts).items() if k[1] > 2} == late
-        # Broken here and whole there: it is fetched again, and nothing is lost.
-        again = broken("again", *options, "save_folder=s3://runs/there/{run_name}", at=(5,),
-                       between=spoil)  # fmt: skip
-        assert_same(whole, again)
-        assert [r["step"] for r in records(again, "event")] == [4, 4]  # set aside, and resumed
-        assert (again / "checkpoints" / "broken-ba4-0").is_dir()
-        for place in ("parts", "again/ba6"):
-            loaded = (f"load_path=s3://runs/there/{place}", "load_weights_only=true")
-            name = place.replace("/", "-")
-            assert result(broken(f"from-{name}", *options, *loaded))["status"] == "completed"
-        with pytest.raises(ConfigError, match=r"s3://runs/there/again/ba5: no whole checkpoint"):
-            run(*OPTIONS, *options, "load_path=s3://runs/there/again/ba5", "run_name=none")
-        gone = "save_folder=s3://gone/x"
-        with pytest.raises(ConfigError, match=r"s3://gone/x: cannot be read"):
-            run(*OPTIONS, *options, gone, "run_name=nowhere")
-        client.create_bucket(Bucket="gone")
-        close = type(
-            "Close", (Callback,), {"batch_start": lambda *_: client.delete_bucket(Bucket="gone")}
-        )
-        monkeypatch.setattr(recipe, "build_callbacks", lambda config: [close()])
-        with pytest.raises(GuardError, match=r"s3://gone/x: cannot be written"):
-            run(*OPTIONS, *options, gone, "save_interval=1ba", "run_name=nowhere")
-        assert result(Path("runs/nowhere"))["status"] == "failed"
-    finally:
-        server.stop()
