@@ -18,12 +18,11 @@ from runs import assert_same
 
 ROOT = Path(__file__).parents[2]
 COMPOSER = str(Path(sys.executable).parent / "composer")
-STEPS = 60
 ANSWER = 60  # seconds in which every fault is to be answered
 # Dropout shows whether random numbers go on as they should; a checkpoint every other step.
 OPTIONS = (
-    "lora.dropout=0.1", f"max_duration={STEPS}ba", "save_interval=2ba", "eval_interval=30ba",
-    "eval_first=false", "progress_bar=false", "global_train_batch_size=8",
+    "lora.dropout=0.1", "save_interval=2ba", "eval_interval=30ba", "eval_first=false",
+    "progress_bar=false", "global_train_batch_size=8",
 )  # fmt: skip
 
 
@@ -57,10 +56,12 @@ class Bench:
     Args:
         folder: data and undisturbed runs are kept in it; trials are made and removed.
         rng: decides when, where and which.
+        steps: of every run.
     """
 
     folder: Path
     rng: random.Random
+    steps: int = 60
     environment: dict[str, str] = field(default_factory=dict)
     _count: int = 0
 
@@ -92,7 +93,15 @@ class Bench:
         start = [sys.executable] if ranks == 1 else [COMPOSER, "-n", str(ranks)]
         half = "device_train_microbatch_size=4"  # the same in both, and right for two ranks
         config = ["yamls/smoke/finetune.yaml", f"run_folder={folder}", f"data_local={self.data()}"]
-        return [*start, "finetune.py", *config, *OPTIONS, half, *options]
+        return [
+            *start,
+            "finetune.py",
+            *config,
+            *OPTIONS,
+            f"max_duration={self.steps}ba",
+            half,
+            *options,
+        ]
 
     def whole(self, ranks: int = 1) -> Path:
         """Return the run folder of an undisturbed run."""
@@ -107,7 +116,7 @@ class Bench:
         folder = self.folder / "halfway"
         if not list(folder.glob("checkpoints/ba*")):
             process = self.start(self.train(folder))
-            wait(lambda: last_step(folder) >= STEPS - 10, process)
+            wait(lambda: last_step(folder) >= self.steps - 10, process)
             kill_group(process)
         return folder
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 
-from faults.bench import ANSWER, STEPS, Bench, Outcome, hear
+from faults.bench import ANSWER, Bench, Outcome, hear
 from overture.data.schema import seal, sha256_file, unseal
 
 # Runs the door with a fault put into the program: `{fault}` defines it.
@@ -60,7 +60,7 @@ def hang(bench: Bench, most: int) -> list[Outcome]:
 
 
 def _call(bench: Bench) -> int:
-    return bench.rng.randrange(2, STEPS)
+    return bench.rng.randrange(2, bench.steps)
 
 
 def _spoilt(bench: Bench, fault: str, sentence: str, trace: str) -> Outcome:

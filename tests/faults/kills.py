@@ -9,7 +9,6 @@ from pathlib import Path
 
 from faults.bench import (
     ANSWER,
-    STEPS,
     Bench,
     Outcome,
     all_gone,
@@ -29,37 +28,31 @@ SHARED = Path("/dev/shm")
 def training(bench: Bench, most: int) -> list[Outcome]:
     """Kill -9 of a run at random moments."""
     folder = bench.fresh("kill")
-    steps = sorted(bench.rng.sample(range(1, STEPS), min(most, CHAIN)))
-
-    def at(step: int, process) -> bool:
-        there = wait(lambda: last_step(folder) >= step, process)
-        time.sleep(bench.rng.uniform(0, 0.1))
-        return there
-
-    return _chain(bench, folder, bench.train(folder), steps, at)
+    return _chain(bench, folder, bench.train(folder), _steps(bench, most), _at(bench, folder))
 
 
 def saving(bench: Bench, most: int) -> list[Outcome]:
     """Kill -9 of a run while it writes a checkpoint."""
     folder, parts = bench.fresh("kill-saving"), []
-    steps = sorted(bench.rng.sample(range(4, STEPS, 2), min(most, CHAIN)))
+    steps = sorted(bench.rng.sample(range(4, bench.steps - 4, 2), min(most, CHAIN)))
+
+    def part(step: int = 0) -> bool:
+        found = folder.glob("checkpoints/.ba*")
+        return any(int(place.name.split(".")[1][2:]) >= step for place in found)
 
     def at(step: int, process) -> bool:
-        def writes() -> bool:
-            return any(
-                int(p.name.split(".")[1][2:]) >= step for p in folder.glob("checkpoints/.ba*")
-            )
+        while wait(lambda: part(step), process, pause=0.0002):
+            time.sleep(bench.rng.uniform(0, 0.01))
+            process.send_signal(signal.SIGSTOP)  # so that it is sure to be in the middle
+            if part(step):
+                return True
+            process.send_signal(signal.SIGCONT)
+        return False
 
-        there = wait(writes, process, pause=0.0002)
-        time.sleep(bench.rng.uniform(0, 0.01))
-        return there
-
-    def after() -> None:
-        parts.append(bool(list(folder.glob("checkpoints/.ba*"))))
-
-    outcomes = _chain(bench, folder, bench.train(folder), steps, at, after)
+    outcomes = _chain(bench, folder, bench.train(folder), steps, at, lambda: parts.append(part()))
     for outcome, left in zip(outcomes, parts, strict=True):
-        outcome.note += " left a part" * left
+        if not left:
+            outcome.detected, outcome.note = False, f"{outcome.note} left no part"
     return outcomes
 
 
@@ -88,11 +81,8 @@ def group(bench: Bench, most: int) -> list[Outcome]:
     """Kill -9 of the launcher, two ranks and their loaders' workers at once."""
     folder = bench.fresh("kill-group")
     before = leaked()
-    outcomes = _chain(
-        bench, folder, bench.train(folder, "train_loader.num_workers=1", ranks=2),
-        sorted(bench.rng.sample(range(1, STEPS), min(most, CHAIN))),
-        lambda step, process: wait(lambda: last_step(folder) >= step, process), ranks=2,
-    )  # fmt: skip
+    command = bench.train(folder, "train_loader.num_workers=1", ranks=2)
+    outcomes = _chain(bench, folder, command, _steps(bench, most), _at(bench, folder), ranks=2)
     left = leaked() - before
     for outcome in outcomes if left else ():
         outcome.detected = outcome.recovered = False
@@ -127,6 +117,21 @@ def leaked() -> set[str]:
     return set(os.listdir(SHARED)) - {name.rstrip() for name in mapped}
 
 
+def _steps(bench: Bench, most: int) -> list[int]:
+    return sorted(bench.rng.sample(range(1, bench.steps - 2), min(most, CHAIN)))
+
+
+def _at(bench: Bench, folder: Path):
+    """Return what waits for a step and a moment more, of computing, logging or saving."""
+
+    def at(step: int, process) -> bool:
+        there = wait(lambda: last_step(folder) >= step, process)
+        time.sleep(bench.rng.uniform(0, 0.1))
+        return there
+
+    return at
+
+
 def _chain(bench, folder, command, steps, at, after=lambda: None, ranks=1) -> list[Outcome]:
     """Kill a run at each of some steps, go on each time, and compare what it ends with."""
     seconds, notes = [], []
@@ -156,9 +161,9 @@ def _answered(
     """Do something to a part of a run: it has to end by itself, in a `sentence`, and go on."""
     folder, outcomes = bench.fresh(name), []
     command = train(folder, *options, ranks=ranks)
-    for step in sorted(bench.rng.sample(range(2, STEPS - 5), min(most, CHAIN))):
+    for step in sorted(bench.rng.sample(range(2, bench.steps - 5), min(most, CHAIN))):
         process = bench.start(command)
-        if not wait(lambda step=step: last_step(folder) >= step, process):
+        if not _at(bench, folder)(step, process):
             outcomes.append(Outcome(False, False, 0, f"was over: {hear(process)[-300:]}"))
             break
         began = time.monotonic()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from faults.bench import ANSWER, STEPS, Bench, Outcome, contents, hear, kill_group, last_step, wait
+from faults.bench import ANSWER, Bench, Outcome, contents, hear, kill_group, last_step, wait
 from faults.kills import leaked
 
 MEBIBYTE = 2**20
@@ -178,7 +178,7 @@ def full_disk_saving(bench: Bench, most: int) -> list[Outcome]:
         folder = disk / "run"
         command = bench.train(folder)
         process = bench.start(command)
-        step = bench.rng.randrange(5, STEPS - 10)
+        step = bench.rng.randrange(5, bench.steps - 10)
         if not wait(lambda: last_step(folder) >= step, process):
             return [Outcome(False, False, 0, hear(process)[-300:])]
         began = time.monotonic()

@@ -1,5 +1,8 @@
 """Adapters know the base that they were trained on: by a checkpoint, and by the exported folder."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -49,3 +52,19 @@ def test_adapters_on_another_base_are_refused(run, bases):
     check_base(first / "hf" / "trained_on.json", exported(base))
     with pytest.raises(ConfigError, match=r"trained_on\.json: was trained in another model"):
         check_base(first / "hf" / "trained_on.json", exported(other))
+
+
+def test_tokenizer_that_grew_into_spare_rows(run, bases, smoke):
+    base, _ = bases  # of as many rows as the tokenizer has pieces, the last of which it never saw
+    shutil.copytree(smoke / "tokenizer", base, dirs_exist_ok=True)
+    named = f"tokenizer_name={smoke / 'tokenizer'}"
+    assert run(*LORA, f"model.name={base}", "run_name=same", named)[0] == 0
+    content = json.loads((base / "tokenizer.json").read_text())
+    left, right = content["model"]["merges"].pop()
+    assert content["model"]["vocab"].pop(left + right) == 1023
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r"tokenizer_name: .* 1 pieces more, from .* stay as drawn"
+    ):
+        run(*LORA, f"model.name={base}", "run_name=grown", named)
+    assert run(*LORA[2:], "trainable=all", f"model.name={base}", "run_name=all", named)[0] == 0

@@ -16,7 +16,7 @@ from overture.models.build import load_network, position_limit
 from overture.models.lora import add_lora, continue_adapters
 from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
 from overture.models.trainable import freeze_others
-from overture.tokenizer import tokenizer_sha256
+from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training.sharding import is_hollow
 from overture.training.tasks import TASKS
 
@@ -53,6 +53,7 @@ def build_network(
     network = load_network(*known, hollow=is_hollow(config))
     if config.task == "seq2seq":
         refuse_unknown_family(network)
+    _refuse_grown_tokenizer(config, tokenizer)
     # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
     # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
     if not getattr(network, "is_quantized", False) and config.fsdp_config is None:
@@ -76,6 +77,24 @@ def build_network(
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
         network = add_lora(network, **vars(config.lora), head=task.head)
     return network
+
+
+def _refuse_grown_tokenizer(config: Config, tokenizer: Any) -> None:
+    """Raise ConfigError if a tokenizer has pieces that its pretrained model never saw, and whose
+    rows would stay as they are: many models have spare ones, of which the size alone says nothing.
+    """
+    model, name = config.model, config.tokenizer_name
+    if not model.pretrained or config.trainable == "all" or name in (None, model.name):
+        return
+    try:
+        own = load_tokenizer(model.name, model.trust_remote_code)
+    except ConfigError:  # the weights came alone
+        return
+    if len(tokenizer) > len(own):
+        new = tokenizer.convert_ids_to_tokens(len(own))
+        fault = f"{name} has {len(tokenizer) - len(own)} pieces more, from {new!r} on, than that of"
+        remedy = "which would stay as drawn at random; set trainable to all"
+        raise ConfigError(f"tokenizer_name: {fault} {model.name}, {remedy}")
 
 
 def _prove(config: Config, network: Any, vocabulary: int, packed: bool) -> None:
