@@ -162,7 +162,9 @@ def _answered(
     folder, outcomes = bench.fresh(name), []
     command = train(folder, *options, ranks=ranks)
     for step in sorted(bench.rng.sample(range(2, bench.steps - 5), min(most, CHAIN))):
-        process = bench.start(command)
+        process, began = bench.start(command), time.monotonic()
+        if folder.exists():  # its log may know of this step already
+            until_it_goes_on(folder, process, began)
         if not _at(bench, folder)(step, process):
             outcomes.append(Outcome(False, False, 0, f"was over: {hear(process)[-300:]}"))
             break
