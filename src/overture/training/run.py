@@ -67,7 +67,7 @@ from overture.training.tasks import TASKS
 # What torch says, in any line of ours, of another process that is gone.
 LOST = {
     r"DataLoader worker": "a worker of the loader died",
-    r"closed by peer|reset by peer|NCCL|remote process exited": "another rank ended",
+    r"(reset|closed) by peer|likely closed|Broken pipe|NCCL|process exited": "another rank ended",
 }
 BEST = "best.safetensors"  # the trained weights of the best evaluation, until the end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -82,6 +82,8 @@ def train(config: Config, command: str) -> int:
     request = StopRequest()
     try:
         return _train(config, command, request)
+    except RuntimeError as error:  # any exchange between ranks fails when one is gone
+        raise _explain(error, Path(config.run_folder)) from None
     finally:
         request.close()
         runs.end_run()
