@@ -22,6 +22,11 @@ MANIFEST = "manifest.json"
 STATE = "state.pt"
 OLD = ".old-"  # begins the name of one that another of the same step is about to replace
 REST = re.compile(r"\.(old-)?ba\d+(\.\d+)?")
+# Of S3: a store that is silent is answered for within a minute.
+PATIENCE = {
+    "connect_timeout": 15, "read_timeout": 15,
+    "retries": {"mode": "standard", "total_max_attempts": 3},
+}  # fmt: skip
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.lzma", ".tar.xz")
 
 
@@ -63,7 +68,11 @@ def write_checkpoint(
 
 def change_manifest(folder: Path, **facts: Any) -> None:
     """Replace some facts in the manifest of a checkpoint."""
-    write_aside(folder / MANIFEST, seal({**unseal(folder / MANIFEST), **facts}))
+    aside = folder / f".{MANIFEST}.{os.getpid()}"
+    write_aside(aside, seal({**unseal(folder / MANIFEST), **facts}))
+    _to_disk(aside)
+    aside.rename(folder / MANIFEST)
+    _to_disk(folder)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -164,8 +173,12 @@ def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
     """
     if "://" in load_path:
         for uri in (load_path, f"{load_path.rstrip('/')}/checkpoints"):
-            if newest := RemoteFolder(uri).fetch_newest(cache):
+            remote = RemoteFolder(uri)
+            if newest := remote.fetch_newest(cache):
                 return newest / STATE
+            if remote.set_aside:
+                fault = f"load_path: {uri}: no checkpoint there is whole"
+                raise DataError(f"{fault} ({remote.set_aside[-1]})")
         raise ConfigError(f"load_path: {load_path}: no whole checkpoint is there")
     path = Path(load_path)
     for parent in (path, path / "checkpoints"):
@@ -203,15 +216,19 @@ class RemoteFolder:
     """
 
     def __init__(self, uri: str) -> None:
-        from composer.utils import maybe_create_object_store_from_uri, parse_uri
+        from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri, parse_uri
 
         self.uri, self.prefix = uri.rstrip("/"), parse_uri(uri)[2].strip("/")
         self.only, self.set_aside = None, []
         parent, _, name = self.prefix.rpartition("/")
         if name[:2] == "ba" and name[2:].isdigit():
             self.prefix, self.only = parent, name
+        backend, bucket, _ = parse_uri(uri)
         with self._named():
-            self._store = maybe_create_object_store_from_uri(uri)
+            if backend == "s3":
+                self._store = S3ObjectStore(bucket, client_config={**PATIENCE})
+            else:
+                self._store = maybe_create_object_store_from_uri(uri)
 
     def upload(self, folder: Path) -> None:
         """Store a checkpoint that is whole here; GuardError if the store does not take it."""
@@ -227,7 +244,8 @@ class RemoteFolder:
     def fetch_newest(self, into: Path) -> Path | None:
         """Return the newest checkpoint that is whole, as a folder in `into`, or None.
 
-        One that lies there broken is set aside, and fetched again.
+        One that lies there broken is set aside, and fetched again; so is one that comes broken
+        twice, so that whoever looks there knows that there was one.
 
         Raises:
             ConfigError: the store cannot be read.
@@ -248,13 +266,18 @@ class RemoteFolder:
                 except DataError as error:
                     self.set_aside.append(set_aside(place, error))
                     print(f"{self.set_aside[-1]}; fetched again from {self.uri}", flush=True)
-            try:
+            for again in (True, False):  # what was sent wrongly comes well
                 self._fetch(found[batch], place)
-                read_checkpoint(place)
-                return place
-            except DataError as error:
-                shutil.rmtree(place, ignore_errors=True)
-                print(f"{error}, from {self.uri}; going back to an earlier checkpoint", flush=True)
+                try:
+                    read_checkpoint(place)
+                    return place
+                except DataError as error:
+                    if again:
+                        shutil.rmtree(place)
+                        continue
+                    self.set_aside.append(f"{set_aside(place, error)}, from {self.uri}")
+                    shown = f"{self.set_aside[-1]}; going back to an earlier checkpoint"
+                    print(shown, flush=True)
         return None
 
     def _fetch(self, name: str, place: Path) -> None:
@@ -266,8 +289,7 @@ class RemoteFolder:
                 try:
                     self._store.download_object(f"{self.prefix}/{name}/{file}", str(aside / file))
                 except FileNotFoundError:
-                    shutil.rmtree(aside)
-                    raise DataError(f"{self.uri}/{name}/{file}: is missing") from None
+                    break  # as whoever reads it will see
         aside.rename(place)
 
     @contextmanager

@@ -37,7 +37,9 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
         for attempt in range(4):
             count = steps * 2**attempt
             whole, parts = (Path(name, f"{kind}{attempt}") for kind in ("whole", "parts"))
-            options = [*arguments, *SMALL, f"max_duration={count}ba", f"eval_interval={count}ba"]
+            sharded = config.fsdp_config is not None  # one process has no need of shards
+            small = (*SMALL, "fsdp_config.state_dict_type=full") if sharded else SMALL
+            options = [*arguments, *small, f"max_duration={count}ba", f"eval_interval={count}ba"]
             command = [sys.executable, DOORS[config.task], *options]
             _finish([*command, f"run_folder={whole}"])
             yield f"{count} steps without an interruption"

@@ -1,5 +1,6 @@
 """Checkpoints are whole or set aside, here and in a store, and not lost to a full disk."""
 
+import errno
 import fcntl
 import resource
 import shutil
@@ -18,6 +19,7 @@ from overture.checkpoint import MANIFEST, STATE, newest_checkpoint
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
+from overture.training import run_folder
 from overture.training.resume import check_room
 from runs import assert_same, curve, records, result
 
@@ -176,6 +178,32 @@ def test_too_little_room_is_found_before_training(run, monkeypatch):
     assert not Path("runs/tight").exists()
 
 
+def test_room_for_what_is_saved_and_not_trained(run, monkeypatch):
+    options = ("trainable=last_layer", "save_interval=4ba", "save_num_checkpoints_to_keep=1")
+    _, folder = run("run_name=first", *options)
+    size = (folder / "checkpoints" / "ba8" / STATE).stat().st_size
+    usage = shutil.disk_usage(".")
+    for share, name in ((1.6, "tight"), (2.4, "wide")):
+        free = int(share * size)  # of one that is kept, and one that is being written
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if name == "wide":
+            assert run(f"run_name={name}", *options)[0] == 0
+            continue
+        with pytest.raises(GuardError, match="2 checkpoints take"):
+            run(f"run_name={name}", *options)
+
+
+@pytest.mark.parametrize("where", ["begin_run", "write_result"])
+def test_a_disk_that_is_full_at_the_beginning_or_the_end(run, monkeypatch, where):
+    def full(*arguments, **options):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(run_folder, where, full)
+    with pytest.raises(GuardError, match=r"runs/late: cannot be written to \(Disk quota exceeded"):
+        run("run_name=late", "max_duration=2ba")
+    monkeypatch.undo()
+
+
 def test_room_is_asked_for_what_is_not_there_yet(monkeypatch, tmp_path):
     model = torch.nn.Linear(1000, 1000, bias=False)  # a checkpoint takes 12 MB
     usage = shutil.disk_usage(".")
@@ -251,6 +279,16 @@ def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch,
             loaded = (f"load_path=s3://runs/there/{place}", "load_weights_only=true")
             name = place.replace("/", "-")
             assert result(broken(f"from-{name}", *options, *loaded))["status"] == "completed"
+        # All broken, in the store alone: it is not begun anew, as if nothing had been.
+        shutil.rmtree(parts)
+        for thing in client.list_objects_v2(Bucket="runs", Prefix="there/parts/")["Contents"]:
+            if thing["Key"].endswith(STATE):
+                client.put_object(Bucket="runs", Key=thing["Key"], Body=b"not what was stored")
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"no checkpoint there is whole .*s3://runs/there"):
+                run(*RESUMED, *options, "save_folder=s3://runs/there/{run_name}", "run_name=parts")
+        with pytest.raises(DataError, match=r"s3://runs/there/parts: no checkpoint there is whol"):
+            run(*RESUMED, *options, "load_path=s3://runs/there/parts", "run_name=none")
         with pytest.raises(ConfigError, match=r"s3://runs/there/again/ba5: no whole checkpoint"):
             run(*RESUMED, *options, "load_path=s3://runs/there/again/ba5", "run_name=none")
         gone = "save_folder=s3://gone/x"

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from outages import RESUMED
 from overture.errors import ConfigError, DataError
@@ -107,6 +108,36 @@ def test_changes_are_refused_by_name_unless_allowed(broken, run, smoke, tmp_path
     code, folder = resume("optimizer.lr=0.5", "resume.allow=[optimizer]", "progress_bar=false")
     assert code == 0
     assert result(folder)["steps"] == 6
+
+
+def test_another_model_or_tokenizer_under_the_same_name_is_refused(broken, run, smoke, tmp_path):
+    places = {"tokenizer": tmp_path / "words", "model": tmp_path / "base"}
+    shutil.copytree(smoke / "tokenizer", places["tokenizer"])
+    shutil.copytree(smoke / "instruct", tmp_path / "data")
+    run("run_name=first", "max_duration=1ba", "eval_loader=null", "eval_first=false")
+    shutil.copytree("runs/first/hf", places["model"])
+    options = (
+        f"tokenizer_name={places['tokenizer']}", f"model.name={places['model']}",
+        "model.pretrained=true", "max_duration=4ba", "save_interval=2ba",
+    )  # fmt: skip
+    broken("begun", *options, at=(3,), finish=False)
+    for name, what in (("model", "model.safetensors"), ("tokenizer", "tokenizer.json")):
+        file = places[name] / what
+        before = file.read_bytes()
+        if name == "model":
+            weights = load_file(file)
+            weights["model.norm.weight"][0] += 1
+            save_file(weights, file, {"format": "pt"})
+        else:  # which the data tell before the run does
+            content = json.loads(before)
+            pieces = content["model"]["vocab"]
+            pieces["Ġthe"], pieces["Ġto"] = pieces["Ġto"], pieces["Ġthe"]
+            file.write_text(json.dumps(content))
+        said = {"model": "the model of this run is not what it", "tokenizer": "another tokenizer"}
+        with pytest.raises((DataError, ConfigError), match=said[name]):
+            run(*RESUMED, *options, "run_name=begun")
+        file.write_bytes(before)
+    assert run(*RESUMED, *options, "run_name=begun")[0] == 0
 
 
 def test_other_data_under_the_same_name_is_refused(broken, run, smoke, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from composer import Callback
 
-from overture.callbacks.guards import FiniteGuard
+from overture.callbacks.guards import FiniteGuard, GradientGuard
 from overture.errors import ConfigError, GuardError, Preempted
 from overture.models.causal_lm import CausalLM
 from overture.training import run as recipe
@@ -40,14 +40,20 @@ def at_step(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_gradient_that_is_not_finite_stops_before_the_step(run, at_step, value):
+@pytest.mark.parametrize(
+    ("value", "clip"),
+    [(float("nan"), "norm"), (float("inf"), "value"), (-float("inf"), None)],
+)
+def test_gradient_that_is_not_finite_stops_before_the_step(run, at_step, value, clip):
+    # Composer clips before any callback looks: by value, Inf would become an ordinary number.
+    clipping = f"algorithms.gradient_clipping={{clipping_type: {clip}}}" if clip else "seed=17"
+
     def spoil(state):
         next(p for p in state.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
 
     at_step(5, "after_backward", spoil)
     with pytest.raises(GuardError, match=r"step 5: a gradient is not finite; its samples are in"):
-        run("run_name=bad", "save_interval=2ba")
+        run("run_name=bad", "save_interval=2ba", clipping)
     folder = Path("runs/bad")
     assert result(folder)["status"] == "failed"
     bad = json.loads((folder / "bad_batch.json").read_text())
@@ -135,6 +141,27 @@ def test_adapter_out_of_reach_of_the_gradient(run, monkeypatch):
         run("run_name=cut", "trainable=lora", "lora.r=4")
 
 
+def test_what_the_gradient_reached_is_known_after_an_interruption():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in "abc"})
+    first, second = GradientGuard(), GradientGuard()
+
+    def step(guard, number, reached):
+        for name, layer in model.items():
+            layer.weight.grad = torch.full((2, 2), float(name in reached))
+        batch = SimpleNamespace(value=number)
+        state = SimpleNamespace(model=model, timestamp=SimpleNamespace(batch=batch))
+        guard.after_train_batch(state, None)
+
+    step(first, 0, "a")
+    step(first, 1, "")
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    step(second, 2, "b")
+    with pytest.raises(
+        GuardError, match=r"1 of 3 trained tensors got no .* never learn: c\.weight"
+    ):
+        step(second, 3, "")
+
+
 def test_warm_up_from_zero_is_no_fault(run):
     options = ("trainable=lora", "lora.r=4", "scheduler.t_warmup=3ba")
     assert run("run_name=warm", *options)[0] == 0
@@ -160,6 +187,15 @@ def test_spike_is_marked_or_stops(run, losses_times):
     losses_times(3.0, 24)
     with pytest.raises(GuardError, match=r"step 24: loss .*: a spike; guards\.loss_spike=mark"):
         run("run_name=stopped", *options, "guards.loss_spike=stop")
+
+
+def test_step_that_is_skipped_is_no_spike(run, losses_times):
+    losses_times(float("inf"), 23)
+    code, folder = run(
+        "run_name=skipped", "max_duration=25ba", "eval_loader=null", "eval_first=false",
+        "optimizer.lr=1e-4", "guards.non_finite=skip", "guards.loss_spike=stop",
+    )  # fmt: skip
+    assert (code, result(folder)["guards"]) == (0, {"loss_spikes": [], "skipped_steps": 1})
 
 
 HANGS = {
@@ -302,9 +338,9 @@ def test_signal_while_the_outcome_is_written(run, monkeypatch):
     assert [r["step"] for r in records(folder, "train")] == list(range(1, 9))
 
 
-def test_scaler_does_not_skip_for_ever():
+def test_scaler_does_not_skip_for_ever(tmp_path):
     weight = torch.nn.Linear(2, 2)
-    log = SimpleNamespace(path=Path("metrics.jsonl"), note=lambda *_: None)
+    log = SimpleNamespace(path=tmp_path / "metrics.jsonl", note=lambda *_: None)
     guard = FiniteGuard("stop", 3, log)
     scaler = SimpleNamespace(is_enabled=lambda: True)
     step = SimpleNamespace(batch=SimpleNamespace(value=0))

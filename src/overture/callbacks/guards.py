@@ -57,11 +57,10 @@ class FiniteGuard(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Look at the gradients of all microbatches, after the ranks have added theirs up."""
-        gradients = [local_part(p.grad) for p in state.model.parameters() if p.grad is not None]
+        norms_bad = gradients_not_finite(state.model)
         scaled = state.scaler is not None and state.scaler.is_enabled()  # it skips such steps
         loss_bad = self._bad.clone()
-        if gradients:
-            norms_bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if norms_bad is not None:
             if scaled:
                 self._scaled = self._scaled + 1 if norms_bad else 0
             if not scaled or self._scaled >= self.SCALED:
@@ -113,6 +112,12 @@ class GradientGuard(Callback):
     def __init__(self) -> None:
         self._reached: set[str] = set()
         self._from_the_start = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": sorted(self._reached), "from_the_start": self._from_the_start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reached, self._from_the_start = {*state["reached"]}, state["from_the_start"]
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self._from_the_start |= state.timestamp.batch.value == 0
@@ -219,6 +224,8 @@ class SpikeGuard(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         loss, step = state.total_loss_dict["loss/train/total"], state.timestamp.batch.value
+        if not math.isfinite(loss):  # of a step that was skipped
+            return
         if len(self._recent) >= self.LEAST:
             mean, spread = statistics.fmean(self._recent), statistics.pstdev(self._recent)
             if loss > max(mean + 6 * spread, 1.1 * mean):
@@ -229,14 +236,19 @@ class SpikeGuard(Callback):
                     raise GuardError(f"step {step}: {said}; guards.loss_spike=mark would go on")
                 if dist.get_global_rank() == 0:
                     print(f"warning: step {step}: {said}", flush=True)
-        if math.isfinite(loss):  # not of a step that was skipped
-            self._recent.append(loss)
+        self._recent.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self._recent = state["steps"], deque(state["recent"], maxlen=self.WINDOW)
+
+
+def gradients_not_finite(model: torch.nn.Module) -> torch.Tensor | None:
+    """Return whether a gradient is NaN or Inf, [] bool on their device; None if there are none."""
+    gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all() if gradients else None
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

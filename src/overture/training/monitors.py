@@ -16,6 +16,7 @@ from composer.loggers import (
     WandBLogger,
 )
 
+from overture.callbacks.guards import gradients_not_finite
 from overture.config.schema import Config
 from overture.errors import ConfigError
 from overture.training.seq_length import LengthWarmup
@@ -40,8 +41,18 @@ class Average(EMA):
         super().apply(event, state, logger)
 
 
+class Clipping(GradientClipping):
+    """Gradient clipping that leaves what is not finite to the guard behind it: clipped by value, an
+    Inf would be an ordinary gradient.
+    """
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if self.clipping_type != "value" or not gradients_not_finite(state.model):
+            super().apply(event, state, logger)
+
+
 ALGORITHMS = {
-    "gradient_clipping": GradientClipping,
+    "gradient_clipping": Clipping,
     "ema": Average,
     "seq_length_warmup": LengthWarmup,
 }

@@ -53,7 +53,6 @@ def build_network(
     network = load_network(*known, hollow=is_hollow(config))
     if config.task == "seq2seq":
         refuse_unknown_family(network)
-    _refuse_grown_tokenizer(config, tokenizer)
     # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
     # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
     if not getattr(network, "is_quantized", False) and config.fsdp_config is None:
@@ -76,6 +75,8 @@ def build_network(
             fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
         network = add_lora(network, **vars(config.lora), head=task.head)
+    if not network.get_input_embeddings().weight.requires_grad:
+        _refuse_grown_tokenizer(config, tokenizer)
     return network
 
 
@@ -84,7 +85,7 @@ def _refuse_grown_tokenizer(config: Config, tokenizer: Any) -> None:
     rows would stay as they are: many models have spare ones, of which the size alone says nothing.
     """
     model, name = config.model, config.tokenizer_name
-    if not model.pretrained or config.trainable == "all" or name in (None, model.name):
+    if not model.pretrained or name in (None, model.name):
         return
     try:
         own = load_tokenizer(model.name, model.trust_remote_code)
@@ -93,7 +94,7 @@ def _refuse_grown_tokenizer(config: Config, tokenizer: Any) -> None:
     if len(tokenizer) > len(own):
         new = tokenizer.convert_ids_to_tokens(len(own))
         fault = f"{name} has {len(tokenizer) - len(own)} pieces more, from {new!r} on, than that of"
-        remedy = "which would stay as drawn at random; set trainable to all"
+        remedy = "which would stay as drawn at random; train the embeddings too, or all"
         raise ConfigError(f"tokenizer_name: {fault} {model.name}, {remedy}")
 
 

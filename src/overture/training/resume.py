@@ -50,14 +50,17 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         ConfigError: it is of a run with another config, or autoresume is off.
     """
 
-    broken: list[str] = []
+    broken, there = [], ""
     if config.save_folder and "://" in config.save_folder:
         remote, here = store.RemoteFolder(config.save_folder), local_folder(config)
         on_every_node(lambda: remote.fetch_newest(here))
-        broken = remote.set_aside
+        broken, there = remote.set_aside, f", and what {config.save_folder} holds"
 
     def look() -> tuple[Path, dict[str, Any]] | None:
-        found = store.newest_checkpoint(local_folder(config))
+        try:
+            found = store.newest_checkpoint(local_folder(config))
+        except DataError as error:
+            raise DataError(f"{error}{there}") from None
         if found is None:
             return None
         found[1]["set_aside"][:0] = broken
@@ -221,9 +224,10 @@ def check_room(config: Config, model: torch.nn.Module) -> None:
             save_num_checkpoints_to_keep of -1, for one and another.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    copies = 1 + (config.algorithms.ema is not None)
-    # Adam keeps two float32 of each.
-    one = sum(p.numel() * (copies * p.element_size() + 8) for p in trained)
+    # What is not trained is saved too, but beside adapters. Adam keeps two float32 of each.
+    weights = sum(t.nbytes for t in model.state_dict().values() if torch.is_tensor(t))
+    copies = config.algorithms.ema is not None
+    one = weights + sum(p.numel() * (copies * p.element_size() + 8) for p in trained)
     place = local_folder(config).absolute()
     keep = max(config.save_num_checkpoints_to_keep, 1)
     count = max(keep - len(store.numbered(place)), 0) + 1

@@ -82,7 +82,7 @@ def train(config: Config, command: str) -> int:
     request = StopRequest()
     try:
         return _train(config, command, request)
-    except RuntimeError as error:  # any exchange between ranks fails when one is gone
+    except (RuntimeError, OSError) as error:  # ranks that are gone and full disks, at any time
         raise _explain(error, Path(config.run_folder)) from None
     finally:
         request.close()
@@ -166,7 +166,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
     training = loader(config.train_loader, per_rank, training=True)
-    resume.check_room(config, network)
+    resume.check_room(config, model)
     shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
     if config.load_path and not found:
@@ -299,7 +299,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 def _explain(error: Exception, run_folder: Path) -> Exception:
     """Return a GuardError for a process that is gone or a disk that is full, else the error."""
     if isinstance(error, OSError) and error.errno in FULL:
-        fault = f"{run_folder}: cannot be written to ({error.strerror}); free space"
+        how = "read or written to" if error.errno == errno.EIO else "written to"
+        fault = f"{error.filename or run_folder}: cannot be {how} ({error.strerror}); free space"
         return GuardError(f"{fault}, then run the same command again: the last checkpoint is whole")
     for pattern, said in LOST.items():
         if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
