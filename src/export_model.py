@@ -24,7 +24,11 @@ def main() -> None:
     add("--merge", action="store_true", help="adapters into their base")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as trained")
     add("--license", default="unknown", help="for the card: a name of the hub's, as cc-by-sa-3.0")
-    add("--test_prompt", metavar="TEXT", help="print what the exported model says to it")
+    add(
+        "--test_prompt",
+        metavar="TEXT",
+        help="print what it then says to it, downloaded if it was uploaded",
+    )
     add("--push_to_hub", metavar="NAME", help="upload it, with the token in HF_TOKEN")
     add("--private", action="store_true")
     add("--trust_remote_code", action="store_true", help="run a hub model's code; read it before")
@@ -34,7 +38,7 @@ def main() -> None:
         raise ConfigError("--private says how --push_to_hub uploads: give that too")
     adopt_hub_token()
 
-    from overture.export import check_out, export_model
+    from overture.export import check_out, encode_test_prompt, export_model, say
     from overture.hub import check_hub, model_card, push_to_hub
     from overture.trained import load_trained
 
@@ -42,11 +46,21 @@ def main() -> None:
     if args.push_to_hub:
         check_hub(args.push_to_hub)
     trained = load_trained(args.model, None, args.trust_remote_code, args.load_unverified)
+    base = trained.base
+    if args.push_to_hub and base and not args.merge and Path(base).exists():
+        fault = f"the adapters are over {base}, which is on this machine alone"
+        raise ConfigError(f"--push_to_hub: {fault}; give --merge")
     card = model_card(trained, args.merge, args.license)
-    export_model(trained, args.out, args.merge, args.dtype, card, args.test_prompt)
+    asked = encode_test_prompt(trained, args.test_prompt) if args.test_prompt else None
+    how = (args.merge, args.dtype, card, args.trust_remote_code)
+    loading = export_model(trained, args.out, *how)
     print(f"{args.out}: written")
+    place = args.out
     if args.push_to_hub:
-        print(push_to_hub(args.out, args.push_to_hub, args.private))
+        place, address = push_to_hub(args.out, args.push_to_hub, args.private)
+        print(address)
+    if asked:
+        print(args.test_prompt + say(place, loading, asked))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python src/generate_text.py runs/quickstart --prompt_template dolly --prompt "Where is Oslo?"
     python src/generate_text.py runs/dolly --data new.jsonl --sample 100 --out answers.jsonl
     python src/generate_text.py meta-llama/Llama-3.2-1B-Instruct --chat
+    python src/generate_text.py runs/oasst1 --chat --data threads.jsonl --out answers.jsonl
     composer -n 2 src/generate_text.py runs/dolly --data new.jsonl --out answers.jsonl
 
 MODEL is a run, a checkpoint, a folder of transformers' or of peft's, or a hub name.
@@ -42,7 +43,7 @@ def main() -> None:
     add("--max_rejected", type=float, default=0.01)
     add("--sample", type=int, help="so many rows, drawn by --seed; default: all")
     add("--prompt_template", help="default for --data: the run's own, while its data are there")
-    add("--chat", action="store_true", help="talk in the terminal, until Ctrl-D")
+    add("--chat", action="store_true", help="talk in the terminal; with --data: its rows are talks")
     add("--out", type=Path, metavar="FILE.jsonl")
     add("--overwrite", action="store_true")
     add("--max_new_tokens", type=int, default=64)
@@ -65,11 +66,13 @@ def main() -> None:
         if "prompt" in apart:
             made = parse_template(apart["prompt"], f"{args.config}: prompt")
         args = parser.parse_args([*flags, *sys.argv[1:]])
+        if made and args.chat:
+            raise ConfigError(f"{args.config}: prompt: --chat goes by another kind of template")
     if not args.model:
         raise ConfigError("MODEL is missing: a run, a folder or a hub name (see --help)")
-    if bool(args.prompt) + bool(args.data) + args.chat != 1:
+    if bool(args.prompt) + bool(args.data or args.chat) != 1:
         raise ConfigError("give one of --prompt, --data and --chat")
-    if args.chat and (args.out or args.num_beams > 1):
+    if args.chat and not args.data and (args.out or args.num_beams > 1):
         raise ConfigError("--chat answers word by word, in the terminal: no --out and --num_beams")
     for name, of in DEPENDENT.items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, of):
@@ -83,13 +86,16 @@ def main() -> None:
         value = getattr(args, name)
         if value is not None and (value < low or (name == "top_p" and value > 1)):
             raise ConfigError(f"--{name} {value}: is out of range")
+    if "" in args.stop:
+        raise ConfigError("--stop '': an empty text ends every answer before it begins")
     if args.prompt_template:
         made = (chat_template if args.chat else template)(args.prompt_template)
     asked = args.prompt
     if args.data:
         options = {"fields": parse_fields(args.field), "columns": tuple(args.columns)}
         options |= {name: getattr(args, name) for name in SOURCE}
-        asked = Conversion({"train": Origin(args.data, args.split)}, "jsonl", "", **options)
+        options |= {"task": "chat", "tokenizer": args.model} if args.chat else {"task": "jsonl"}
+        asked = Conversion({"train": Origin(args.data, args.split)}, out_root="", **options)
         asked.check()
     drawn = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
     options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "stop")}

@@ -10,15 +10,14 @@ from overture.config.schema import ModelConfig
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.encode import Tokens
-from overture.data.encode_chat import ChatEncoder
 from overture.data.prompts import PromptTemplate, chat_template
 from overture.data.shards import Split
 from overture.data.streams import TokenStream
 from overture.errors import ConfigError
-from overture.generate import answer, encode_prompts, read_rows, turn
+from overture.generate import Talk, answer, encode_prompts, read_rows
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
-from overture.training.answers import f1, held_out_prompts, is_exact
+from overture.training.answers import _has_no_spaces, f1, held_out_prompts, is_exact
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +162,8 @@ def test_a_conversation_has_the_ids_of_its_shards(smoke, pair, tmp_path):
     )  # fmt: skip
     row = Split(tmp_path / "out" / "train").row(0)
     tokenizer.chat_template = chat_template("plain")
-    encoder = ChatEncoder(Tokens(tokenizer, specials=True), None, None, "drop")
-    ids, end = turn(encoder, messages[:3])
+    encoder = Talk(Tokens(tokenizer, specials=True), None, None, "drop")
+    ids, (end,) = encoder.asked("", messages[:3], 128)
     learned = row["loss_mask"].nonzero()[0]
     last = learned[(learned[1:] - learned[:-1]).argmax() + 1]  # where the last answer begins
     assert ids == row["input_ids"][:last].tolist()
@@ -208,3 +207,9 @@ def test_a_field_of_the_template_that_is_not_in_the_data_is_named(tmp_path):
     wanted = PromptTemplate(("{title}: ", "{question}"), "answer")
     with pytest.raises(ConfigError, match="has no field 'title'"):
         read_rows(job(path), wanted, None, 17)
+
+
+def test_texts_without_spaces_are_known():
+    assert _has_no_spaces(["東京は日本の首都です。", "これは pen です。"])
+    assert not _has_no_spaces(["The capital is Tokyo (東京).", "Wo ist Oslo?"])
+    assert not _has_no_spaces(["서울은 수도이다.", "1 2 3"])

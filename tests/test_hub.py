@@ -1,5 +1,6 @@
 """Upload to a hub: a small server that has its endpoints, right and wrong tokens, nobody there."""
 
+import base64
 import hashlib
 import json
 import os
@@ -10,6 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SEND = """
@@ -22,14 +26,14 @@ for token, name in [pair.split(":") for pair in sys.argv[2:]]:
     os.environ.update({"HF_TOKEN": token} if token else {})
     try:
         check_hub(name)
-        print(push_to_hub(Path(sys.argv[1]), name, private=True))
+        print(push_to_hub(Path(sys.argv[1]), name, private=True)[1])
     except ConfigError as error:
         print(error)
 """
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The endpoints that creating a repository and uploading a folder need."""
+    """The endpoints that creating a repository, uploading a folder and loading it need."""
 
     def reply(self, content, code=200):
         body = json.dumps(content).encode()
@@ -39,11 +43,38 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        self.server.asked.append(self.path)
+        if "/resolve/" in self.path:
+            return self.file(True)
         name = self.path.removeprefix("/api/models/")
         repo = self.server.repos.get(name)
         if repo is None:
             return self.reply({"error": "no such repository"}, 404)
         return self.reply({"id": name, "private": repo["private"]})
+
+    def do_HEAD(self):
+        self.file(False)
+
+    def file(self, body):
+        """Send a file as it was uploaded: a small one in base64, a large one as it is."""
+        _, me, name, _, _, path = self.path.split("/", 5)
+        repo = self.server.repos.get(f"{me}/{name}", {"files": {}})
+        content = repo["files"].get(path)
+        if content is None or self.headers.get("Authorization") != "Bearer right-token":
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        content = base64.b64decode(content) if isinstance(content, str) else content
+        self.send_response(200)
+        for key, value in {
+            "Content-Length": len(content), "X-Repo-Commit": "1" * 40,
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }.items():  # fmt: skip
+            self.send_header(key, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -93,7 +124,11 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.stored = {"me/public": {"private": False, "files": {}}}, {}
+    server.asked, server.repos, server.stored = (
+        [],
+        {"me/public": {"private": False, "files": {}}},
+        {},
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -101,17 +136,19 @@ def hub():
 
 
 def send(port, folder, *pairs):
-    environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder.parent / "home"),
-        "no_proxy": "127.0.0.1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SEND, str(folder), *pairs],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = start(port, folder.parent, "-c", SEND, folder, *pairs)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def start(port, home, *command, **more):
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(home / "home"), "no_proxy": "127.0.0.1",
+        **more,
+    }  # fmt: skip
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_an_export_is_uploaded_with_the_right_token_only(hub, tmp_path):
@@ -141,3 +178,36 @@ def test_an_export_is_uploaded_with_the_right_token_only(hub, tmp_path):
     (away,) = send(port, folder, "right-token:me/model")
     assert "cannot be reached or written to: " in away
     assert f"{folder} is whole" in away
+
+
+def test_export_uploads_and_what_is_there_is_asked(hub, smoke, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(smoke / "tokenizer")
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=4, initializer_range=0.5, eos_token_id=0, bos_token_id=0)
+    )  # fmt: skip
+    ids = tokenizer("the", return_tensors="pt").input_ids
+    made = network.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    for place in ("base", "adapters"):
+        network.save_pretrained(tmp_path / place)
+        tokenizer.save_pretrained(tmp_path / place)
+        network = network if place == "adapters" else get_peft_model(network, LoraConfig())
+    settings = tmp_path / "adapters" / "adapter_config.json"
+    content = json.loads(settings.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    settings.write_text(json.dumps(content | {"task_type": "CAUSAL_LM"}))
+    command = (hub.server_address[1], tmp_path, ROOT / "src" / "export_model.py")
+    send_it = ("--push_to_hub", "me/made", "--private", "--test_prompt", "the")
+    done = start(*command, tmp_path / "base", "--out", tmp_path / "out", *send_it,
+                 HF_TOKEN="right-token")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    assert f"the{text}".replace("\r", "\n") in done.stdout
+    assert "/me/made/resolve/main/model.safetensors" in hub.asked
+    assert {"config.json", "model.safetensors", "README.md"} < hub.repos["me/made"]["files"].keys()
+    # Adapters alone would point at a folder that nobody else has.
+    done = start(*command, tmp_path / "adapters", "--out", tmp_path / "other", *send_it,
+                 HF_TOKEN="right-token")  # fmt: skip
+    assert done.returncode == 2
+    assert "base, which is on this machine alone; give --merge" in done.stderr
+    assert not (tmp_path / "other").exists()

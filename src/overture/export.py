@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,11 @@ MAX_PROMPT = 128  # tokens
 # Plain transformers, in a process that knows nothing of this kit.
 FRESH = """
 import json, sys, torch, transformers
-folder, head, dtype, quantised, options, prompts = json.load(sys.stdin)
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+folder, head, dtype, quantised, trust, options, prompts = json.load(sys.stdin)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 load = getattr(transformers, "AutoModelFor" + head).from_pretrained
-model = load(folder, dtype=getattr(torch, dtype), quantization_config=quantised).eval()
+known = {"dtype": getattr(torch, dtype), "quantization_config": quantised}
+model = load(folder, trust_remote_code=trust, **known).eval()
 if not quantised:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 answers = []
@@ -49,6 +51,15 @@ for ids in prompts:
     answers.append((out.tolist(), tokenizer.decode(out, skip_special_tokens=True)))
 print(json.dumps(answers))
 """
+
+
+class Loading(NamedTuple):
+    """How plain transformers load an exported model."""
+
+    head: str  # as Trained has it
+    dtype: str
+    quantization_config: dict[str, Any] | None
+    trust_remote_code: bool
 
 
 def save_model(
@@ -67,12 +78,13 @@ def save_model(
 
 @torch.no_grad()
 def export_model(
-    trained: Trained, out: Path, merge: bool, dtype: str | None, card: str, test_prompt: str | None
-) -> None:
+    trained: Trained, out: Path, merge: bool, dtype: str | None, card: str, trust: bool = False
+) -> Loading:
     """Write a model to the folder `out`, with `card` as its README.md; whole or not at all.
 
     Adapters stay adapters, or are merged into their base. What plain transformers make of the
-    folder in a fresh process is compared with what the model does here.
+    folder in a fresh process, with code of its maker's if there is `trust`, is compared with what
+    the model does here. Returns how they load it.
 
     Raises:
         ConfigError: an argument does not fit the model.
@@ -89,11 +101,14 @@ def export_model(
         fault = "plain transformers have no mosaic_bert, so no folder of theirs can hold it"
         raise ConfigError(f"{trained.name}: {fault}; use it here, as a run")
     classifies = trained.head == "SequenceClassification"
-    if test_prompt and classifies:
-        raise ConfigError(f"--test_prompt: {trained.name} classifies; ask src/generate_text.py")
     if classifies and trained.base and not merge:
         fault = "plain transformers cannot know the labels of a classifier's adapters"
         raise ConfigError(f"{trained.name}: {fault}; give --merge")
+    bits = getattr(model.config, "quantization_config", None)
+    if dtype and bits and not merge:
+        raise ConfigError(
+            f"--dtype {dtype}: {trained.name} is quantised, and stays so; leave it out"
+        )
     kind = dtype or str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     base = model.get_base_model() if trained.base else model
     # So that plain transformers end where training taught it to.
@@ -119,19 +134,34 @@ def export_model(
     with _aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        if test_prompt:
-            row, room = ("--test_prompt", {"text": test_prompt}), position_limit(base) - NEW_TOKENS
-            pairs = base.config.is_encoder_decoder
-            prompts += encode_prompts([row], AS_IT_IS, tokenizer, room, pairs)
-        quantised = getattr(base.config, "quantization_config", None)  # none once merged
-        answers = _fresh_answers(aside, trained.head, kind, quantised, prompts)
+        if torch.cuda.is_available() and (merge or not bits):
+            model.to("cpu")  # the fresh process needs the room
+            torch.cuda.empty_cache()
+        bits = None if merge else bits and bits.to_dict()
+        loading = Loading(trained.head, kind, bits, trust)
+        answers = _fresh_answers(aside, loading, prompts)
         if classifies:
             logits = [torch.tensor([ids]) for ids, _ in answers]
             _compare(logits, asked, kind, "in a fresh process of plain transformers")
         else:
-            _compare_tokens(asked, answers, tie)
-    if test_prompt:
-        print(f"{test_prompt}{answers[-1][1]}")
+            _compare_tokens(asked, answers, tie, may_go_on=trained.base is not None and not merge)
+    return loading
+
+
+def encode_test_prompt(trained: Trained, text: str) -> list[int]:
+    """Return the ids of a --test_prompt; ConfigError if the model takes none, or no such one."""
+    if trained.head == "SequenceClassification":
+        raise ConfigError(f"--test_prompt: {trained.name} classifies; ask src/generate_text.py")
+    pairs, room = trained.head == "Seq2SeqLM", position_limit(trained.model)
+    row, room = ("--test_prompt", {"text": text}), room if pairs else room - NEW_TOKENS
+    return encode_prompts([row], AS_IT_IS, trained.tokenizer, room, pairs)[0]
+
+
+def say(place: str | Path, loading: Loading, prompt: list[int]) -> str:
+    """Return what plain transformers answer with the model of a folder, or of a name on the hub."""
+    with TemporaryDirectory() as empty:  # where no folder is taken for the name
+        within = None if isinstance(place, Path) else empty
+        return _fresh_answers(place, loading, [prompt], within)[0][1]
 
 
 def _dequantised(model: Any) -> Any:
@@ -248,15 +278,14 @@ def _compare(again: Iterable[torch.Tensor], asked: Sequence[Asked], kind: str, w
 
 
 def _fresh_answers(
-    folder: Path, head: str, kind: str, quantised: Any, prompts: list[list[int]]
+    place: str | Path, loading: Loading, prompts: list[list[int]], within: str | None = None
 ) -> list[tuple]:
     """Return the (ids, text) that plain transformers give for each prompt."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
-    bits = quantised and quantised.to_dict()
-    asked = json.dumps([str(folder), head, kind, bits, options, prompts])
+    asked = json.dumps([str(place), *loading, options, prompts])
     # -I: neither this folder nor PYTHONPATH, through which it could meet this kit.
     command = [sys.executable, "-I", "-c", FRESH]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, cwd=within)
     if done.returncode:
         killed = f"killed by signal {-done.returncode}, as when memory runs out"
         reason = (done.stderr.strip() or killed).splitlines()[-1][:200]
@@ -264,15 +293,28 @@ def _fresh_answers(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _compare_tokens(asked: Sequence[Asked], answers: list, tie: float) -> None:
-    """Raise DataError if greedy tokens differ, but where logits here were but a tie apart."""
-    made = ties = 0
-    for (_, ids, begin, logits), (theirs, _) in zip(asked, answers, strict=False):
+def _compare_tokens(
+    asked: Sequence[Asked], answers: list, tie: float, may_go_on: bool = False
+) -> None:
+    """Raise DataError if greedy tokens differ, but where logits here were but a tie apart.
+
+    Answers `may_go_on` behind their end there: adapters have no generation config of their own, so
+    that plain transformers know the ends of the base alone.
+    """
+    made = ties = longer = 0
+    for (_, ids, begin, logits), (theirs, _) in zip(asked, answers, strict=True):
         pairs = enumerate(zip(ids[begin:], theirs, strict=False), start=begin - 1)
         place, (one, other) = next((p for p in pairs if p[1][0] != p[1][1]), (len(ids) - 1, (0, 0)))
         if not logits[place, one] - logits[place, other] <= tie * logits.std():
             fault = f"{other} is token {place + 1} there, {one} here"
             raise DataError(f"plain transformers do not give the same text: {fault}")
+        over = len(theirs) - len(ids[begin:]) if one == other else 0
+        if over < 0 or (over and not may_go_on):
+            fault = f"of a prompt they make {len(theirs)} tokens, not {len(ids[begin:])}"
+            raise DataError(f"plain transformers do not end where it ends here: {fault}")
+        longer += over > 0
         made, ties = made + place + 1 - begin, ties + (one != other)
     parted = f", {ties} of which then part at a tie" if ties else ""
     print(f"a fresh process gives the same {made} greedy tokens on {len(asked)} prompts{parted}")
+    if longer:
+        print(f"{longer} of them go on there, as the base has another end: give eos_token_id")

@@ -28,6 +28,7 @@ from overture.data.schema import write_aside
 from overture.errors import ConfigError, GuardError
 from overture.models.build import position_limit
 from overture.models.isolation import in_evaluation
+from overture.models.lora import merge_where_exact
 from overture.predict import ROW, predict
 from overture.trained import Trained, ledgers
 
@@ -116,8 +117,8 @@ def encode_prompts(
 
 
 def read_rows(
-    job: Conversion, template: PromptTemplate | None, sample: int | None, seed: int
-) -> tuple[Rows, PromptTemplate]:
+    job: Conversion, template: PromptTemplate | str | None, sample: int | None, seed: int
+) -> tuple[Rows, PromptTemplate | str | None]:
     """Return the rows of a dataset, or some drawn by a seed, and the template that suits them.
 
     Raises ConfigError: no such data, or they lack a field of the template.
@@ -126,7 +127,8 @@ def read_rows(
         source = convert.open_rows(job, "train", Path(kept))
         template = template or convert.choose_template(job, source)
         fields = convert.task_fields(job, template)
-        kinds = {name: kind for name, kind in fields.kinds.items() if name != template.response}
+        answered = getattr(template, "response", None)  # not so of the template of a chat
+        kinds = {name: kind for name, kind in fields.kinds.items() if name != answered}
         fields = replace(fields, kinds=kinds, learned=())
         found = examine(source, fields, job.max_rejected)
         convert.check_names(job, found)
@@ -145,35 +147,86 @@ def read_rows(
 def chat(model: Any, tokenizer: Any, room: int, **options: Any) -> None:
     """Talk in the terminal, by the tokenizer's chat template, until the input ends.
 
-    Raises ConfigError: it has none, or none that training takes, or a text has no `room`.
+    Raises ConfigError: it has none, or a text has no `room`.
     """
-    encoder = ChatEncoder(Tokens(tokenizer, specials=True), None, None, "drop")
+    encoder = Talk(Tokens(tokenizer, specials=True), None, None, "drop")
     messages: list[dict[str, str]] = []
     with suppress(EOFError):
         while True:
             messages.append({"role": "user", "content": input("> ")})
-            ids, end = turn(encoder, messages)
-            while len(ids) > room and len(messages) > 2:  # the oldest turns go, as in training
-                messages = messages[2:]
-                ids, end = turn(encoder, messages)
-            if len(ids) > room:
-                raise ConfigError(f"--chat: {len(ids):,} tokens, but there is room for {room:,}")
-            ends = [*(end_tokens(model, tokenizer) or []), end]
+            try:
+                ids, ends = encoder.asked("--chat", messages, room)
+            except TemplateError as error:
+                raise ConfigError(f"--chat: the chat template fails: {error}") from None
+            ends = sorted({*(end_tokens(model, tokenizer) or ()), *ends})
             (said,), _ = answer(model, tokenizer, [ids], 1, eos_token_id=ends, **options)
+            if "streamer" not in options:
+                print(said)
             messages.append({"role": "assistant", "content": said})
 
 
-def turn(encoder: ChatEncoder, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-    """Return the ids of a conversation as training has them, and the token that ends an answer."""
-    try:
-        parts = encoder.parts([*messages, {"role": "assistant", "content": "."}])
-    except TemplateError as error:
-        raise ConfigError(f"--chat: the chat template fails: {error}") from None
-    if parts is None:
-        raise ConfigError("--chat: the chat template writes earlier turns anew; name another one")
-    *given, learned = encoder.tokens.ids([text for text, _ in parts])
-    bos = missing_bos(encoder.tokens.bos, given[0])
-    return np.concatenate([bos, *given]).tolist(), int(learned[-1])
+class Talk(ChatEncoder):
+    """Encodes conversations that are to be answered."""
+
+    LEARNS = False
+
+    def asked(
+        self, place: Any, messages: list[dict[str, str]], room: int
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of a conversation up to the next answer, and what is known to end one.
+
+        As training has them, or, where the template writes earlier turns anew, as it has it. The
+        oldest turns go, as in training; ConfigError if there is no `room` even so. TemplateError is
+        how a template says that it does not take them.
+        """
+        while True:
+            ids, ends = self._ids(messages)
+            system = messages[:1] if messages[0]["role"] == "system" else []
+            if len(ids) <= room:
+                return ids, ends
+            if len(messages) - len(system) <= 2:
+                fault = f"{len(ids):,} tokens, but there is room for {room:,}"
+                raise ConfigError(f"{place}: {fault}")
+            messages = [*system, *messages[len(system) + 2 :]]
+
+    def _ids(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        said = {"role": "assistant", "content": "."}
+        parts = self.parts([*messages, said])
+        texts = [text for text, _ in parts or [(self.render(messages, True), False)]]
+        given = self.tokens.ids(texts[:-1] if parts else texts)
+        last = self.parts([messages[-1], said])  # of which no earlier turn can be written anew
+        ends = [int(self.tokens.ids([last[-1][0]])[0][-1])] if last else []
+        return np.concatenate([missing_bos(self.tokens.bos, given[0]), *given]).tolist(), ends
+
+
+def encode_conversations(
+    rows: Rows, tokenizer: Any, room: int
+) -> tuple[list[list[int]], Rows, list[int]]:
+    """Return the ids of conversations up to their last answer, the rows, and what ends an answer.
+
+    Rows in which a text spells a special token, or that the template refuses, are left out, as in
+    training.
+    """
+    encoder = Talk(Tokens(tokenizer, specials=True), None, None, "drop")
+    prompts, kept, ends, lost = [], [], set(), Counter()
+    for place, record in rows:
+        *messages, last = record["messages"]
+        if any(encoder.tokens.special.search(m["content"]) for m in messages):
+            lost["special_token_in_text"] += 1
+            continue
+        try:
+            ids, end = encoder.asked(place, messages, room)
+        except TemplateError:
+            lost["template_refuses"] += 1
+            continue
+        prompts.append(ids)
+        kept.append((place, {"response": last["content"]}))
+        ends |= {*end}
+    if not kept:
+        raise ConfigError(f"--data: no conversation can be asked{dropped(lost)}")
+    if lost:
+        print(f"asked: {len(kept):,} rows{dropped(lost)}")
+    return prompts, kept, sorted(ends)
 
 
 def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
@@ -208,24 +261,36 @@ def generate(
     pairs = model.config.is_encoder_decoder
     room = positions if pairs else positions - longest
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if not asked:
+    of_data = isinstance(asked, Conversion)
+    talks = not asked or (of_data and asked.task == "chat")
+    known = ledgers(trained.run) if talks or of_data else []
+    learned = next((ledger["template"] for ledger in known), None)
+    if talks:
         if pairs:
             raise ConfigError(f"--chat: {trained.name} has an encoder; it answers a --prompt alone")
-        learned = next((ledger["template"] for ledger in ledgers(trained.run)), None)
         learned = learned if isinstance(learned, str) else tokenizer.chat_template
         tokenizer.chat_template = template or learned
-        return chat(model, tokenizer, room, streamer=streamer, **options)
-    if isinstance(asked, Conversion):
-        learned = next((ledger["template"] for ledger in ledgers(trained.run)), None)
+    if not asked:
+        shown = {} if options["stop"] else {"streamer": streamer}  # which would show the end too
+        merge_where_exact(model, positions)
+        return chat(model, tokenizer, room, **shown, **options)
+    if of_data:
         if template is None and isinstance(learned, dict):
             template = parse_template(learned, f"{trained.run}: the template of its data")
         rows, template = read_rows(asked, template, sample, seed)
     else:
         template = template or AS_IT_IS
         rows = _typed(asked, template)
-    prompts = encode_prompts(rows, template, tokenizer, room, pairs)
-    streamed = len(rows) == 1 and not out and options["num_beams"] == 1 and not pairs
+    if talks:
+        prompts, rows, ends = encode_conversations(rows, tokenizer, room)
+        options["eos_token_id"] = sorted({*(end_tokens(model, tokenizer) or ()), *ends})
+    else:
+        prompts = encode_prompts(rows, template, tokenizer, room, pairs)
+    streamed = (
+        len(rows) == 1 and not (out or options["stop"] or pairs) and options["num_beams"] == 1
+    )
     options |= {"streamer": streamer} if streamed else {}
+    differ = merge_where_exact(model, positions)
     begin = time.perf_counter()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     given = prompts[rank::ranks]
@@ -242,7 +307,8 @@ def generate(
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     lines = []
     for prompt, (_, record), text in zip(shown, rows, texts, strict=True):
-        row = {"prompt": prompt, "expected": record.get(template.response), "answer": text}
+        expected = record.get("response" if talks else template.response)
+        row = {"prompt": prompt, "expected": expected, "answer": text}
         said = f"{prompt}\n-> {text}\n" if pairs else f"{prompt}{text}\n"
         lines.append(json.dumps(row, ensure_ascii=False) + "\n" if out else said)
     if out:
@@ -250,6 +316,8 @@ def generate(
     elif not streamed:
         print(*lines, sep="\n")
     rate = f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.1f} tokens/s"
+    if differ is not None:
+        rate += f"; adapters merged in memory, logits differ by {differ:.0e} of their spread"
     print(f"{len(texts):,} answers{f' in {out}' if out else ''}: {rate}")
 
 
@@ -258,7 +326,7 @@ def _label(
     out: Path | None, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Say what a classifier makes of texts or the rows of a dataset."""
-    if template or not asked or options != WRITING:
+    if template or options != WRITING or not asked or getattr(asked, "task", "") == "chat":
         fault = f"{trained.name} classifies: it takes no --chat, no template and no option of text"
         raise ConfigError(f"{fault} that is written; give --prompt or --data alone")
     rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else None

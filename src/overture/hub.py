@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from overture.errors import ConfigError
+from overture.models.trainable import numbers
 from overture.report import summary_lines
 from overture.trained import Trained, ledgers
 
@@ -32,7 +33,7 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     if base and not Path(base).exists():  # a path here means nothing there
         head["base_model"] = base
     what = {True: f"Adapters for {base}", False: f"{base} with its adapters merged in"}
-    count = sum(p.numel() for p in trained.model.parameters())
+    count = sum(map(numbers, trained.model.parameters()))
     parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
     parts.append(
         f"{what[is_adapter] if base else 'A model of ' + trained.head}; {count:,} parameters."
@@ -66,8 +67,10 @@ def check_hub(name: str) -> None:
         raise ConfigError("--push_to_hub: there is no token; set HF_TOKEN to one that may write")
 
 
-def push_to_hub(folder: Path, name: str, private: bool) -> str:
-    """Upload a folder as a model of the hub's and return its address; ConfigError if it cannot."""
+def push_to_hub(folder: Path, name: str, private: bool) -> tuple[str, str]:
+    """Upload a folder as a model of the hub's and return its whole name and its address;
+    ConfigError if it cannot.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -77,7 +80,7 @@ def push_to_hub(folder: Path, name: str, private: bool) -> str:
         if private and not api.model_info(repo.repo_id).private:
             raise ConfigError(f"--private: {name} is there already, and public: nothing was sent")
         api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
-        return str(repo)
+        return repo.repo_id, str(repo)
     except HfHubHTTPError as error:
         said = {401: "the token is not valid", 403: "the token has no right to write there"}
         reason = said.get(error.response.status_code) or str(error)

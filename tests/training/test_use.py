@@ -22,7 +22,8 @@ from overture.data.embedded import generate_rows
 from overture.errors import ConfigError, DataError, GuardError
 from overture.export import _ask, _compare, _compare_tokens, _logits
 from overture.generate import AS_IT_IS, answer, encode_prompts
-from overture.models.lora import model_fingerprint
+from overture.models.lora import merge_where_exact, model_fingerprint
+from overture.models.trainable import numbers
 from overture.trained import load_trained
 from overture.training.run import train
 from runs import result
@@ -35,6 +36,7 @@ RUNS = {
     "base": (),
     "lora": LORA,
     "half": (*LORA, "model.dtype=bfloat16", "optimizer.lr=1e-2"),
+    "last": (*LORA[2:], "trainable=last_layer"),
     "nowhere": ("trainable=lora", "max_duration=1ba"),  # over weights that are kept nowhere
 }
 QUESTION = "### Instruction:\nWhere is the red box?\n\n### Response:\n"
@@ -216,6 +218,13 @@ def test_adapters_and_whole_models_are_exported_as_they_are(runs, door):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert "library_name: peft" in (runs / "adapters" / "README.md").read_text()
     assert said(load_trained("adapters"), [QUESTION]) == said(load_trained("runs/lora"), [QUESTION])
+    door(export_model, "runs/last", "--out", "last")
+    assert said(load_trained("last"), [QUESTION]) == said(load_trained("runs/last"), [QUESTION])
+    last, base = (load_file(f"{f}/model.safetensors") for f in ("last", "runs/base/hf"))
+    moved = {name for name in base if not torch.equal(last[name], base[name])}
+    assert moved and all(
+        ".layers.1." in name or name in ("model.norm.weight", "lm_head.weight") for name in moved
+    )
     door(export_model, "runs/base", "--out", "small", "--dtype", "bfloat16")
     small, base = (load_file(f"{f}/model.safetensors") for f in ("small", "runs/base/hf"))
     assert all(torch.equal(small[name], base[name].bfloat16()) for name in base)
@@ -305,7 +314,7 @@ def test_a_model_that_transformers_would_not_save_is_saved(runs, door, tmp_path)
     assert (tmp_path / "out" / "README.md").is_file()
 
 
-def test_another_model_than_the_one_that_was_trained_is_not_exported(door):
+def test_another_model_than_the_one_that_was_trained_is_not_exported(door, capsys):
     model, ids = load_trained("runs/base").model, [5, 6, 7, 8, 9]
     with torch.no_grad():
         asked = [_ask(model, ids)]
@@ -321,6 +330,37 @@ def test_another_model_than_the_one_that_was_trained_is_not_exported(door):
         _compare_tokens(asked, [([second, *whole[6:]], "")], 1e-3)
     logits[4, second] = logits[4, first] - 1e-6
     _compare_tokens(asked, [([second], "")], 1e-3)  # a tie
+    for other in (whole[5:-1], [*whole[5:], 7]):
+        with pytest.raises(DataError, match=f"they make {len(other)} tokens, not {len(whole) - 5}"):
+            _compare_tokens(asked, [(other, "")], 1e-3)
+    _compare_tokens(asked, [([*whole[5:], 7], "")], 1e-3, may_go_on=True)
+    assert "1 of them go on there" in capsys.readouterr().out
+
+
+def test_adapters_are_merged_in_memory_where_that_is_exact(door):
+    ask = ("--prompt", QUESTION, "--max_new_tokens", 8)
+    shown = door(generate_text, "runs/lora", *ask)
+    assert "adapters merged in memory" in shown
+    assert said(load_trained("runs/lora"), [QUESTION])[0] in shown
+    assert "merged" not in door(generate_text, "runs/half", *ask)
+    model = load_trained("runs/lora").model
+    last = [p for name, p in model.named_parameters() if "lora_B" in name][-1]
+    last.data[0, 0] = float("nan")  # which peft refuses to merge, when others are merged already
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora" not in name}
+    assert merge_where_exact(model, 2048) is None
+    assert all(
+        torch.equal(p, before.get(n, p)) for n, p in model.named_parameters() if "lora" not in n
+    )
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+
+
+def test_a_parameter_of_4_bits_stands_for_two_numbers_a_byte():
+    class Params4bit(torch.nn.Parameter):  # as bitsandbytes names it
+        bnb_quantized = True
+
+    packed = Params4bit(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
+    assert numbers(packed) == 24
+    assert numbers(torch.nn.Parameter(torch.zeros(12))) == 12
 
 
 ASK, EXPORT = (generate_text, "runs/base --prompt a"), (export_model, "runs/base --out x")
@@ -340,6 +380,8 @@ FAULTS = [
     (*ASK, "--out no/x", "there is no folder no"),
     (*ASK, "--out runs --overwrite", "runs is there already"),
     (*ASK, "--sample 3", "--sample is of --data"),
+    (*ASK, "--stop ''", "--stop '': an empty text"),
+    (*ASK, "--chat", "give one of --prompt, --data and --chat"),
     (generate_text, "runs/base --chat --num_beams 2", "--chat answers word by word"),
     (*EXPORT, "--merge", "--merge: runs/base has no adapters"),
     (*EXPORT, "--private", "--private says how"),
@@ -358,6 +400,40 @@ def test_what_does_not_fit_is_one_sentence(runs, door, fault):
         door(module, *shlex.split(" ".join(arguments)))
     assert "\n" not in str(caught.value)
     assert not (runs / "x").exists()
+
+
+REWRITES = """{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content[:1] }}
+{%- if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_conversations_of_a_dataset_are_answered(runs, door, monkeypatch, tmp_path):
+    turns = [["Hello", "Hi!", "Where?", "Here."], ["Who?", "Me."], ["A <|endoftext|> mark", "b"]]
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for texts in turns:
+            roles = ["user", "assistant"] * (len(texts) // 2)
+            pairs = zip(roles, texts, strict=True)
+            file.write(
+                json.dumps({"messages": [{"role": r, "content": c} for r, c in pairs]}) + "\n"
+            )
+    out = tmp_path / "out.jsonl"
+    ask = ("runs/base", "--chat", "--prompt_template", "plain", "--max_new_tokens", 4)
+    door(generate_text, *ask, "--data", tmp_path / "chat.jsonl", "--out", out)
+    rows = lines(out)
+    assert [row["expected"] for row in rows] == ["Here.", "Me."]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n"))
+    assert door(generate_text, *ask).split("> ")[1].strip() == rows[1]["answer"].strip()
+    assert "Hi!" in rows[0]["prompt"] and rows[0]["prompt"].index("Where?") > 0
+    # A template that has earlier turns otherwise, as those do that leave thoughts out.
+    (tmp_path / "rewrites.jinja").write_text(REWRITES)
+    ask = ("runs/base", "--chat", "--prompt_template", tmp_path / "rewrites.jinja")
+    door(generate_text, *ask, "--data", tmp_path / "chat.jsonl", "--out", out, "--overwrite")
+    assert lines(out)[0]["prompt"].split() == [
+        "<user>H",
+        "<assistant>H",
+        "<user>Where?",
+        "<assistant>",
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_said(runs, door):

@@ -26,7 +26,7 @@ _AT_LEAST_ONE = (
 _ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy")
 _NOT_NEGATIVE = (
     "optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers",
-    "callbacks.early_stop.min_delta",
+    "callbacks.early_stop.min_delta", "generation.num_shown",
 )  # fmt: skip
 # key -> (whether a value is fine, what is wrong with it); what is not set is fine.
 _VALUES: dict[str, tuple[Callable, str]] = {
@@ -110,7 +110,7 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
     if config.generation is not None and config.task not in ("instruct", "chat", "seq2seq"):
         yield "generation", "scores answers to prompts, so it needs task: instruct, chat or seq2seq"
     if config.task != "seq2seq":
-        for key in ("label_smoothing", "generation.bleu_tokenize"):
+        for key in ("label_smoothing", "generation.bleu_tokenize", "generation.num_shown"):
             if _at(config, key):
                 yield key, f"is for task: seq2seq, not {config.task}"
     elif config.compile:

@@ -227,8 +227,11 @@ class GenerationConfig:
     max_new_tokens: int = 64
     batch_size: int = 50
     num_beams: int = 1  # 1: greedy
-    # seq2seq: how sacrebleu divides the texts; default: 13a. `none` keeps the spaces as they are,
-    # `char` is for languages without any; the two of mecab need `pip install sacrebleu[ja,ko]`.
+    # seq2seq: so many translations in the log and the report, at every evaluation; default: 3
+    num_shown: int | None = None
+    # seq2seq: how sacrebleu divides the texts; default: 13a, or `char` where most of their letters
+    # are Japanese or Chinese. `none` keeps the spaces as they are; the two of mecab need
+    # `pip install sacrebleu[ja,ko]`.
     bleu_tokenize: BleuTokenizer | None = None
 
 

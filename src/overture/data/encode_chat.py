@@ -26,6 +26,8 @@ class ChatEncoder(Encoder):
     out the oldest turns after the system message. ConfigError if no template can be learned from.
     """
 
+    LEARNS = True
+
     def __init__(self, tokens: Tokens, template: str | None, *limits: Any) -> None:
         super().__init__(tokens, template or tokens.tokenizer.chat_template, *limits)
         if not self.template:
@@ -35,7 +37,7 @@ class ChatEncoder(Encoder):
             probed = self.parts(_PROBE)
         except Exception as error:  # Jinja raises its own kinds, and templates raise theirs
             raise ConfigError(f"the chat template fails: {error}") from None
-        if probed is None:
+        if probed is None and self.LEARNS:
             ends = "ends no answer with a special token, so a model could not learn to stop"
             turns = "writes earlier turns otherwise once later ones follow"
             fault = f"the chat template {ends}, or it {turns}"
@@ -69,8 +71,8 @@ class ChatEncoder(Encoder):
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            given = self._render(messages[:number], True)
-            whole = self._render(messages[: number + 1], False)
+            given = self.render(messages[:number], True)
+            whole = self.render(messages[: number + 1], False)
             ends = [match.end() for match in self.tokens.special.finditer(whole, len(given))]
             if not (given.startswith(done) and whole.startswith(given) and ends):
                 return None
@@ -78,7 +80,8 @@ class ChatEncoder(Encoder):
             done = whole[: ends[-1]]
         return parts
 
-    def _render(self, messages: Messages, answer_next: bool) -> str:
+    def render(self, messages: Messages, answer_next: bool) -> str:
+        """Return a conversation as the template has it."""
         options = {"tokenize": False, "add_generation_prompt": answer_next}
         apply = self.tokens.tokenizer.apply_chat_template
         return apply(messages, chat_template=self.template, **options)

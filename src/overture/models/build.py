@@ -56,10 +56,10 @@ def load_network(
             wanted.attention, model_class, getattr(config, "is_encoder_decoder", False)
         ),
     }
-    if device_map:
-        options["device_map"] = device_map
     if wanted.load_in_4bit or wanted.load_in_8bit:
         options |= _quantised(wanted)
+    if device_map:
+        options["device_map"] = device_map
     try:
         if hollow:
             with torch.device("meta"):

@@ -13,6 +13,7 @@ from overture.errors import ConfigError
 from overture.flops import training_flops
 from overture.models.attention import document_mask, hide_from_compiler
 from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
+from overture.models.trainable import numbers
 
 
 class CausalLM(HuggingFaceModel):
@@ -146,7 +147,7 @@ def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
     head = model.get_output_embeddings().weight
     tables = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
     apart = {id(head), *map(id, tables)}  # counted apart, or looked up
-    sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in apart}
+    sizes = {n: numbers(p) for n, p in model.named_parameters() if id(p) not in apart}
     weights = sum(size for name, size in sizes.items() if "lora_" not in name)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if experts:  # only some of them see a token

@@ -18,6 +18,8 @@ from overture.errors import ConfigError, nearest
 
 RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
 
+EXACT = 1e-3  # of the spread of logits: that of sums in another order
+
 # By the head of a model. Of a classifier peft trains and saves the head too.
 TASK_TYPES = {
     "CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ_CLS",
@@ -119,6 +121,38 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
             fault = f"{wanted[key]}, but the adapters of {name} have {value}"
             raise ConfigError(f"lora.{key}: {fault}; write that, or leave lora out")
     return adapted
+
+
+@torch.no_grad()
+def merge_where_exact(model: Any, positions: int) -> float | None:
+    """Add adapters to the weights that they are beside, in memory, and return by how much of their
+    spread logits differ then; None where it is not done, and weights are as they were.
+
+    In float32 alone: rounded to a half precision, the sum is another model (RESULTS.md).
+    """
+    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    if kinds != {"LORA"} or {p.dtype for p in model.parameters()} != {torch.float32}:
+        return None
+    held = {name: p.data for name, p in model.named_parameters()}  # merging puts others there
+    ids = torch.arange(min(32, positions), device=model.device)[None]
+    ids = ids % model.config.get_text_config().vocab_size
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    before = model(**given).logits
+    try:
+        model.merge_adapter(safe_merge=True)
+        differ = ((model(**given).logits - before).abs().max() / before.std()).item()
+    except (NotImplementedError, RuntimeError, ValueError):  # peft's, of kinds that cannot be
+        differ = float("inf")
+    if differ <= EXACT:
+        return differ
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on layers that had not been merged yet
+        model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        p.data = held[name]
+    return None
 
 
 def base_record(model: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from overture.flops import training_flops
 from overture.models.causal_lm import CausalLM
 from overture.models.encoder import states_of_head
 from overture.models.loss import cross_entropy_at, label_positions
+from overture.models.trainable import numbers
 
 
 class Head(NamedTuple):
@@ -101,7 +102,7 @@ class Seq2SeqLM(CausalLM):
 def _weights(side: nn.Module) -> int:
     """Return the weights in matrix products of an encoder or a decoder, without its adapters."""
     linear = {n: m for n, m in side.named_modules() if isinstance(m, nn.Linear)}
-    return sum(m.weight.numel() for name, m in linear.items() if "lora_" not in name)
+    return sum(numbers(m.weight) for name, m in linear.items() if "lora_" not in name)
 
 
 def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) -> dict[str, Any]:

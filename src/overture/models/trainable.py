@@ -64,6 +64,12 @@ def _last_layer(model: Any, head: str) -> set[str]:
     return behind | {name for name, p in model.named_parameters() if id(p) in chosen}
 
 
+def numbers(p: Any) -> int:
+    """Return how many numbers a parameter stands for: those of 4 bits share bytes."""
+    shared = type(p).__name__ == "Params4bit" and p.bnb_quantized
+    return 2 * p.nbytes if shared else p.numel()
+
+
 def describe_trained(model: Any) -> list[str]:
     """Return lines on the parts of a model that are trained, and the memory of all that is held.
 
@@ -71,7 +77,7 @@ def describe_trained(model: Any) -> list[str]:
     """
     named = dict(model.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
-    rows, total = dict(_groups(trained)), sum(p.numel() for p in named.values())
+    rows, total = dict(_groups(trained)), sum(map(numbers, named.values()))
     count = sum(rows.values())
     if count == total:
         rows = {}  # all of them
@@ -92,5 +98,5 @@ def _groups(named: dict[str, Any]) -> Counter[str]:
         is_adapter = any(part.startswith("lora_") for part in parts)
         short = ".".join(parts[:-1]).removeprefix("base_model.model.").split(".lora_")[0]
         sizes[f"{short.removesuffix('.base_layer')} (adapters)" if is_adapter else
-              short.removesuffix(".base_layer") or name] += p.numel()  # fmt: skip
+              short.removesuffix(".base_layer") or name] += numbers(p)  # fmt: skip
     return sizes

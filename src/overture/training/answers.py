@@ -90,7 +90,7 @@ class HeldOutAnswers:
 class Translations(HeldOutAnswers):
     """Those of an encoder-decoder, scored by sacrebleu, at every evaluation too."""
 
-    COUNT, SHOWN = "bleu_sentences", 3
+    COUNT = "bleu_sentences"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -98,7 +98,7 @@ class Translations(HeldOutAnswers):
         self.break_off: Callable[[], None] = lambda: None
         from sacrebleu.metrics import BLEU, CHRF
 
-        name = self.config.bleu_tokenize or "13a"
+        name = self.config.bleu_tokenize or ("char" if _has_no_spaces(self.expected) else "13a")
         try:
             # Beforehand: it would only say so when all is translated.
             self._metrics = {"bleu": BLEU(tokenize=name), "chrf": CHRF()}
@@ -124,7 +124,8 @@ class Translations(HeldOutAnswers):
         step, answers = log.step, self.ask(model, "translations")
         self.break_off()
         rows = zip(self.prompts, answers, self.expected, strict=True)
-        for prompt, text, truth in list(rows)[: self.SHOWN]:
+        count = 3 if self.config.num_shown is None else self.config.num_shown
+        for prompt, text, truth in list(rows)[:count]:
             log.note(step, f"{prompt} -> {text} (expected: {truth})")
         return self.scores(answers)
 
@@ -149,6 +150,12 @@ def held_out_prompts(dataset: Any, count: int, longest: int = 2**31) -> Pairs:
             if len(pairs) == count:
                 return pairs
     return pairs
+
+
+def _has_no_spaces(texts: list[str]) -> bool:
+    """Return whether most letters are kana or Chinese, of languages that put no spaces."""
+    letters = [c for text in texts for c in text if c.isalpha()]
+    return 2 * sum("\u3040" <= c <= "\u9fff" for c in letters) > len(letters)
 
 
 def is_exact(answer: str, expected: str) -> bool:
