@@ -13,7 +13,7 @@ from overture.errors import ConfigError
 from overture.report import build_report, load_run, summary_lines
 
 DOOR = Path(__file__).parents[1] / "src" / "report_run.py"
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png"> & more'
 RESULT = {
     "run_name": "dolly-<b>lora</b>",
@@ -108,7 +108,26 @@ def folder(tmp_path):
     row |= {"exact_before": False, "exact_after": True}
     odd = {"prompt": "odd \ud83d", "expected": "", "before": "100% %s {x}", "after": "b"}
     write_lines(tmp_path / "generations.jsonl", [row, odd, {**row, "exact_before": True}])
+    pieces = [["Where?", None], [" <b>Here", 0.25], [".", 3.0]]
+    write_lines(tmp_path / "token_losses.jsonl", [{"mean": 1.625, "of": 60, "pieces": pieces}])
     return tmp_path
+
+
+def test_tokens_stand_on_red_as_they_are_unlikely(folder):
+    page = Page(build_report(folder))
+    assert "among the first 60" in page.text and "1.625 nats per label" in page.text
+    spans = [a for a in page.all("b") if "style" in a]
+    assert [a["style"] for a in spans] == ["--wrong: 22%", "--wrong: 95%"]  # 1 - exp(-loss)
+    assert spans[1]["title"] == "3.000 nats" and "Where? <b>Here." in page.text
+
+
+def test_a_chart_can_be_drawn_wider_over_one_scale(folder):
+    page = Page(build_report(folder))
+    choices = [(a["name"], a["value"]) for a in page.all("input")]
+    assert choices == [(n, v) for n in ("Loss", "Throughput", "Schedule") for v in "1248"]
+    assert [a["value"] for a in page.all("input") if "checked" in a] == ["1"] * 3
+    fine = page.all("text", "fine")
+    assert len(fine) > 2 * (len(page.all("text", "x")) - len(fine))
 
 
 def test_every_curve_has_its_points(folder):

@@ -9,6 +9,7 @@ from statistics import median
 from overture.data.page import write_page
 from overture.errors import ConfigError
 
+TOKEN_LOSSES = "token_losses.jsonl"
 MAX_CURVE_POINTS = 2000  # a longer curve is drawn through the extremes of each stretch of it
 SPECS = {
     "eval_perplexity": ",.2f", "steps": ",.0f", "tokens_seen": ",.0f", "label_tokens_seen": ",.0f",
@@ -28,6 +29,7 @@ class Run:
     evals: list[dict] = field(default_factory=list)
     events: list[tuple[int, str]] = field(default_factory=list)  # step, what
     generations: list[dict] = field(default_factory=list)
+    losses: list[dict] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     config: str = ""
 
@@ -44,6 +46,9 @@ def build_report(run_folder: Path) -> Path:
     evals = {key: EVAL_SPECS.get(key, ",.4f") for key in keys}  # a classifier has scores
     drawn = {"run": run, "charts": _charts(run), "medians": medians, "texts": texts}
     helpers = {"number": _number, "finite": _finite, "duration": _duration, "name": _name}
+    helpers["wrong"] = lambda loss: (
+        f"{1 - math.exp(-max(loss, 0)):.0%}" if _finite(loss) else "100%"
+    )
     title, specs = str(run.result.get("run_name")), {**FIRST_SPECS, **SPECS}
     write_page(page, Path(__file__), title, specs=specs, eval_specs=evals, **drawn, **helpers)
     return page
@@ -85,6 +90,7 @@ def load_run(folder: Path) -> Run:
     events = [r for r in metrics if r.get("kind") == "event" and _finite(r.get("step"))]
     run.events = sorted({(r["step"], str(r.get("what"))) for r in events})
     run.generations = _records(folder / "generations.jsonl", run.notes)
+    run.losses = _records(folder / TOKEN_LOSSES, run.notes)
     if lost := sum(not _finite(record.get("loss")) for record in run.train):
         run.notes.append(f"Training records without a finite loss, not drawn: {lost}.")
     return run
@@ -137,12 +143,14 @@ def points(records: list[dict], key: str) -> list[tuple[float, float]]:
     return sorted({f(part, key=lambda point: point[1]) for part in parts for f in (min, max)})
 
 
-def _ticks(low: float, high: float, least: float = 0.0) -> list[tuple[float, str]]:
-    """Returns about five round (value, label), at least `least` apart, that enclose low to high."""
+def _ticks(low: float, high: float, least: float = 0.0, parts: int = 5) -> list[tuple[float, str]]:
+    """Returns about as many round (value, label), at least `least` apart, that enclose low to high
+    as there are to be `parts`."""
     if low == high:
         low, high = (low - abs(low) / 10, low + abs(low) / 10) if low else (0.0, 1.0)
-    size = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = max(least, next(m * size for m in (1, 2, 5, 10) if m * size >= (high - low) / 5.001))
+    part = (high - low) / parts
+    size = 10.0 ** math.floor(math.log10(part))
+    step = max(least, next(m * size for m in (1, 2, 5, 10) if m * size >= part * 0.9998))
     span = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
     return [(i * step, f"{i * step:,.6g}") for i in span]
 
@@ -158,12 +166,17 @@ def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fal
     values += (0.0,) * from_zero + (target,) * _finite(target)
     rows = _ticks(min(values), max(values))
     low, high = rows[0][0], rows[-1][0]
+
+    def within(parts: int) -> list[tuple[float, str]]:
+        return [tick for tick in _ticks(left, right, 1.0, parts) if left <= tick[0] <= right]
+
     return {
         "title": title,
         "unit": unit,
         "curves": curves,
         "rows": rows,
-        "columns": [tick for tick in _ticks(left, right, least=1.0) if left <= tick[0] <= right],
+        "columns": within(5),
+        "fine": within(20),  # of one that is drawn wider
         "target": target if _finite(target) else None,
         "events": [event for event in events if left <= event[0] <= right],
         "x": lambda step: f"{100 * (step - left) / (right - left):.3f}",

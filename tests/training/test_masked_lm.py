@@ -1,5 +1,6 @@
 """Masked language models by the recipe: learning, resuming, running at other lengths, refusals."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,7 +76,15 @@ def test_resume_is_bit_for_bit_and_evaluation_masks_stay(bert, smoke, monkeypatc
     with torch.no_grad():
         losses = torch.cat([model(collate([row]))["token_losses"] for row in rows])
         assert losses.mean().item() == pytest.approx(final, abs=1e-5)
-
+        means = []  # of documents
+        for row in sorted(rows, key=lambda row: row["sample_id"])[:64]:
+            batch, begin = collate([row]), 0
+            found = model(batch)["token_losses"]
+            places = (batch["labels"][0] != -100).nonzero()[:, 0]
+            for end in row["document_ends"].tolist():
+                mine = found[(places >= begin) & (places < end)]
+                means += [mine.mean().item()] * bool(len(mine))
+                begin = end
         # Trained at 128, run at 512: four rows as one document.
         long = [join(rows[i : i + 4]) for i in range(0, len(rows) - 3, 4)]
         wide = MaskingCollator(
@@ -83,6 +92,10 @@ def test_resume_is_bit_for_bit_and_evaluation_masks_stay(bert, smoke, monkeypatc
         )
         longer = model(wide(long))["token_losses"].mean().item()
         assert longer < final + 0.1
+    worst = [json.loads(line) for line in (whole / "token_losses.jsonl").read_text().splitlines()]
+    expected = sorted(means, reverse=True)[:8]
+    assert [row["mean"] for row in worst] == pytest.approx(expected, abs=1e-4)
+    assert all(row["of"] == len(means) and "mask" not in str(row["pieces"]) for row in worst)
 
 
 def load(folder, tokenizer):

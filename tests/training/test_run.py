@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from streaming import StreamingDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from overture.errors import ConfigError, DataError
 from runs import records, result
@@ -39,18 +41,28 @@ def test_completed_run_leaves_everything_another_tool_needs(run, smoke):
     assert json.loads((folder / "environment.json").read_text())["command"].startswith("python")
     assert not list(folder.rglob("*.bin"))
     # What was saved is what was evaluated, read back by plain transformers and plain torch.
-    assert _cross_entropy(folder / "hf", smoke / "instruct") == pytest.approx(
-        outcome["eval_cross_entropy"], abs=1e-4
-    )
+    samples = _losses(folder / "hf", smoke / "instruct")
+    every = torch.cat([losses for _, losses in samples])
+    assert every.mean().item() == pytest.approx(outcome["eval_cross_entropy"], abs=1e-4)
+    # The samples of the highest loss, token by token.
+    worst = sorted(samples, key=lambda sample: -sample[1].mean().item())[:8]
+    shown = [json.loads(x) for x in (folder / "token_losses.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    for row, (ids, losses) in zip(shown, worst, strict=True):
+        assert row["of"] == len(samples)
+        assert row["mean"] == pytest.approx(losses.mean().item(), abs=1e-4)
+        found = [loss for _, loss in row["pieces"] if loss is not None]
+        assert sum(found) == pytest.approx(losses.sum().item(), rel=1e-4)
+        assert "".join(text for text, _ in row["pieces"]) == tokenizer.decode(ids)
+        learned = "".join(text for text, loss in row["pieces"] if loss is not None)
+        assert tokenizer.decode(ids).endswith(learned) and "### Response" not in learned
 
 
-def _cross_entropy(model_folder: Path, data: Path) -> float:
-    from streaming import StreamingDataset
-    from transformers import AutoModelForCausalLM
-
+def _losses(model_folder: Path, data: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the ids of each document of the test split, and the losses of its labels."""
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     rows = StreamingDataset(local=str(data), split="test", batch_size=1)
-    total = count = 0
+    found = []
     for number in range(rows.num_samples):
         row, start = rows[number], 0
         for end in row["document_ends"].tolist():
@@ -59,10 +71,9 @@ def _cross_entropy(model_folder: Path, data: Path) -> float:
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, :-1]
             losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-            total += losses[learned].sum().item()
-            count += int(learned.sum())
+            found.append((ids[0], losses[learned]))
             start = end
-    return total / count
+    return found
 
 
 def test_loss_does_not_depend_on_the_microbatch(run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_learns_is_scored_exported_and_says_the_same_again(family, translate, da
     )
     assert evals[-1]["bleu"] == pytest.approx(bleu)
     assert evals[-1]["bleu"] > evals[0]["bleu"]
+    worst = [json.loads(line) for line in (folder / "token_losses.jsonl").read_text().splitlines()]
+    sides = [(data / f"dev.{side}").read_text().splitlines() for side in "ab"]
+    for row in worst:
+        pair = ["".join(t for t, loss in row["pieces"] if (loss is None) == of) for of in (1, 0)]
+        pair = tuple(re.sub(r"<\|\w+\|>", "", text).strip() for text in pair)
+        assert pair in zip(*sides, strict=True)
+        found = [loss for _, loss in row["pieces"] if loss is not None]
+        assert sum(found) / len(found) == pytest.approx(row["mean"])
     said = [e["what"] for e in records(folder, "event") if e["step"] == 120]
     assert f"{rows[0]['prompt']} -> {after[0]} (expected: {texts[0]})" in said
     # The run itself, asked with the texts; then the exported folder, by plain transformers too.

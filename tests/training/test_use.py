@@ -428,12 +428,8 @@ def test_conversations_of_a_dataset_are_answered(runs, door, monkeypatch, tmp_pa
     (tmp_path / "rewrites.jinja").write_text(REWRITES)
     ask = ("runs/base", "--chat", "--prompt_template", tmp_path / "rewrites.jinja")
     door(generate_text, *ask, "--data", tmp_path / "chat.jsonl", "--out", out, "--overwrite")
-    assert lines(out)[0]["prompt"].split() == [
-        "<user>H",
-        "<assistant>H",
-        "<user>Where?",
-        "<assistant>",
-    ]
+    prompt = "".join(lines(out)[0]["prompt"].split())
+    assert prompt == "<user>H<assistant>H<user>Where?<assistant>"
 
 
 def test_a_folder_that_cannot_be_written_is_said(runs, door):

@@ -80,6 +80,10 @@ class CausalLM(HuggingFaceModel):
         hide_from_compiler()
         self._parts["compiled"] = torch.compile(self._parts["backbone"], dynamic=False)
 
+    def uncompile(self) -> None:
+        """Take the backbone as it is again, as for batches of another shape."""
+        self._parts.pop("compiled", None)
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which most of the arithmetic is done."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
+from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
 
 from overture.callbacks.early_stop import EarlyStop
@@ -32,7 +33,7 @@ from overture.models.attention import describe_attention
 from overture.models.build import position_limit
 from overture.models.lora import base_record, model_fingerprint
 from overture.models.trainable import describe_trained
-from overture.report import build_report, summary_lines
+from overture.report import TOKEN_LOSSES, build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training import resume
 from overture.training import run_folder as runs
@@ -63,6 +64,7 @@ from overture.training.sharding import (
     whole_weights,
 )
 from overture.training.tasks import TASKS
+from overture.training.token_losses import write_token_losses
 
 # What torch says, in any line of ours, of another process that is gone.
 LOST = {
@@ -275,6 +277,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             save_model(network, tokenizer, run_folder / "hf", trained_on, weights)
         if answers:
             answers.after = answers.ask(network, "answers after training")
+        of_tokens = evaluation is not None and config.task != "classify"
+        if of_tokens and config.fsdp_config is None and dist.get_global_rank() == 0:
+            model.uncompile()
+            rows, collate = evaluation.dataloader.dataset, task.collator(config, tokenizer, False)
+            with get_precision_context(trainer.state.precision):
+                write_token_losses(run_folder / TOKEN_LOSSES, model, rows, collate, tokenizer)
         result = _result(config, log, throughput, target, seconds)
         result["steps"] = trainer.state.timestamp.batch.value
         result["metrics"] = {} if isinstance(answers, Translations) else log.scores

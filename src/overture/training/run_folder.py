@@ -51,7 +51,8 @@ def begin_run(config: Config, command: str, resumed: bool) -> None:
         log = folder / "metrics.jsonl"
         if not resumed:
             # Steps of an attempt that left nothing to go on from are no part of this run.
-            log.unlink(missing_ok=True)
+            for left in (log, folder / "generations.jsonl", folder / "token_losses.jsonl"):
+                left.unlink(missing_ok=True)
         elif log.exists():  # a full disk, or a power cut, may have left half a line
             with log.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
