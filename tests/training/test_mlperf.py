@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import benchmark_runs
-from overture.benchmark import events, faults, faults_of_set, score, suspicion
+from overture.benchmark import events, faults, faults_of_set, score, stored, suspicion
 from overture.callbacks.mlperf_log import PREFIX
+from overture.config.load import load_config
 from overture.errors import ConfigError
 from runs import records, result
+
+QUICKSTART = Path(__file__).parents[2] / "yamls" / "finetune" / "quickstart.yaml"
 
 RULES = Path(__file__).parents[2] / "src" / "overture" / "callbacks" / "mlperf_rules.yaml"
 TARGET = ("callbacks.loss_target.cross_entropy=6.4", "eval_interval=2ba", "max_duration=20ba")
@@ -168,3 +171,13 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
 def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):
     with pytest.raises(ConfigError, match=r"set callbacks\.loss_target too"):
         run(*LOGGED)
+
+
+def test_the_quickstart_has_a_reference():
+    known = stored(benchmark_runs.REFERENCES / "quickstart.json")
+    config = load_config([str(QUICKSTART)], ("instruct",))
+    assert (known["valid"], known["target"]) == (True, config.callbacks.loss_target.cross_entropy)
+    samples = [run["samples"] for run in known["runs"]]
+    assert all(count % config.global_train_batch_size == 0 for count in samples)
+    assert len({run["seed"] for run in known["runs"]}) == 5 and suspicion(samples, samples) is None
+    assert "fewer samples" in suspicion([count // 2 for count in samples], samples)
