@@ -1,5 +1,6 @@
 """A tiny run of the recipe, in this process."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from outages import RESUMED, Outage, Power
 from overture.config.load import load_config
+from overture.data.embedded import generate_rows
 from overture.training import run as recipe
 from overture.training.run import train
 
@@ -32,11 +34,38 @@ device_eval_batch_size: 4
 progress_bar: false
 """
 
+LORA = (
+    "trainable=lora", "lora.r=4", "model.pretrained=true", "model.name=runs/base",
+    "optimizer.lr=5e-2", "generation.num_prompts=6", "generation.max_new_tokens=8",
+)  # fmt: skip
+RUNS = {
+    "base": (),
+    "lora": LORA,
+    "half": (*LORA, "model.dtype=bfloat16", "optimizer.lr=1e-2"),
+    "last": (*LORA[2:], "trainable=last_layer"),
+    "nowhere": ("trainable=lora", "max_duration=1ba"),  # over weights that are kept nowhere
+}
+
 
 @pytest.fixture(scope="session")
 def tiny_yaml(smoke) -> str:
     """The YAML above, on the smoke data."""
     return FINETUNE.format(smoke=smoke, data=smoke / "instruct")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_yaml):
+    """A folder with a small base, and adapters trained on it: `runs/base`, `runs/lora`, ..."""
+    folder = tmp_path_factory.mktemp("use")
+    (folder / "tiny.yaml").write_text(tiny_yaml)
+    with (folder / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in generate_rows(30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, overrides in RUNS.items():
+            config = load_config(["tiny.yaml", f"run_name={name}", *overrides], ("instruct",))
+            assert train(config, command="python finetune.py tiny.yaml") == 0
+        yield folder
 
 
 @pytest.fixture

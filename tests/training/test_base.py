@@ -1,5 +1,6 @@
 """Adapters know the base that they were trained on: by a checkpoint, and by the exported folder."""
 
+import copy
 import json
 import shutil
 
@@ -68,3 +69,13 @@ def test_tokenizer_that_grew_into_spare_rows(run, bases, smoke):
     ):
         run(*LORA, f"model.name={base}", "run_name=grown", named)
     assert run(*LORA[2:], "trainable=all", f"model.name={base}", "run_name=all", named)[0] == 0
+
+
+def test_a_base_is_known_by_the_place_of_its_weights_too():
+    one = torch.nn.Linear(4, 4, bias=False)
+    one.weight.requires_grad_(False)
+    two = copy.deepcopy(one)
+    two.weight.data = two.weight.data.flip(0)  # the same numbers
+    assert model_fingerprint(one) != model_fingerprint(two)
+    two.weight.data = two.weight.data.flip(0)
+    assert model_fingerprint(one) == model_fingerprint(two)

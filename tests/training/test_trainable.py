@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import export_model
@@ -12,6 +13,7 @@ from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.prompts import chat_templates
 from overture.errors import ConfigError
+from overture.models.trainable import numbers
 from overture.tokenizer import load_tokenizer
 from overture.training.run import train
 from runs import result
@@ -143,3 +145,12 @@ progress_bar: false
         assert "\nUser" not in row["after"]  # it ends where its turn does
     scores = result(tmp_path / "runs" / "chat")["metrics"]
     assert scores["character_f1_after"] > scores["character_f1_before"] + 0.3
+
+
+def test_a_parameter_of_4_bits_stands_for_two_numbers_a_byte():
+    class Params4bit(torch.nn.Parameter):  # as bitsandbytes names it
+        bnb_quantized = True
+
+    packed = Params4bit(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
+    assert numbers(packed) == 24
+    assert numbers(torch.nn.Parameter(torch.zeros(12))) == 12

@@ -1,6 +1,5 @@
 """What a run leaves is used: asked, exported, loaded by plain transformers, asked again."""
 
-import copy
 import io
 import json
 import shlex
@@ -17,44 +16,14 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 import export_model
 import generate_text
-from overture.config.load import load_config
-from overture.data.embedded import generate_rows
 from overture.errors import ConfigError, DataError, GuardError
 from overture.export import _ask, _compare, _compare_tokens, _logits
 from overture.generate import AS_IT_IS, answer, encode_prompts
-from overture.models.lora import merge_where_exact, model_fingerprint
-from overture.models.trainable import numbers
+from overture.models.lora import merge_where_exact
 from overture.trained import load_trained
-from overture.training.run import train
 from runs import result
 
-LORA = (
-    "trainable=lora", "lora.r=4", "model.pretrained=true", "model.name=runs/base",
-    "optimizer.lr=5e-2", "generation.num_prompts=6", "generation.max_new_tokens=8",
-)  # fmt: skip
-RUNS = {
-    "base": (),
-    "lora": LORA,
-    "half": (*LORA, "model.dtype=bfloat16", "optimizer.lr=1e-2"),
-    "last": (*LORA[2:], "trainable=last_layer"),
-    "nowhere": ("trainable=lora", "max_duration=1ba"),  # over weights that are kept nowhere
-}
 QUESTION = "### Instruction:\nWhere is the red box?\n\n### Response:\n"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_yaml):
-    """A folder with a small base, and adapters trained on it: `runs/base`, `runs/lora`, ..."""
-    folder = tmp_path_factory.mktemp("use")
-    (folder / "tiny.yaml").write_text(tiny_yaml)
-    with (folder / "rows.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in generate_rows(30))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, overrides in RUNS.items():
-            config = load_config(["tiny.yaml", f"run_name={name}", *overrides], ("instruct",))
-            assert train(config, command="python finetune.py tiny.yaml") == 0
-        yield folder
 
 
 @pytest.fixture(autouse=True)
@@ -283,16 +252,6 @@ def test_adapters_for_another_base_are_refused(runs, door, tmp_path):
         load_trained(str(foreign))
 
 
-def test_a_base_is_known_by_the_place_of_its_weights_too():
-    one = torch.nn.Linear(4, 4, bias=False)
-    one.weight.requires_grad_(False)
-    two = copy.deepcopy(one)
-    two.weight.data = two.weight.data.flip(0)  # the same numbers
-    assert model_fingerprint(one) != model_fingerprint(two)
-    two.weight.data = two.weight.data.flip(0)
-    assert model_fingerprint(one) == model_fingerprint(two)
-
-
 def test_weights_of_other_names_are_not_drawn_at_random(runs, door, tmp_path):
     """As of a model that was saved while it was compiled."""
     other = tmp_path / "other"
@@ -352,15 +311,6 @@ def test_adapters_are_merged_in_memory_where_that_is_exact(door):
         torch.equal(p, before.get(n, p)) for n, p in model.named_parameters() if "lora" not in n
     )
     assert not any(getattr(module, "merged", False) for module in model.modules())
-
-
-def test_a_parameter_of_4_bits_stands_for_two_numbers_a_byte():
-    class Params4bit(torch.nn.Parameter):  # as bitsandbytes names it
-        bnb_quantized = True
-
-    packed = Params4bit(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
-    assert numbers(packed) == 24
-    assert numbers(torch.nn.Parameter(torch.zeros(12))) == 12
 
 
 ASK, EXPORT = (generate_text, "runs/base --prompt a"), (export_model, "runs/base --out x")
