@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from streaming import StreamingDataset
 
 import handmade
+import inspect_dataset
 from overture.data.collate import TokenCollator
 from overture.data.inspect import ledger_figures, pieces, sample_lines, samples, write_split_page
 from overture.data.shards import Figures, Split
@@ -322,44 +324,51 @@ def test_page_of_other_tasks(other, tmp_path, tokenizer):
     assert "label yes" in page.text and "rows by labelno1yes2" in page.text
 
 
-def test_door(run_door, smoke, tmp_path):
-    done = run_door(DOOR, smoke / "instruct", "--split", "test", "--sample", "1")
-    assert done.returncode == 0, done.stderr
-    assert "sample 1:" in done.stdout and "\033" not in done.stdout
+@pytest.fixture
+def door(monkeypatch, capsys):
+    """Run the door's main function here, as a process of its own takes its time to begin."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["inspect_dataset", *map(str, arguments)])
+        capsys.readouterr()
+        inspect_dataset.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def test_door(run_door, door, smoke, tmp_path):
     done = run_door(DOOR, smoke / "instruct", "--split", "dev")
     assert done.returncode == 2
     assert "the splits there are: test, train" in done.stderr
     assert "Traceback" not in done.stderr
+    test = (smoke / "instruct", "--split", "test")
+    said = door(*test, "--sample", "1").out
+    assert "sample 1:" in said and "\033" not in said
     page = tmp_path / "page.html"
-    done = run_door(
-        DOOR, smoke / "instruct", "--split", "test", "--stats", "--verify", "--html", page
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows_read"] > 0
-    assert "verified" in done.stderr and page.read_text().startswith("<!DOCTYPE html>")
+    said = door(*test, "--stats", "--verify", "--html", page)
+    assert json.loads(said.out)["rows_read"] > 0
+    assert "verified" in said.err and page.read_text().startswith("<!DOCTYPE html>")
 
 
-def test_door_streams_in_the_order_of_arrival(run_door, smoke, tmp_path):
+def test_door_streams_in_the_order_of_arrival(door, smoke, tmp_path):
     remote = ("--data_remote", smoke / "instruct", "--data_local", tmp_path / "cache")
-    done = run_door(DOOR, *remote, "--split", "test", "--sample", "0", "2")
-    assert done.returncode == 0, done.stderr
-    here = run_door(DOOR, smoke / "instruct", "--split", "test", "--sample", "0", "2")
-    assert done.stdout == here.stdout
+    streamed = door(*remote, "--split", "test", "--sample", "0", "2")
+    assert streamed.out == door(smoke / "instruct", "--split", "test", "--sample", "0", "2").out
     assert (tmp_path / "cache" / "test" / "shard.00000.mds").is_file()
-    done = run_door(DOOR, smoke / "instruct", *remote)
-    assert done.returncode == 2 and "give a FOLDER" in done.stderr
+    with pytest.raises(ConfigError, match="give a FOLDER"):
+        door(smoke / "instruct", *remote)
 
 
-def test_door_refuses_another_tokenizer(run_door, smoke, tmp_path):
+def test_door_refuses_another_tokenizer(door, smoke, tmp_path):
     shutil.copytree(smoke / "tokenizer", tmp_path / "t")
     file = tmp_path / "t" / "tokenizer.json"
     content = json.loads(file.read_text())
     content["model"]["merges"].pop()
     file.write_text(json.dumps(content))
-    done = run_door(DOOR, smoke / "instruct", "--tokenizer", tmp_path / "t")
-    assert done.returncode == 2 and "not the one that" in done.stderr
+    with pytest.raises(ConfigError, match="not the one that"):
+        door(smoke / "instruct", "--tokenizer", tmp_path / "t")
     handmade.write(tmp_path / "d" / "train", "text", [{"text": "some"}], "x")
-    done = run_door(DOOR, tmp_path / "d", "--tokenizer", smoke / "tokenizer")
-    assert done.returncode == 2 and "not the one that" in done.stderr
-    done = run_door(DOOR, tmp_path / "d")
-    assert done.returncode == 0 and "sample 0: 4 characters" in done.stdout
+    with pytest.raises(ConfigError, match="not the one that"):
+        door(tmp_path / "d", "--tokenizer", smoke / "tokenizer")
+    assert "sample 0: 4 characters" in door(tmp_path / "d").out

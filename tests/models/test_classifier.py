@@ -20,6 +20,7 @@ TINY = {
 FAMILIES = {
     "bert": TINY,
     "roberta": {**TINY, "max_position_embeddings": 130},
+    "mosaic_bert": TINY,
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
     "llama": {**TINY, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
@@ -155,7 +156,7 @@ def test_loss_is_the_familys_own(family, classes, tokenizer):
     prove_padding(network, len(tokenizer), 64, packed=False)
     model = Classifier(network, tokenizer, eval_samples=5).eval()
     given = rows(classes)
-    takes = ["input_ids", "token_type_ids"][: 1 + (family in ("bert", "roberta"))]
+    takes = ["input_ids", "token_type_ids"][: 1 + ("bert" in family and family != "distilbert")]
     batch = ClassifyCollator(64, tokenizer.pad_token_id)(given)
     with torch.no_grad():
         outputs = model(batch)

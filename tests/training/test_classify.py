@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ progress_bar: false
 """
 BERT = """{name: bert, pretrained: false, config: {hidden_size: 32, intermediate_size: 64,
   num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 32}}"""
+MOSAIC = BERT.replace("bert", "mosaic_bert").replace(", max_position_embeddings: 32", "")
 LLAMA = """{name: llama, pretrained: false, config: {hidden_size: 32, intermediate_size: 64,
   num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1}}"""
 
@@ -254,8 +256,7 @@ def test_adapters_need_a_base_that_is_kept(classify, smoke, tmp_path):
 
 
 def test_a_mosaic_bert_takes_adapters(classify):
-    classify("run_name=base", "max_duration=2ba", model=BERT.replace("bert", "mosaic_bert").replace(
-        ", max_position_embeddings: 32", ""))  # fmt: skip
+    classify("run_name=base", "max_duration=2ba", model=MOSAIC)
     more = ("model.name=runs/base", "trainable=lora", "lora.r=4", "run_name=lora")
     folder = classify(*more, "max_duration=4ba", model="{name: x}")
     assert result(folder)["steps"] == 4
@@ -276,9 +277,10 @@ class Outage(Callback):
             raise Power
 
 
-@pytest.mark.parametrize("trainable", ["all", "lora"])
-def test_resumed_equals_uninterrupted_bit_for_bit(classify, monkeypatch, trainable):
+@pytest.mark.parametrize(("trainable", "model"), [("all", BERT), ("lora", BERT), ("all", MOSAIC)])
+def test_resumed_equals_uninterrupted_bit_for_bit(classify, monkeypatch, trainable, model):
     options = (f"trainable={trainable}", "save_interval=5ba", "eval_interval=8ba")
+    classify = partial(classify, model=model)
     whole = classify(*options, "run_name=whole")
     build = recipe.build_callbacks
     monkeypatch.setattr(recipe, "build_callbacks", lambda config: [*build(config), Outage()])

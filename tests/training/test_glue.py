@@ -150,13 +150,17 @@ def test_missing_files_are_named_and_the_door_says_so(glue, tmp_path):
 
 
 DOOR = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 config = pathlib.Path(sys.argv[1])
 name, folder = config.stem, config.parent.parent / config.stem
 with (config.parent / "order").open("a") as file:
     file.write(name + "\\n")
 if name == "slow":
     time.sleep(60)
+if device := os.environ.get("CUDA_VISIBLE_DEVICES"):  # no other may be on it
+    (mine := config.parent / f"on-{device}").touch(exist_ok=False)
+    time.sleep(0.5)
+    mine.rename(config.parent / f"{name}-was-on-{device}")
 seen = config.parent / (name + ".seen")
 if name == "wrong" or (name == "flaky" and not seen.exists()):
     seen.touch()
@@ -203,6 +207,17 @@ def test_failures_are_tried_again_and_reported_and_take_no_other_along(work, cap
     failed, order = work("plain", "flaky", "after", "silent", retries=0)
     assert (failed, order) == ({"silent": 5}, ["silent"])
     assert "3 of 4 jobs are finished and kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(None, {"0", "1"}), ("5,7", {"5", "7"})])
+def test_each_device_has_one_job_at_a_time(work, monkeypatch, visible, devices):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    failed, order = work(*"abcde", slots=(0, 1), retries=0)
+    assert not failed and sorted(order) == [*"abcde"]
+    places = (work.folder / "jobs").glob("*-was-on-*")
+    assert {place.name.partition("-was-on-")[2] for place in places} == devices
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR1", "HUP"])

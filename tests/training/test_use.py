@@ -18,7 +18,7 @@ import export_model
 import generate_text
 from overture.errors import ConfigError, DataError, GuardError
 from overture.export import _ask, _compare, _compare_tokens, _logits
-from overture.generate import AS_IT_IS, answer, encode_prompts
+from overture.generate import AS_IT_IS, answer, encode_prompts, join_ranks
 from overture.models.lora import merge_where_exact
 from overture.trained import load_trained
 from runs import result
@@ -81,12 +81,8 @@ def test_two_ranks_answer_as_one_does(runs, door, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "7 answers in" in done.stdout
     assert lines(tmp_path / "two.jsonl") == lines(tmp_path / "one.jsonl")
-    done = subprocess.run(
-        [*launcher, generate_text.__file__, "runs/lora", "--prompt", "a"], cwd=runs,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "2 ranks share the rows of --data" in done.stdout + done.stderr
+    with pytest.raises(ConfigError, match="2 ranks share the rows of --data"):
+        join_ranks(2, has_data=False, device_map=None)
 
 
 def test_a_yaml_of_options_may_hold_a_template(runs, door, tmp_path):
