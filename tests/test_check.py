@@ -113,11 +113,17 @@ def test_ledger_agrees_with_the_index(smoke):
 
 
 @pytest.mark.slow
-def test_resume_is_proven_on_a_config(run_door, smoke):
-    # With what it leaves out as it evaluates nothing: see SMALL.
+@pytest.mark.parametrize(
+    "options",
+    [  # the first are left out, as it evaluates nothing: see SMALL
+        ("callbacks.early_stop.patience=1", "loggers.tensorboard={}",
+         "save_num_checkpoints_to_keep=1"),
+        ("fsdp_config.state_dict_type=sharded", "model.dtype=float32"),
+    ],
+)  # fmt: skip
+def test_resume_is_proven_on_a_config(run_door, smoke, options):
     done = run_door("src/check_setup.py", "yamls/smoke/finetune.yaml", "lora.dropout=0.1",
-                    "callbacks.early_stop.patience=1", "loggers.tensorboard={}",
-                    "save_num_checkpoints_to_keep=1", "--prove_resume")  # fmt: skip
+                    *options, "--prove_resume")  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.splitlines()[-1] == "identical: losses, weights and optimizer"
     assert "killed at step" in done.stdout

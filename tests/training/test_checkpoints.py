@@ -2,9 +2,12 @@
 
 import errno
 import fcntl
+import os
 import resource
 import shutil
 import signal
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,16 @@ from moto.server import ThreadedMotoServer
 from outages import RESUMED
 from overture import export
 from overture.callbacks.early_stop import EarlyStop
-from overture.checkpoint import MANIFEST, STATE, newest_checkpoint
+from overture.checkpoint import (
+    MANIFEST,
+    PATIENCE,
+    STATE,
+    RemoteFolder,
+    change_manifest,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
@@ -240,6 +252,42 @@ def test_flipped_bit_in_the_best_weights_is_found(run, monkeypatch):
     monkeypatch.setattr(EarlyStop, "restore", spoil)
     with pytest.raises(DataError, match=r"best.safetensors: its weights are not what was written"):
         run(*options)
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    events, sync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda n: (events.append(os.fstat(n).st_ino), sync(n))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), events.append(str(b)))[0])
+    place = write_checkpoint(tmp_path, 4, lambda f: (f / STATE).write_bytes(b"weights"), {"a": 1})
+    number = {path: path.stat().st_ino for path in (place / STATE, place / MANIFEST, place)}
+    renamed = events.index(str(place))
+    assert {*number.values()} <= {*events[:renamed]}
+    assert tmp_path.stat().st_ino in events[renamed:]
+    events.clear()
+    change_manifest(place, a=2)
+    assert read_checkpoint(place)["a"] == 2
+    manifest = (place / MANIFEST).stat().st_ino
+    assert events == [manifest, str(place / MANIFEST), number[place]]
+
+
+def test_a_store_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    assert PATIENCE["read_timeout"] * PATIENCE["retries"]["total_max_attempts"] <= 45
+    monkeypatch.setitem(PATIENCE, "read_timeout", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ConfigError, match=r"s3://runs/a: cannot be read .*[Tt]ime"):
+            RemoteFolder("s3://runs/a").fetch_newest(tmp_path)
+        (tmp_path / STATE).write_bytes(b"weights")
+        with pytest.raises(GuardError, match=r"s3://runs/a: cannot be written"):
+            RemoteFolder("s3://runs/a").upload_file(tmp_path / STATE)
+        server.settimeout(0)
+        asked = []
+        with suppress(BlockingIOError):
+            while True:
+                asked.append(server.accept())
+    assert len(asked) == 6  # three times each
 
 
 def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch, tmp_path):
