@@ -64,14 +64,21 @@ def main() -> None:
     add("--regression", action="store_true", help="labels are numbers")
     add("--compression", choices=["zstd"])
     add("--size_limit", type=int, help="bytes per shard; default: 64 MiB")
+    add("--engine", choices=["local", "spark"], help="what tokenises and writes; default: local")
     add("--processes", type=int, help="that tokenise; default: 1, with the tokenizer's threads")
     add("--overwrite", action="store_true", help="replace splits that are there")
     add("--resume", action="store_true", help="go on with what was interrupted")
+    add("--merge", nargs="+", metavar="FOLDER", help="make one dataset of those converted in parts")
     options = vars(parser.parse_args())
     if options.pop("list_templates", False):
         from overture.data.prompts import list_templates
 
         print("\n".join(list_templates()))
+        return
+    if "merge" in options:
+        from overture.data.merge import merge_parts
+
+        merge_parts(**options)
         return
     for name in ("task", "out_root"):
         if name not in options:

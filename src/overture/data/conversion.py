@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ _SHARDS = tuple(task for task in OVERFLOWS if task != "jsonl")
 # Options that are for some tasks only; any other is for all.
 TASKS = {
     **dict.fromkeys(("tokenizer", "max_seq_len", "overflow", "packing", "compression"), _SHARDS),
-    **dict.fromkeys(("size_limit", "processes", "resume"), _SHARDS),
+    **dict.fromkeys(("size_limit", "processes", "resume", "engine"), _SHARDS),
     **dict.fromkeys(("bos_text", "eos_text", "wrap"), ("text",)),
     **dict.fromkeys(("labels", "regression"), ("classify",)),
     "threads": ("chat",),
@@ -36,6 +36,13 @@ class Origin(NamedTuple):
     split: str = "train"
     start: int = 0
     stop: int | None = None
+
+
+def share_rows(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Return whether two origins, perhaps as a ledger has them, have rows in common."""
+    (*one_source, start, stop), (*other_source, begin, end) = one, other
+    apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
+    return one_source == other_source and not apart
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,13 @@ class Conversion:
     compression: str | None = None
     size_limit: int = 1 << 26
     processes: int = 1
+    engine: str = "local"  # local | spark
     overwrite: bool = False
     resume: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Return the arguments that decide what is written; where and how fast is no part."""
-        apart = ("out_root", "processes", "overwrite", "resume")
+        apart = ("out_root", "processes", "engine", "overwrite", "resume")
         return {name: value for name, value in vars(self).items() if name not in apart}
 
     def splits(self) -> list[str]:
@@ -122,6 +130,8 @@ class Conversion:
         if bad is not None:
             _refuse(f"--splits {bad}: a split's name is a folder's: letters, digits, _ . -")
         self._check_task()
+        if self.engine == "spark" and self.packing == "concat":
+            _refuse("--concat_tokens goes on from row to row: it is for --engine local")
         if self.task == "jsonl" and self.remote:
             _refuse("--task jsonl writes local files: give a folder as --out_root")
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import overture
 from overture.data.conversations import as_threads
-from overture.data.conversion import OVERFLOWS, Conversion
+from overture.data.conversion import OVERFLOWS, Conversion, share_rows
 from overture.data.encode import InstructEncoder, RawTextEncoder, Records, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
@@ -96,9 +96,7 @@ def _refuse_existing(job: Conversion) -> None:
             continue
         theirs = read_ledger(ledger.parent).get("arguments", {}).get("origins", {})
         for one, other in itertools.product(theirs.values(), job.origins.values()):
-            (*one_source, start, stop), (*other_source, begin, end) = one, other
-            apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
-            if one_source == other_source and not apart:
+            if share_rows(one, other):
                 fault = f"{ledger.parent} was drawn from the same {one[0]}: its rows would be in"
                 where = f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
                 raise ConfigError(f"{fault} {where}")
@@ -193,9 +191,14 @@ def _write_all(
     }
     work.bind({f"{name} (contents)": value for name, value in facts.items()})
     ledgers = {}
-    with Workers(_encoder(job, tokens, prompt, labels), job.processes) as workers:
-        from overture.data.write import write_split  # slow to import: after the workers are forked
-
+    if job.engine == "spark":
+        from overture.data.spark import Cluster as Encoding
+        from overture.data.spark import write_split
+    else:
+        Encoding = Workers
+    with Encoding(_encoder(job, tokens, prompt, labels), job.processes) as workers:
+        if job.engine == "local":  # slow to import: after the workers are forked
+            from overture.data.write import write_split
         for rows in todo:
             done = work.finished(rows.split, rows.part.source, facts)
             ledgers[rows.split] = done or write_split(job, work.folder, rows, workers, facts)

@@ -15,7 +15,7 @@ from typing import Any
 
 from streaming import MDSWriter
 
-from overture.data.schema import LEDGER, seal, sha256_file, write_aside
+from overture.data.schema import INDEX, LEDGER, seal, sha256_file, write_aside
 from overture.errors import DataError
 
 REJECTED = "rejected.jsonl"
@@ -94,15 +94,49 @@ class ShardWriter:
         if not (self.place / REJECTED).stat().st_size:
             (self.place / REJECTED).unlink()
         self._writer.finish()
-        files = {p.name: (p.stat().st_size, sha256_file(p)) for p in sorted(self.place.iterdir())}
-        for shard in self._writer.shards:
-            meant = shard[_kind(shard)]
-            if files[meant["basename"]] != (meant["bytes"], meant["hashes"]["sha256"]):
-                fault = f"{self.place / meant['basename']}: reads back otherwise than written"
-                raise DataError(f"{fault}; check the disk and convert again without --resume")
-        ledger["files"] = [{"name": n, "bytes": s, "sha256": d} for n, (s, d) in files.items()]
-        write_aside(self.place / LEDGER, seal(ledger))
-        return ledger
+        return seal_split(self.place, self._writer.shards, ledger)
+
+
+def seal_split(place: Path, shards: list[Any], ledger: dict[str, Any]) -> dict[str, Any]:
+    """Write the ledger of a folder that has its shards and index; return it, with all files.
+
+    Raises DataError: a shard is not what the index says of it.
+    """
+    files = {p.name: (p.stat().st_size, sha256_file(p)) for p in sorted(place.iterdir())}
+    for shard in shards:
+        meant = shard[_kind(shard)]
+        if files[meant["basename"]] != (meant["bytes"], meant["hashes"]["sha256"]):
+            fault = f"{place / meant['basename']}: reads back otherwise than written"
+            raise DataError(f"{fault}; check the disk and convert again without --resume")
+    ledger["files"] = [{"name": n, "bytes": s, "sha256": d} for n, (s, d) in files.items()]
+    write_aside(place / LEDGER, seal(ledger))
+    return ledger
+
+
+def join_shards(folders: list[Path], place: Path, keep: bool) -> list[dict[str, Any]]:
+    """Bring the shards of some folders, in order, into the folder `place`, and write its index.
+
+    They are linked, or copied from another disk, where the folders are to `keep` theirs; else they
+    are moved. Returns what the index says of them.
+    """
+    shards = []
+    for folder in folders:
+        for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]:
+            there = folder / shard[_kind(shard)]["basename"]
+            for meant in filter(None, (shard["raw_data"], shard.get("zip_data"))):
+                ending = Path(meant["basename"]).name.split(".", 2)[2]  # mds, or mds.zstd
+                meant["basename"] = f"shard.{len(shards):05}.{ending}"
+            here = place / shard[_kind(shard)]["basename"]
+            if not keep:
+                there.rename(here)
+            else:
+                try:
+                    here.hardlink_to(there)
+                except OSError:
+                    shutil.copyfile(there, here)
+            shards.append(shard)
+    write_aside(place / INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    return shards
 
 
 def _kind(shard: dict[str, Any]) -> str:

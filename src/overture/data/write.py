@@ -1,7 +1,7 @@
 """One split: encoded documents to packed samples to shards, window by window, with its ledger."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from overture.data.conversion import Conversion
-from overture.data.encode import Document
+from overture.data.encode import Document, Encoded
 from overture.data.examine import dropped, repeats
 from overture.data.packing import best_fit, concatenate
 from overture.data.shard_writer import Progress, ShardWriter
-from overture.data.workers import Workers
 from overture.errors import ConfigError
 
 # Documents packed together. More would bind more memory, and packing wait for workers' ends.
@@ -23,43 +22,47 @@ WINDOW_REJECTED = 65_536
 
 
 def write_split(
-    job: Conversion, folder: Path, rows: Any, workers: Workers, facts: dict[str, Any]
+    job: Conversion, folder: Path, rows: Any, workers: Any, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Write one split into `folder` and return its ledger; goes on where a journal says.
 
-    `rows` are a `convert.Selected`, `facts` those of the ledger that all splits share. Raises
-    ConfigError: no row is left, or one is too long under `--overflow error`.
+    `rows` are a `convert.Selected`, `workers` a `workers.Workers`, `facts` those of the ledger that
+    all splits share. Raises ConfigError: no row is left, or one is too long under
+    `--overflow error`.
     """
     columns = workers.encoder.columns
     writer = ShardWriter(folder / rows.split, columns, job.compression, job.size_limit)
     progress = writer.progress
     counts = progress.counts
-    for window in _windows(job, rows, workers, progress.row):
+    for window in windows(job, rows, workers.encode(rows.batches(progress.row))):
         start = deepcopy(progress)
         for entry in window.rejected:
             writer.reject(entry)
-        for row in _packed(job, window.documents, progress):
-            writer.write(_sample(row, columns, facts), progress.samples, start)
+        for row in packed(job, window.documents, progress):
+            writer.write(sample_of(row, columns, facts), progress.samples, start)
             progress.samples += 1
-            counts["documents"] += len(row)
-            for document in row:  # of a classifier's, no token is learned
-                labels = len(document.get("labels", ()))
-                counts["tokens"] += len(document.get("input_ids", ())) + labels
-                counts["trained"] += int(np.sum(document.get("loss_mask", 0))) + labels
-                if facts["labels"]:
-                    counts[f"label {document['label']}"] += 1
+            counts.update(tally(row, facts["labels"]))
         progress.row = window.end
         counts.update(window.notes)
         progress.dropped.update(entry["reason"] for entry in window.rejected)
     counts["left_over"] += len(progress.carry)
-    if not progress.samples:
-        why = dropped(progress.dropped)
-        raise ConfigError(f"{rows.part.source.name}: no row is left for {rows.split!r}{why}")
-    return writer.finish(_ledger(job, rows, columns, facts, progress))
+    return writer.finish(ledger_of(job, rows, columns, facts, progress))
+
+
+def tally(documents: list[Document], labels: Any) -> Counter[str]:
+    """Return how many documents, tokens, trained ones and, of each of the `labels`, documents."""
+    counts = Counter(documents=len(documents))
+    for document in documents:  # of a classifier's, no token is learned
+        answer = len(document.get("labels", ()))
+        counts["tokens"] += len(document.get("input_ids", ())) + answer
+        counts["trained"] += int(np.sum(document.get("loss_mask", 0))) + answer
+        if labels:
+            counts[f"label {document['label']}"] += 1
+    return counts
 
 
 @dataclass
-class _Window:
+class Window:
     """Documents that are packed together, and what was not kept on the way to them."""
 
     documents: list[Document] = field(default_factory=list)
@@ -68,9 +71,10 @@ class _Window:
     end: int = 0  # the row of the source after the last one
 
 
-def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Iterator[_Window]:
-    window = _Window()
-    for (end, places, rejected), encoded in workers.encode(rows.batches(from_row)):
+def windows(job: Conversion, rows: Any, batches: Iterable[tuple[Any, Encoded]]) -> Iterator[Window]:
+    """Yield windows of the encoded batches of `rows`; ConfigError where one is too long."""
+    window = Window()
+    for (end, places, rejected), encoded in batches:
         window.rejected += rejected
         for number, reason in encoded.drops:
             place = places[number]
@@ -84,14 +88,15 @@ def _windows(job: Conversion, rows: Any, workers: Workers, from_row: int) -> Ite
         window.end = end
         if len(window.documents) >= WINDOW_DOCUMENTS or len(window.rejected) >= WINDOW_REJECTED:
             yield window
-            window = _Window()
+            window = Window()
     if window.end:
         yield window
 
 
-def _packed(
+def packed(
     job: Conversion, documents: list[Document], progress: Progress
 ) -> Iterator[list[Document]]:
+    """Yield the documents of a window row by row; `progress` holds what waits for the next."""
     method = job.how_packed()
     if method == "none":
         yield from ([document] for document in documents)
@@ -108,7 +113,10 @@ def _packed(
             yield [documents[index] for index in row]
 
 
-def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
+def sample_of(
+    row: list[Document], columns: dict[str, str], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a row of documents is in a shard; ConfigError for an id out of range."""
     sample, known = {}, facts["tokenizer"]
     for name, kind in columns.items():
         if name == "document_ends":
@@ -124,9 +132,13 @@ def _sample(row: list[Document], columns: dict[str, str], facts: dict[str, Any])
     return sample
 
 
-def _ledger(
+def ledger_of(
     job: Conversion, rows: Any, columns: dict[str, str], facts: dict[str, Any], done: Progress
 ) -> dict[str, Any]:
+    """Return the ledger of a split but for its files; ConfigError if no row is left."""
+    if not done.samples:
+        why = dropped(done.dropped)
+        raise ConfigError(f"{rows.part.source.name}: no row is left for {rows.split!r}{why}")
     found, counts = rows.part.found, done.counts
     method, room = job.how_packed(), done.samples * job.max_seq_len
     used = counts["tokens"] / room if method != "none" else 1.0

@@ -1,0 +1,212 @@
+"""Conversion on a Spark cluster: tokenised and written by its executors, the same rows in order.
+
+The rows are read and examined here, as ever, and laid down as parquet files beside the output,
+which every machine must see under the same name. Executors encode them, once, and then write
+shards through Streaming's `dataframe_to_mds`. Documents are packed in the windows of the local
+engine, so that samples, their order and the ledger are the same; only more shards end early.
+"""
+
+import itertools
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from overture.data.conversion import Conversion
+from overture.data.encode import Document, Encoded
+from overture.data.shard_writer import REJECTED, Progress, join_shards, seal_split
+from overture.data.write import Window, ledger_of, packed, sample_of, tally, windows
+from overture.errors import ConfigError, GuardError
+
+FILE_BATCHES = 25  # of a parquet file, which bound what is held here
+ENCODED = "batch long, found binary, documents binary, bytes long"
+PLACED = "batch long, window long, documents binary"
+
+
+class Cluster(AbstractContextManager):
+    """A Spark session with an encoder: the cluster of `spark-submit`, else `processes` cores here.
+
+    Raises ConfigError: pyspark or Java is not there.
+    """
+
+    def __init__(self, encoder: Any, processes: int) -> None:
+        self.encoder = encoder
+        try:
+            from pyspark import SparkConf, SparkContext
+            from pyspark.sql import SparkSession
+        except ImportError:
+            fault = "--engine spark: pyspark is not installed"
+            raise ConfigError(f"{fault}; pip install -r requirements-spark.txt") from None
+        build = SparkSession.builder.appName("overture")
+        options = {
+            "ui.enabled": "false", "ui.showConsoleProgress": "false",
+            "executorEnv.TOKENIZERS_PARALLELISM": "false",
+            "executorEnv.PYTHONPATH": str(Path(__file__).parents[2]),
+            "sql.execution.arrow.maxRecordsPerBatch": "0",  # a part of the split at once
+        }  # fmt: skip
+        for name, value in options.items():
+            build = build.config(f"spark.{name}", value)
+        try:
+            SparkContext._ensure_initialized()  # before it the options of spark-submit are unknown
+            if not SparkConf().contains("spark.master"):
+                build = build.master(f"local[{processes}]")
+            self.session = build.getOrCreate()
+        except Exception as error:  # of the gateway's many kinds
+            fault = f"--engine spark: it does not start ({_last_line(error)})"
+            raise ConfigError(f"{fault}; it needs Java 8, 11 or 17, and JAVA_HOME") from None
+        self.session.sparkContext.setLogLevel("OFF")
+
+    def __exit__(self, *_: Any) -> None:
+        self.session.stop()
+
+
+def write_split(
+    job: Conversion, folder: Path, rows: Any, cluster: Cluster, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write one split into `folder` and return its ledger, as `write.write_split` does.
+
+    Raises ConfigError: no row is left, or one is too long under `--overflow error`. GuardError: a
+    task of the cluster failed as often as Spark tries it.
+    """
+    session, columns = cluster.session, cluster.encoder.columns
+    stage, out, place = (folder / f"{rows.split}{end}" for end in (".rows", ".parts", ""))
+    for left in (stage, out, place):  # of an interrupted conversion
+        shutil.rmtree(left, ignore_errors=True)
+    place.mkdir()
+    tags = _lay_down(rows, stage)
+    with _named(rows.split):
+        table = session.read.parquet(str(stage))
+        at_once = session.sparkContext.defaultParallelism
+        encode = partial(_encode, encoder=cluster.encoder, labels=facts["labels"])
+        encoded = table.repartition(4 * at_once).mapInPandas(encode, ENCODED).persist()
+        found = encoded.select("batch", "found", "bytes").orderBy("batch").collect()
+    progress, where, part, filled = Progress(), {}, 0, 0
+    room = min(job.size_limit, max(1, sum(row.bytes for row in found) // at_once))
+    with (place / REJECTED).open("w", encoding="utf-8") as rejects:
+        for number, (window, batches) in enumerate(_by_window(job, rows, tags, found)):
+            rejects.writelines(json.dumps(entry) + "\n" for entry in window.rejected)
+            progress.counts.update(window.notes)
+            progress.dropped.update(entry["reason"] for entry in window.rejected)
+            where.update({row.batch: (part, number) for row in batches})
+            filled += sum(row.bytes for row in batches)
+            if filled >= room:
+                part, filled = part + 1, 0
+    progress.samples = progress.counts["documents"]  # none, and it is refused before it is written
+    ledger_of(job, rows, columns, facts, progress)
+    with _named(rows.split):
+        lines = encoded.rdd.map(partial(_placed, where=where)).partitionBy(part + 1, int).values()
+        parts = session.createDataFrame(lines, PLACED).sortWithinPartitions("batch")
+        options = {"compression": job.compression, "size_limit": job.size_limit}
+        options |= {"out": str(out), "columns": columns, "hashes": ["sha256", "xxh64"]}
+        from streaming.base.converters import dataframe_to_mds
+
+        more = {"job": job, "columns": columns, "facts": facts}
+        logging.disable(logging.WARNING)  # it warns of what is meant here
+        try:
+            dataframe_to_mds(parts, mds_kwargs=options, udf_iterable=_samples, udf_kwargs=more)
+        finally:
+            logging.disable(logging.NOTSET)
+        encoded.unpersist()
+    shards = join_shards([out], place, keep=False)
+    progress.samples = sum(shard["samples"] for shard in shards)
+    if not (place / REJECTED).stat().st_size:
+        (place / REJECTED).unlink()
+    for left in (stage, out):
+        shutil.rmtree(left)
+    return seal_split(place, shards, ledger_of(job, rows, columns, facts, progress))
+
+
+def _lay_down(rows: Any, stage: Path) -> Iterator[Any]:
+    """Write the rows of a split as parquet files, a line for each batch; yield their tags later."""
+    stage.mkdir()
+    batches = enumerate(rows.batches())
+    with (stage / "_tags").open("wb") as tags:  # a name that Spark passes over
+        for number in itertools.count():
+            some = list(itertools.islice(batches, FILE_BATCHES))
+            if not some:
+                break
+            for _, (tag, _) in some:
+                pickle.dump(tag, tags)
+            lines = [{"batch": n, "records": pickle.dumps(records)} for n, (_, records) in some]
+            table = pyarrow.Table.from_pylist(lines)
+            pyarrow.parquet.write_table(table, stage / f"{number:06}.parquet")
+
+    def read() -> Iterator[Any]:
+        with (stage / "_tags").open("rb") as tags:
+            while tags.peek(1):
+                yield pickle.load(tags)
+
+    return read()
+
+
+def _encode(tables: Iterable[Any], encoder: Any, labels: Any) -> Iterator[Any]:
+    """On an executor: encode batches; what the driver counts goes apart from the documents."""
+    import pandas as pd
+
+    for table in tables:
+        lines = []
+        for number, records in zip(table["batch"], table["records"], strict=True):
+            documents, drops, notes = encoder.encode(pickle.loads(records))
+            counted = Encoded([None] * len(documents), drops, notes + tally(documents, labels))
+            content = pickle.dumps(documents)
+            lines.append((number, pickle.dumps(counted), content, len(content)))
+        yield pd.DataFrame(lines, columns=["batch", "found", "documents", "bytes"])
+
+
+def _by_window(
+    job: Conversion, rows: Any, tags: Iterable[Any], found: list[Any]
+) -> Iterator[tuple[Window, list[Any]]]:
+    """Yield the windows of a split, without their documents, and the lines of `found` in each."""
+    seen: list[Any] = []
+
+    def batches() -> Iterator[tuple[Any, Encoded]]:
+        for tag, row in zip(tags, found, strict=True):
+            seen.append(row)
+            yield tag, pickle.loads(row.found)
+
+    for window in windows(job, rows, batches()):
+        yield window, seen
+        seen = []
+
+
+def _placed(row: Any, where: dict[int, tuple[int, int]]) -> tuple[int, tuple[int, int, bytes]]:
+    part, window = where[row.batch]
+    return part, (row.batch, window, row.documents)
+
+
+def _samples(table: Any, job: Conversion, columns: Any, facts: Any) -> Iterator[dict[str, Any]]:
+    """On an executor: yield the samples of a part of a split, window by window."""
+    for _, lines in table.groupby("window"):
+        documents: list[Document] = []
+        for content in lines["documents"]:
+            documents += pickle.loads(content)
+        for row in packed(job, documents, Progress()):
+            yield sample_of(row, columns, facts)
+
+
+@contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Raise GuardError for the many errors of Spark, with the last line that its workers said."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("pyspark", "py4j"):
+            raise
+        fault = f"--engine spark: {split} was not written ({_last_line(error)})"
+        raise GuardError(f"{fault}: see the log of the cluster, and convert again") from None
+
+
+def _last_line(error: Exception) -> str:
+    """Return what a Python worker said last, or else the first line of an error."""
+    text = str(getattr(error, "java_exception", error))
+    said = [line.strip() for line in text.split("\n") if line.strip()]
+    errors = [line for line in said if "Error: " in line and not line.startswith(("at ", "org."))]
+    return (errors or said or [type(error).__name__])[-1 if errors else 0][:300]
