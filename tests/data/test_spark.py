@@ -1,5 +1,6 @@
 """Conversion by Spark's workers gives the rows, the order and the ledger of the local engine."""
 
+import pickle
 import shutil
 import sys
 
@@ -9,9 +10,11 @@ import pytest
 import convert_dataset
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
+from overture.data.encode import Tokens
 from overture.data.shards import Split
 from overture.data.verify import verify
 from overture.errors import ConfigError
+from overture.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -35,6 +38,16 @@ def test_without_spark_it_is_said(tmp_path, smoke, monkeypatch):
     options = {"packing": "concat", "tokenizer": "t", "engine": "spark"}
     with pytest.raises(ConfigError, match="--concat_tokens goes on from row to row"):
         Conversion({"train": Origin("embedded")}, "text", "out", **options).check()
+
+
+@pytest.mark.parametrize("specials", [False, True])
+def test_a_tokenizer_that_was_sent_is_the_same(smoke, specials):
+    tokens = Tokens(load_tokenizer(str(smoke / "tokenizer")), specials)
+    again = pickle.loads(pickle.dumps(tokens))
+    texts = ["a plain one", f"one with {tokens.tokenizer.eos_token} in it"]
+    ours, theirs = (one.ids(texts) for one in (tokens, again))
+    assert all(map(np.array_equal, ours, theirs))
+    assert (tokens.eos in ours[1]) == specials
 
 
 @pytest.mark.slow

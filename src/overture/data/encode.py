@@ -46,7 +46,7 @@ class Tokens:
         if self.eos is None:
             fault = f"{name}: the tokenizer has no EOS token, so a model could not learn to stop"
             raise ConfigError(f"{fault}; set eos_token in its tokenizer_config.json")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.specials = tokenizer, specials
         # Asking the tokenizer itself is the only way that holds for every family.
         first = tokenizer("a")["input_ids"][0]
         has_bos = first in (tokenizer.bos_token_id, tokenizer.cls_token_id)
@@ -64,6 +64,10 @@ class Tokens:
         found = zip(texts.values(), self.backend.encode_batch(list(texts)), strict=True)
         ends = {*self.backend.encode("a b").ids} if texts else set()
         self._leaks = any(number in one.ids and number not in ends for number, one in found)
+
+    def __reduce__(self) -> Any:
+        """Let another process make it anew: pickled, the backend forgets what it was told."""
+        return Tokens, (self.tokenizer, self.specials)
 
     def ids(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of some texts, each [tokens] uint32, nothing added."""
