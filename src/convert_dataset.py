@@ -94,6 +94,8 @@ def main() -> None:
     options["fields"] = parse_fields(options.pop("field", []))
     if options.get("processes", 1) > 1:  # or each of them would start a thread for every core
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if options.get("engine") == "spark":  # its workers would take any python3 that they find
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     job = Conversion(origins=parse_origins(dataset, splits), **options)
     job.check()
     adopt_hub_token()

@@ -1,5 +1,6 @@
 """What was converted in parts becomes one dataset, or is refused."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from streaming import StreamingDataset
 import convert_dataset
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.data.merge import merge_splits
+from overture.data.merge import Merge, merge_splits
 from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.data.verify import verify
@@ -30,8 +31,8 @@ def part(tmp_path, smoke):
     lines = [json.dumps({"text": text}) for text in [*texts[:50], "", *texts[51:]]]
     (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
 
-    def write(name, start, stop, split="train", **options):
-        origin = Origin(str(tmp_path / "all.jsonl"), "train", start, stop)
+    def write(name, start, stop, split="train", file=tmp_path / "all.jsonl", **options):
+        origin = Origin(str(file), "train", start, stop)
         common = {"tokenizer": str(smoke / "tokenizer"), "max_seq_len": 64, "max_rejected": 0.1}
         more = {**common, "size_limit": 2_000, **options}
         convert(Conversion({split: origin}, "text", str(tmp_path / name), **more), lambda _: None)
@@ -40,11 +41,21 @@ def part(tmp_path, smoke):
     return write
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def join(parts, out, overwrite=False) -> list[str]:
+    said = []
+    merge_splits(Merge(parts, str(out), overwrite), said.append)
+    return said
+
+
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_parts_become_one(part, tmp_path, compression):
     parts = [part(str(n), n, n + 40, compression=compression) for n in (0, 40, 80)]
     out = tmp_path / "out"
-    merge_splits(parts, out, False, lambda _: None)
+    join(parts, out)
     whole, pieces = Split(out / "train"), [Split(folder / "train") for folder in parts]
     rows = [piece.row(number) for piece in pieces for number in range(len(piece))]
     assert len(whole) == len(rows) > 9
@@ -66,8 +77,8 @@ def test_parts_become_one(part, tmp_path, compression):
     assert len(whole.ledger["source"]["parts"]) == 3
     assert (out / "train" / "rejected.jsonl").read_text().count("\n") == 1
     with pytest.raises(ConfigError, match="out/train is there already; give --overwrite"):
-        merge_splits(parts, out, False)
-    merge_splits(parts[:2], out, True, lambda _: None)
+        join(parts, out)
+    join(parts[:2], out, True)
     assert len(Split(out / "train")) == len(pieces[0]) + len(pieces[1])
     assert sorted(path.name for path in out.iterdir()) == ["train"]
     with pytest.raises(ConfigError, match="its rows would be in"):  # as of any other dataset
@@ -86,19 +97,53 @@ def test_parts_become_one(part, tmp_path, compression):
 def test_parts_that_are_not_alike(part, tmp_path, options, words):
     rows = {"start": 40, "stop": 80, **options}
     with pytest.raises(ConfigError, match=words):
-        merge_splits([part("0", 0, 40), part("1", **rows)], tmp_path / "out", False)
+        join([part("0", 0, 40), part("1", **rows)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_that_is_not_there_or_broken(part, tmp_path):
-    one, other = part("0", 0, 40), part("1", 40, 80)
-    with pytest.raises(ConfigError, match=r"no has the splits none, but .*0 \['train'\]"):
-        merge_splits([one, tmp_path / "no"], tmp_path / "out", False)
-    shard = other / "train" / "shard.00000.mds"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"reads back otherwise"):
-        merge_splits([one, other], tmp_path / "out", False)
-    assert not list((tmp_path / "out").iterdir())
+def test_rows_that_are_in_no_part_and_those_that_are_in_two(part, tmp_path):
+    one, other = part("0", 10, 40), part("1", 60, None)
+    assert join([one, other], tmp_path / "out")[:2] == [
+        f"note: rows {gap} of {tmp_path}/all.jsonl are in no part of train"
+        for gap in ("0 to 10", "40 to 60")
+    ]
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "all.jsonl", tmp_path / "copy" / "all.jsonl")
+    again = part("2", 0, 11, file=tmp_path / "copy" / "all.jsonl")
+    with pytest.raises(ConfigError, match=r"0/train and .*2/train have rows in common"):
+        join([one, again], tmp_path / "out", True)
+    with pytest.raises(
+        ConfigError, match=r"out/train was drawn from the same .*all\.jsonl: its rows"
+    ):
+        join([part("3", 0, 11, split="test")], tmp_path / "out")
+    with pytest.raises(ConfigError, match="1 is a part and the --out_root too"):
+        join([one, other], other, True)
+    fold = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(fold, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="out: another conversion is writing there"):
+        join([one, other], tmp_path / "out", True)
+    os.close(fold)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "bit", "index"])
+def test_a_part_that_is_broken_or_not_there(part, tmp_path, damage):
+    one, other, out = part("0", 0, 40), part("1", 40, 80), tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"--merge: .*/no: no converted dataset is there"):
+        join([one, tmp_path / "no"], out)
+    shard = other / "train" / ("index.json" if damage == "index" else "shard.00000.mds")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.unlink()
+    if damage != "gone":
+        shard.write_bytes(content[:-1] if damage == "cut" else content)
+    with pytest.raises(DataError, match=r"shard\.0000\d\.mds: |index\.json: "):
+        join([one, other], out)
+    assert not out.exists()
+    join([one], out)
+    before = contents(out)
+    with pytest.raises(DataError):
+        join([one, other], out, True)
+    assert contents(out) == before  # as it was, with nothing beside it
 
 
 def test_the_door(part, tmp_path, monkeypatch):
@@ -123,14 +168,15 @@ def test_tasks_of_a_job_array(part, tmp_path, smoke):
     whole = Split(part("whole", 0, 120, packing="none") / "train")
     options = ("--task", "text", "--tokenizer", smoke / "tokenizer", "--max_seq_len", "64",
                "--max_rejected", "0.1", "--packing", "none")  # fmt: skip
-    for task in (0, 1):  # as Slurm starts them; the last takes what is left
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MAX": "1",
+    for task in (0, 1, 2):  # as Slurm starts them; the last takes what is left
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task),
                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-        command = ["bash", script, "50", tmp_path / "all.jsonl", tmp_path / "parts", *options]
+        command = ["bash", script, "2", "50", tmp_path / "all.jsonl", tmp_path / "parts", *options]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment,
                               capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    merge_splits(sorted((tmp_path / "parts").iterdir()), tmp_path / "out", False, lambda _: None)
+        assert done.returncode == (2 if task == 2 else 0), done.stderr
+    assert "task 2 is none of 2, which count from 0: sbatch --array=0-1" in done.stderr
+    join(sorted((tmp_path / "parts").iterdir()), tmp_path / "out")
     merged = Split(tmp_path / "out" / "train")
     assert len(merged) == len(whole) == 119
     for number in range(119):

@@ -25,7 +25,7 @@ TASKS = {
     **dict.fromkeys(("labels", "regression"), ("classify",)),
     "threads": ("chat",),
 }
-_OPTIONS = {"wrap": "--no_wrap", "packing": "--packing or --concat_tokens"}  # otherwise as named
+OPTIONS = {"wrap": "--no_wrap", "packing": "--packing or --concat_tokens"}  # otherwise as named
 _SLICE = re.compile(r"^(?P<name>.+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
@@ -38,11 +38,14 @@ class Origin(NamedTuple):
     stop: int | None = None
 
 
-def share_rows(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return whether two origins, perhaps as a ledger has them, have rows in common."""
+def share_rows(one: Sequence[Any], other: Sequence[Any], same: bool = False) -> bool:
+    """Return whether two origins, perhaps as a ledger has them, have rows in common.
+
+    `same` says that their sources are one, whatever their names.
+    """
     (*one_source, start, stop), (*other_source, begin, end) = one, other
     apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
-    return one_source == other_source and not apart
+    return (same or one_source == other_source) and not apart
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Conversion:
         self._check_task()
         if self.engine == "spark" and self.packing == "concat":
             _refuse("--concat_tokens goes on from row to row: it is for --engine local")
+        if self.engine == "spark" and self.remote:
+            _refuse("--engine spark: --out_root is a folder that all machines see; upload it then")
         if self.task == "jsonl" and self.remote:
             _refuse("--task jsonl writes local files: give a folder as --out_root")
 
@@ -140,7 +145,7 @@ class Conversion:
         for name in given:
             tasks = TASKS.get(name, tuple(OVERFLOWS))
             if self.task not in tasks:
-                option = _OPTIONS.get(name, f"--{name}")
+                option = OPTIONS.get(name, f"--{name}")
                 _refuse(f"{option} is for --task {' or '.join(tasks)}, not {self.task}")
         if self.packing == "concat" and self.task != "text":
             _refuse(f"--concat_tokens is for --task text, not {self.task}")
@@ -156,7 +161,7 @@ class Conversion:
             _refuse("--tokenizer is missing: a folder in Hugging Face format or a hub name")
         for name in ("packing", "overflow", "max_seq_len", "bos_text", "eos_text"):
             if self.tokenizer is None and name in given:
-                _refuse(f"{_OPTIONS.get(name, f'--{name}')} needs a --tokenizer")
+                _refuse(f"{OPTIONS.get(name, f'--{name}')} needs a --tokenizer")
         if not self.wrap and self.packing != "concat":
             _refuse("--no_wrap says how --concat_tokens goes on: give that too")
         if self.labels and self.regression:

@@ -4,7 +4,7 @@ A source is read twice: once to check every row and draw the splits, once to wri
 are made in a hidden folder and renamed when every one of them is whole.
 """
 
-import itertools
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -17,18 +17,17 @@ from tqdm import tqdm
 
 import overture
 from overture.data.conversations import as_threads
-from overture.data.conversion import OVERFLOWS, Conversion, share_rows
+from overture.data.conversion import OVERFLOWS, Conversion
 from overture.data.encode import InstructEncoder, RawTextEncoder, Records, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
 from overture.data.examine import Examination, Fields, dropped, examine
 from overture.data.prompts import PromptTemplate, chat_template, template, templates
 from overture.data.readers import Format
-from overture.data.schema import LEDGER, read_ledger
 from overture.data.sources import Place, Source, open_source
 from overture.data.splits import Part, draw, mark_repeats
 from overture.data.workers import Workers
-from overture.data.workspace import Workspace
+from overture.data.workspace import Workspace, refuse_drawn_twice
 from overture.errors import ConfigError, nearest
 
 BATCH_RECORDS = 400  # tokenised at once: enough for all threads, and processes end together
@@ -44,6 +43,9 @@ def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
     after which `--resume` goes on from what is finished.
     """
     job.check()
+    if job.engine == "spark" and not importlib.util.find_spec("pyspark"):
+        fault = "--engine spark: pyspark is not installed"
+        raise ConfigError(f"{fault}; pip install -r requirements-spark.txt")
     _refuse_existing(job)
     with Workspace(job) as work:
         work.bind(job.identity())
@@ -91,15 +93,8 @@ def _refuse_existing(job: Conversion) -> None:
     for place in map(job.place, job.splits()):
         if not (job.overwrite or job.resume) and is_there(place):
             raise ConfigError(f"{place} is there already; give --overwrite to replace it")
-    for ledger in Path(job.out_root).glob(f"*/{LEDGER}"):  # none, where it is remote
-        if ledger.parent.name in job.splits():
-            continue
-        theirs = read_ledger(ledger.parent).get("arguments", {}).get("origins", {})
-        for one, other in itertools.product(theirs.values(), job.origins.values()):
-            if share_rows(one, other):
-                fault = f"{ledger.parent} was drawn from the same {one[0]}: its rows would be in"
-                where = f"{', '.join(job.splits())} too; choose another --out_root, or delete it"
-                raise ConfigError(f"{fault} {where}")
+    if not job.remote:
+        refuse_drawn_twice(Path(job.out_root), job.splits(), list(job.origins.values()))
 
 
 def open_rows(job: Conversion, split: str, keep: Path) -> Source:

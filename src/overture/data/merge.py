@@ -1,16 +1,19 @@
 """Datasets converted in parts, as by the tasks of a job array, to one: shards, index and ledger."""
 
 import itertools
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overture.data.conversion import share_rows
+from overture.data.conversion import OPTIONS, share_rows
+from overture.data.integrity import verify_split
 from overture.data.schema import LEDGER, read_ledger
 from overture.data.shard_writer import REJECTED, join_shards, seal_split
-from overture.errors import ConfigError, GuardError
+from overture.data.workspace import Workspace, refuse_drawn_twice
+from overture.errors import ConfigError
 
 # What the rows of all parts must have in common, beside the options, to be rows of one dataset.
 ALIKE = ("columns", "labels", "template")
@@ -18,61 +21,96 @@ APART = ("origins", "max_rows", "max_rejected", "size_limit")  # options that ea
 SUMMED = ("rows", "documents", "label_counts", "samples")
 
 
+@dataclass
+class Merge:
+    """What to merge and where to, as a `Workspace` wants to know it."""
+
+    folders: Sequence[Path]
+    out_root: str
+    overwrite: bool = False
+    remote: bool = field(default=False, init=False)
+    resume: bool = field(default=False, init=False)
+
+    def place(self, split: str) -> str:
+        return f"{self.out_root.rstrip('/')}/{split}"
+
+
 def merge_parts(
     merge: list[str], out_root: str = "", overwrite: bool = False, **others: Any
 ) -> None:
     """Do what `--merge` asks for; ConfigError for an option that says how to convert."""
     if others:
-        fault = f"--merge takes --out_root and --overwrite, not --{next(iter(others))}"
+        option = OPTIONS.get(next(iter(others)), f"--{next(iter(others))}")
+        fault = f"--merge takes --out_root and --overwrite, not {option}"
         raise ConfigError(f"{fault}: the parts are converted already")
     if not out_root or "://" in out_root:
         raise ConfigError("--merge: name a folder as --out_root")
-    merge_splits(list(map(Path, merge)), Path(out_root), overwrite)
+    merge_splits(Merge(list(map(Path, merge)), out_root, overwrite))
 
 
-def merge_splits(
-    folders: Sequence[Path], out_root: Path, overwrite: bool, say: Callable[[str], Any] = print
-) -> None:
+def merge_splits(job: Merge, say: Callable[[str], Any] = print) -> None:
     """Write the splits of some conversions, one after the other in the order given, as one.
 
     Shards are linked, or copied from another disk. Raises ConfigError: the parts are not alike, one
-    of them was drawn from rows that another has too, or a split is there already. DataError: a
-    shard is not what its index says. GuardError: the disk is full.
+    of them was drawn from rows that another or a split beside has too, or a split is there already.
+    DataError: files of a part are not what its ledger says. GuardError: the disk is full. Nothing
+    is left of what could not be finished.
     """
+    for folder in job.folders:
+        if Path(job.out_root).resolve() == folder.resolve():
+            raise ConfigError(f"--merge: {folder} is a part and the --out_root too; name another")
+    names = _splits(job.folders)
+    ledgers = {name: [read_ledger(folder / name) for folder in job.folders] for name in names}
+    for name, parts in ledgers.items():
+        for line in _check(name, job.folders, parts):
+            say(line)
+        if Path(job.place(name)).exists() and not job.overwrite:
+            raise ConfigError(f"{job.place(name)} is there already; give --overwrite to replace it")
+    drawn = [origin for parts in ledgers.values() for part in parts for origin in _origins(part)]
+    refuse_drawn_twice(Path(job.out_root), names, drawn)
+    with Workspace(job) as work:
+        try:
+            for name, parts in ledgers.items():
+                _write(job.folders, name, parts, work.folder / name)
+        except BaseException:
+            shutil.rmtree(work.folder)  # there is nothing to go on with
+            with suppress(OSError):
+                work.home.rmdir()  # if nothing is in it
+            raise
+        for name in names:
+            work.move_into_place(name)
+    for name, parts in ledgers.items():
+        samples = sum(part["samples"] for part in parts)
+        say(f"{job.place(name)}: {samples:,} samples of {len(parts)} parts")
+
+
+def _splits(folders: Sequence[Path]) -> list[str]:
+    """Return the names of the splits that each part has; ConfigError if they differ."""
     found = [sorted(path.parent.name for path in folder.glob(f"*/{LEDGER}")) for folder in folders]
     for folder, names in zip(folders, found, strict=True):
-        if not names or names != found[0]:
-            fault = f"{folder} has the splits {names or 'none'}, but {folders[0]} {found[0]}"
-            raise ConfigError(f"--merge: {fault}; convert every part with the same options")
-    ledgers = {name: [read_ledger(folder / name) for folder in folders] for name in found[0]}
-    for name, parts in ledgers.items():
-        _check(name, folders, parts)
-        if (out_root / name).exists() and not overwrite:
-            raise ConfigError(f"{out_root / name} is there already; give --overwrite to replace it")
-    for name, parts in ledgers.items():
-        aside = out_root / f".{name}.{os.getpid()}"
-        try:
-            aside.mkdir(parents=True)
-            shards = join_shards([folder / name for folder in folders], aside, keep=True)
-            rejected = [folder / name / REJECTED for folder in folders]
-            with (aside / REJECTED).open("wb") as file:
-                file.writelines(path.read_bytes() for path in rejected if path.exists())
-            if not (aside / REJECTED).stat().st_size:
-                (aside / REJECTED).unlink()
-            merged = seal_split(aside, shards, _merged(folders, parts))
-            if (out_root / name).exists():
-                (out_root / name).rename(out_root / f".old-{name}")
-            aside.rename(out_root / name)
-        except OSError as error:
-            raise GuardError(f"--merge: {out_root / name} cannot be written ({error})") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(out_root / f".old-{name}", ignore_errors=True)
-        say(f"{out_root / name}: {merged['samples']:,} samples of {len(parts)} parts")
+        if not names:
+            raise ConfigError(f"--merge: {folder}: no converted dataset is there")
+        if names != found[0]:
+            fault = f"{folder} has the splits {', '.join(names)}, but {folders[0]} has"
+            raise ConfigError(f"--merge: {fault} {', '.join(found[0])}; convert them alike")
+    return found[0]
 
 
-def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> None:
-    """Raise ConfigError if the parts of a split are not alike, or have rows in common."""
+def _write(folders: Sequence[Path], name: str, parts: list[dict[str, Any]], aside: Path) -> None:
+    aside.mkdir()
+    for folder, ledger in zip(folders, parts, strict=True):
+        verify_split(folder / name, ledger, contents=False)  # these are hashed once they are here
+    shards = join_shards([folder / name for folder in folders], aside, keep=True)
+    rejected = [folder / name / REJECTED for folder in folders]
+    with (aside / REJECTED).open("wb") as file:
+        file.writelines(path.read_bytes() for path in rejected if path.exists())
+    if not (aside / REJECTED).stat().st_size:
+        (aside / REJECTED).unlink()
+    seal_split(aside, shards, _merged(folders, parts))
+
+
+def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what is to be known of the parts of a split; ConfigError if they do not fit."""
 
     def facts(ledger: dict[str, Any]) -> dict[str, Any]:
         options = {k: v for k, v in ledger["arguments"].items() if k not in (*APART, "tokenizer")}
@@ -83,11 +121,28 @@ def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> N
     for folder, ledger in zip(folders[1:], parts[1:], strict=True):
         if other := next((k for k, v in facts(ledger).items() if v != first.get(k)), None):
             fault = f"{folder / name} has another {other} than {folders[0] / name}"
-            raise ConfigError(f"--merge: {fault}; convert every part with the same options")
+            remedy = "convert every part with the same options"
+            remedy = "name all classes with --labels" if other == "labels" else remedy
+            raise ConfigError(f"--merge: {fault}; {remedy}")
     for (one, ours), (other, theirs) in itertools.combinations(zip(folders, parts, strict=True), 2):
-        if any(itertools.starmap(share_rows, itertools.product(_origins(ours), _origins(theirs)))):
+        same = _contents(ours) == _contents(theirs)  # under whatever name
+        pairs = itertools.product(_origins(ours), _origins(theirs))
+        if any(share_rows(mine, its, same) for mine, its in pairs):
             fault = f"{one / name} and {other / name} have rows in common"
             raise ConfigError(f"--merge: {fault}; leave one of them out")
+    slices = sorted({tuple(origin) for part in parts for origin in _origins(part)}, key=repr)
+    for source, group in itertools.groupby(slices, lambda origin: origin[:2]):
+        ends = 0
+        for _, _, start, stop in sorted(group, key=lambda origin: origin[2]):
+            if start > ends:
+                yield f"note: rows {ends:,} to {start:,} of {source[0]} are in no part of {name}"
+            ends = start if stop is None else stop
+
+
+def _contents(ledger: dict[str, Any]) -> Any:
+    """Return what identifies a source whatever its name, or else something like no other."""
+    known = {key: value for key, value in ledger["source"].items() if key != "name"}
+    return known if "sha256" in known or "files" in known else object()
 
 
 def _origins(ledger: dict[str, Any]) -> list[list[Any]]:

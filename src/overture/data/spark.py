@@ -6,13 +6,12 @@ shards through Streaming's `dataframe_to_mds`. Documents are packed in the windo
 engine, so that samples, their order and the ledger are the same; only more shards end early.
 """
 
-import itertools
 import json
 import logging
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ from overture.data.shard_writer import REJECTED, Progress, join_shards, seal_spl
 from overture.data.write import Window, ledger_of, packed, sample_of, tally, windows
 from overture.errors import ConfigError, GuardError
 
-FILE_BATCHES = 25  # of a parquet file, which bound what is held here
+FILE_BATCHES, FILE_BYTES = 25, 1 << 26  # of a parquet file, which bound what is held here
+TASK_BATCHES = 25  # encoded by a task
+PART_BYTES = 1 << 28  # of what a task packs and writes, which is held at once
 ENCODED = "batch long, found binary, documents binary, bytes long"
 PLACED = "batch long, window long, documents binary"
 
@@ -34,38 +35,43 @@ PLACED = "batch long, window long, documents binary"
 class Cluster(AbstractContextManager):
     """A Spark session with an encoder: the cluster of `spark-submit`, else `processes` cores here.
 
-    Raises ConfigError: pyspark or Java is not there.
+    Raises ConfigError: Java is not there, or `processes` are set beside those of `spark-submit`.
     """
 
     def __init__(self, encoder: Any, processes: int) -> None:
         self.encoder = encoder
-        try:
-            from pyspark import SparkConf, SparkContext
-            from pyspark.sql import SparkSession
-        except ImportError:
-            fault = "--engine spark: pyspark is not installed"
-            raise ConfigError(f"{fault}; pip install -r requirements-spark.txt") from None
-        build = SparkSession.builder.appName("overture")
+        from pyspark import SparkConf, SparkContext
+        from pyspark.sql import SparkSession
+
         options = {
+            "app.name": "overture",
+            "master": f"local[{processes}]",
             "ui.enabled": "false", "ui.showConsoleProgress": "false",
             "executorEnv.TOKENIZERS_PARALLELISM": "false",
             "executorEnv.PYTHONPATH": str(Path(__file__).parents[2]),
-            "sql.execution.arrow.maxRecordsPerBatch": "0",  # a part of the split at once
         }  # fmt: skip
-        for name, value in options.items():
-            build = build.config(f"spark.{name}", value)
+        # A part of a split comes to its task at once, which packs it.
+        build = SparkSession.builder.config("spark.sql.execution.arrow.maxRecordsPerBatch", "0")
         try:
             SparkContext._ensure_initialized()  # before it the options of spark-submit are unknown
-            if not SparkConf().contains("spark.master"):
-                build = build.master(f"local[{processes}]")
+            given = SparkConf()
+            if given.contains("spark.master") and processes > 1:
+                fault = "--processes is for one machine, not for the cluster of spark-submit"
+                raise ConfigError(f"{fault}, which has options of its own")
+            for name, value in options.items():
+                if not given.contains(f"spark.{name}"):
+                    build = build.config(f"spark.{name}", value)
             self.session = build.getOrCreate()
+        except ConfigError:
+            raise
         except Exception as error:  # of the gateway's many kinds
             fault = f"--engine spark: it does not start ({_last_line(error)})"
             raise ConfigError(f"{fault}; it needs Java 8, 11 or 17, and JAVA_HOME") from None
         self.session.sparkContext.setLogLevel("OFF")
 
     def __exit__(self, *_: Any) -> None:
-        self.session.stop()
+        with suppress(Exception):  # it may be gone, and what it was that failed is known
+            self.session.stop()
 
 
 def write_split(
@@ -76,20 +82,25 @@ def write_split(
     Raises ConfigError: no row is left, or one is too long under `--overflow error`. GuardError: a
     task of the cluster failed as often as Spark tries it.
     """
-    session, columns = cluster.session, cluster.encoder.columns
-    stage, out, place = (folder / f"{rows.split}{end}" for end in (".rows", ".parts", ""))
-    for left in (stage, out, place):  # of an interrupted conversion
+    session, columns, folder = cluster.session, cluster.encoder.columns, folder.resolve()
+    place, stage, out = (folder / f"{name}" for name in _names(rows.split))
+    for left in (place, stage, out):  # of an interrupted conversion
         shutil.rmtree(left, ignore_errors=True)
+    (folder / f"{rows.split}.journal").unlink(missing_ok=True)  # of the local engine
     place.mkdir()
-    tags = _lay_down(rows, stage)
-    with _named(rows.split):
-        table = session.read.parquet(str(stage))
-        at_once = session.sparkContext.defaultParallelism
-        encode = partial(_encode, encoder=cluster.encoder, labels=facts["labels"])
-        encoded = table.repartition(4 * at_once).mapInPandas(encode, ENCODED).persist()
-        found = encoded.select("batch", "found", "bytes").orderBy("batch").collect()
     progress, where, part, filled = Progress(), {}, 0, 0
-    room = min(job.size_limit, max(1, sum(row.bytes for row in found) // at_once))
+    count, tags = _lay_down(rows, stage)
+    if not count:
+        ledger_of(job, rows, columns, facts, progress)  # which refuses it
+    with _named(rows.split):
+        table = session.read.parquet(f"file://{stage}")
+        at_once = session.sparkContext.defaultParallelism
+        tasks = max(4 * at_once, count // TASK_BATCHES)
+        encode = partial(_encode, encoder=cluster.encoder, labels=facts["labels"])
+        encoded = table.repartition(tasks).mapInPandas(encode, ENCODED).persist()
+        found = encoded.select("batch", "found", "bytes").orderBy("batch").collect()
+    size = sum(row.bytes for row in found)
+    room = min(job.size_limit, PART_BYTES, max(1, size // at_once))
     with (place / REJECTED).open("w", encoding="utf-8") as rejects:
         for number, (window, batches) in enumerate(_by_window(job, rows, tags, found)):
             rejects.writelines(json.dumps(entry) + "\n" for entry in window.rejected)
@@ -124,41 +135,54 @@ def write_split(
     return seal_split(place, shards, ledger_of(job, rows, columns, facts, progress))
 
 
-def _lay_down(rows: Any, stage: Path) -> Iterator[Any]:
-    """Write the rows of a split as parquet files, a line for each batch; yield their tags later."""
+def _names(split: str) -> tuple[str, str, str]:
+    """Return where a split is made, where its rows lie, and what executors make of them."""
+    return split, f".{split}.rows", f".{split}.parts"  # no split's name begins with a dot
+
+
+def _lay_down(rows: Any, stage: Path) -> tuple[int, Iterator[Any]]:
+    """Write the rows of a split as parquet files, a line for each batch.
+
+    Returns how many batches there are, and what came with each, to be read once.
+    """
     stage.mkdir()
-    batches = enumerate(rows.batches())
+    count, lines, held = 0, [], 0
+
+    def write() -> None:
+        table = pyarrow.Table.from_pylist(lines)
+        pyarrow.parquet.write_table(table, stage / f"{count:08}.parquet")
+
     with (stage / "_tags").open("wb") as tags:  # a name that Spark passes over
-        for number in itertools.count():
-            some = list(itertools.islice(batches, FILE_BATCHES))
-            if not some:
-                break
-            for _, (tag, _) in some:
-                pickle.dump(tag, tags)
-            lines = [{"batch": n, "records": pickle.dumps(records)} for n, (_, records) in some]
-            table = pyarrow.Table.from_pylist(lines)
-            pyarrow.parquet.write_table(table, stage / f"{number:06}.parquet")
+        for tag, records in rows.batches():
+            pickle.dump(tag, tags)
+            lines.append({"batch": count, "records": pickle.dumps(records)})
+            count, held = count + 1, held + len(lines[-1]["records"])
+            if len(lines) == FILE_BATCHES or held > FILE_BYTES:
+                write()
+                lines, held = [], 0
+    if lines:
+        write()
 
     def read() -> Iterator[Any]:
         with (stage / "_tags").open("rb") as tags:
             while tags.peek(1):
                 yield pickle.load(tags)
 
-    return read()
+    return count, read()
 
 
 def _encode(tables: Iterable[Any], encoder: Any, labels: Any) -> Iterator[Any]:
     """On an executor: encode batches; what the driver counts goes apart from the documents."""
     import pandas as pd
 
+    names = ["batch", "found", "documents", "bytes"]
     for table in tables:
-        lines = []
         for number, records in zip(table["batch"], table["records"], strict=True):
             documents, drops, notes = encoder.encode(pickle.loads(records))
             counted = Encoded([None] * len(documents), drops, notes + tally(documents, labels))
             content = pickle.dumps(documents)
-            lines.append((number, pickle.dumps(counted), content, len(content)))
-        yield pd.DataFrame(lines, columns=["batch", "found", "documents", "bytes"])
+            line = (number, pickle.dumps(counted), content, len(content))
+            yield pd.DataFrame([line], columns=names)
 
 
 def _by_window(
@@ -194,14 +218,19 @@ def _samples(table: Any, job: Conversion, columns: Any, facts: Any) -> Iterator[
 
 @contextmanager
 def _named(split: str) -> Iterator[None]:
-    """Raise GuardError for the many errors of Spark, with the last line that its workers said."""
+    """Raise GuardError for the many errors of Spark, with the last line that its workers said.
+
+    ConfigError where a worker raised that.
+    """
     try:
         yield
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("pyspark", "py4j"):
             raise
-        fault = f"--engine spark: {split} was not written ({_last_line(error)})"
-        raise GuardError(f"{fault}: see the log of the cluster, and convert again") from None
+        said = _last_line(error)
+        if said.startswith(f"{ConfigError.__module__}.ConfigError: "):
+            raise ConfigError(said.partition(": ")[2]) from None
+        raise GuardError(f"--engine spark: {split} was not written ({said})") from None
 
 
 def _last_line(error: Exception) -> str:

@@ -3,14 +3,16 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overture.data.conversion import Conversion
+from overture.data.conversion import share_rows
 from overture.data.schema import LEDGER, read_ledger, write_aside
 from overture.data.sources import Source
 from overture.errors import ConfigError, GuardError
@@ -18,14 +20,29 @@ from overture.errors import ConfigError, GuardError
 PARTIAL = ".partial"
 
 
+def refuse_drawn_twice(home: Path, splits: list[str], origins: Sequence[Any]) -> None:
+    """Raise ConfigError where another split in `home` was drawn from rows of these origins."""
+    for path in home.glob(f"*/{LEDGER}"):
+        if path.parent.name in splits:
+            continue
+        theirs = read_ledger(path.parent).get("arguments", {}).get("origins", {})
+        for other, one in itertools.product(theirs.values(), origins):
+            if share_rows(other, one):
+                fault = f"{path.parent} was drawn from the same {other[0]}: its rows would be in"
+                where = f"{', '.join(splits)} too; choose another --out_root, or delete it"
+                raise ConfigError(f"{fault} {where}")
+
+
 class Workspace(contextlib.AbstractContextManager):
-    """`OUT/.partial/`, held by one conversion at a time; left behind only by one that was killed.
+    """`OUT/.partial/`, held by one job at a time; left behind only by one that was killed.
+
+    `job` is a `Conversion`, or has its out_root, remote, resume, overwrite and place.
 
     For an object store the folder is in the temporary directory, the same one for the same target.
     ConfigError if another conversion is at work there; on leaving GuardError if the disk failed.
     """
 
-    def __init__(self, job: Conversion) -> None:
+    def __init__(self, job: Any) -> None:
         self.job = job
         self.home = Path(job.out_root)
         if job.remote:  # made here, then uploaded; found again by --resume
