@@ -54,13 +54,13 @@ def test_a_tokenizer_that_was_sent_is_the_same(smoke, specials):
 @pytest.mark.data
 def test_dolly_by_two_workers(spark, smoke, real_data, tmp_path):
     (dolly,) = real_data.glob("dolly/*.jsonl")
-    options = {"tokenizer": str(smoke / "tokenizer"), "max_seq_len": 512, "processes": 2}
+    options = {"tokenizer": str(smoke / "tokenizer"), "max_seq_len": 512}
     options |= {"test_fraction": 0.1, "stratify": "category", "overflow": "drop"}
     more = {"size_limit": 1 << 20, "compression": "zstd"}
-    for engine in ("local", "spark"):
+    for engine, processes in (("local", 1), ("spark", 2)):
         out = str(tmp_path / engine)
         job = Conversion({"train": Origin(str(dolly))}, "instruct", out, engine=engine,
-                         **options, **more)  # fmt: skip
+                         processes=processes, **options, **more)  # fmt: skip
         convert(job, lambda _: None)
         assert sorted(p.name for p in (tmp_path / engine).iterdir()) == ["test", "train"]
     for split in ("train", "test"):

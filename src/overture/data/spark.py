@@ -83,7 +83,8 @@ def write_split(
     task of the cluster failed as often as Spark tries it.
     """
     session, columns, folder = cluster.session, cluster.encoder.columns, folder.resolve()
-    place, stage, out = (folder / f"{name}" for name in _names(rows.split))
+    place = folder / rows.split
+    stage, out = (folder / f".{rows.split}.{what}" for what in ("rows", "parts"))
     for left in (place, stage, out):  # of an interrupted conversion
         shutil.rmtree(left, ignore_errors=True)
     (folder / f"{rows.split}.journal").unlink(missing_ok=True)  # of the local engine
@@ -133,11 +134,6 @@ def write_split(
     for left in (stage, out):
         shutil.rmtree(left)
     return seal_split(place, shards, ledger_of(job, rows, columns, facts, progress))
-
-
-def _names(split: str) -> tuple[str, str, str]:
-    """Return where a split is made, where its rows lie, and what executors make of them."""
-    return split, f".{split}.rows", f".{split}.parts"  # no split's name begins with a dot
 
 
 def _lay_down(rows: Any, stage: Path) -> tuple[int, Iterator[Any]]:
