@@ -39,8 +39,8 @@ class GuardedLoader(StreamingDataLoader):
                     return
                 yield batch
         except (ConnectionError, EOFError) as error:  # it was sending a batch
-            name = type(error).__name__
-            raise GuardError(f"a worker of the loader died ({name}); run it again") from None
+            fault = f"a worker of the loader died ({type(error).__name__})"
+            raise GuardError(f"{fault}; the same command goes on") from None
         except DataError as error:
             # torch puts the worker's traceback before the message; and its own traceback, which
             # holds itself in a circle, would keep the workers alive for ten seconds.
