@@ -45,7 +45,6 @@ class Cluster(AbstractContextManager):
 
         options = {
             "app.name": "overture",
-            "master": f"local[{processes}]",
             "ui.enabled": "false", "ui.showConsoleProgress": "false",
             "executorEnv.TOKENIZERS_PARALLELISM": "false",
             "executorEnv.PYTHONPATH": str(Path(__file__).parents[2]),
@@ -55,12 +54,14 @@ class Cluster(AbstractContextManager):
         try:
             SparkContext._ensure_initialized()  # before it the options of spark-submit are unknown
             given = SparkConf()
-            if given.contains("spark.master") and processes > 1:
+            here = given.get("spark.master", "local[*]") == "local[*]"  # what it is by itself
+            if not here and processes > 1:
                 fault = "--processes is for one machine, not for the cluster of spark-submit"
                 raise ConfigError(f"{fault}, which has options of its own")
             for name, value in options.items():
                 if not given.contains(f"spark.{name}"):
                     build = build.config(f"spark.{name}", value)
+            build = build.master(f"local[{processes}]") if here else build
             self.session = build.getOrCreate()
         except ConfigError:
             raise
