@@ -47,6 +47,12 @@ def main() -> int:
     name = config.run_name
     stored = args.reference or REFERENCES / f"{name}.json"
     reference = benchmark.stored(stored) if args.reference or stored.is_file() else None
+    other = benchmark.other_setting(reference, config) if reference else "there is none"
+    if other and args.reference:
+        raise ConfigError(f"--reference {stored}: {other}; samples to a target do not compare")
+    if other:  # of those that are shipped
+        print(f"convergence is held against no reference: {other}")
+        reference = None
     out, runs = args.out or Path("runs") / f"benchmark-{name}", []
     command = [*shlex.split(args.launch), DOORS[config.task], *args.config]
     seeds = range(config.seed, config.seed + args.seeds)
@@ -58,9 +64,10 @@ def main() -> int:
         said = f"target in {seconds:.1f} s" if seconds else "target missed"
         print(f"seed {seed}: {said}, {runs[-1]['samples']:,} samples", flush=True)
     folders = [out / f"seed-{seed}" for seed in seeds]
-    target, wrong = config.callbacks.loss_target.cross_entropy, [*benchmark.faults_of_set(folders)]
+    wrong = [*benchmark.faults_of_set(folders)]
     machine = benchmark.machine_of(folders[0])
-    result = benchmark.summary(name, target, runs, wrong, machine, reference, args.price)
+    how = benchmark.setting(config)
+    result = benchmark.summary(name, how, runs, wrong, machine, reference, args.price)
     write_aside(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     print("\n".join([*benchmark.table([result]), *result["faults"], f"in {out}/benchmark.json"]))
     return 0 if result["valid"] else EXIT_TARGET_MISSED

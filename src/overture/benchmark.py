@@ -26,6 +26,7 @@ from overture.errors import (
 SLACK = 2.0  # seconds between the end of an evaluation and what is written of it
 SEEDED = ("seed", "run_name", "run_folder", "save_folder")  # what runs of a benchmark may differ in
 SUSPICIOUS = 0.05  # p-value
+SETTING = ("task", "max_seq_len", "global_train_batch_size", "eval_interval")
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -169,6 +170,19 @@ def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
     return None
 
 
+def setting(config: Config) -> dict[str, Any]:
+    """Return the target and what else samples to it are counted by; others are not comparable."""
+    target = config.callbacks.loss_target
+    return {"target": target and target.cross_entropy} | {k: getattr(config, k) for k in SETTING}
+
+
+def other_setting(reference: dict[str, Any], config: Config) -> str:
+    """Return in what a reference is of another setting than a config's runs, "" if in nothing."""
+    theirs, ours = reference.get("setting", {}), setting(config)
+    keys = [key for key in ours if theirs.get(key) != ours[key]]
+    return ", ".join(f"{key} {theirs.get(key)} there, {ours[key]} here" for key in keys)
+
+
 def run_seeds(
     command: Sequence[str], name: str, seeds: Sequence[int], out: Path
 ) -> Iterator[tuple[int, Path]]:
@@ -224,7 +238,7 @@ def _joules(folder: Path) -> float | None:
 
 
 def summary(
-    name: str, target: float, runs: Sequence[dict[str, Any]], set_faults: Sequence[str],
+    name: str, setting: dict[str, Any], runs: Sequence[dict[str, Any]], set_faults: Sequence[str],
     machine: dict[str, Any], reference: dict[str, Any] | None = None,
     price: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -241,7 +255,7 @@ def summary(
     theirs = [run["samples"] for run in (reference or {}).get("runs", []) if run["seconds"]]
     odd = suspicion(reached, theirs) if theirs and reached else None
     return {
-        "name": name, "target": target, "seconds": seconds, "valid": not wrong and not odd,
+        "name": name, "setting": setting, "seconds": seconds, "valid": not wrong and not odd,
         "faults": wrong + ([odd] if odd else []), "runs": list(runs), "machine": machine,
         "tokens": statistics.mean(run["tokens"] for run in runs), "price_per_hour": price,
         "cost": seconds * price / 3600 if seconds and price is not None else None,
