@@ -31,7 +31,7 @@ def main() -> None:
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     add("model", nargs="?")
-    add("--adapter", help="a run or a folder of peft's, trained on MODEL")
+    add("--adapter", help="a run, or adapters of peft's (a folder, a hub name) for MODEL")
     add("--prompt", **several, help="texts, as they are or for the one field of --prompt_template")
     add("--data", help="all that src/convert_dataset.py takes as --dataset")
     add("--split", default="train", help="of the dataset; so are the next six")

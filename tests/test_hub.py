@@ -46,11 +46,13 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         if "/resolve/" in self.path:
             return self.file(True)
-        name = self.path.removeprefix("/api/models/")
+        name = self.path.removeprefix("/api/models/").removesuffix("/revision/main")
         repo = self.server.repos.get(name)
         if repo is None:
             return self.reply({"error": "no such repository"}, 404)
-        return self.reply({"id": name, "private": repo["private"]})
+        files = [{"rfilename": path} for path in repo["files"]]
+        more = {"sha": "1" * 40, "siblings": files}
+        return self.reply({"id": name, "private": repo["private"], **more})
 
     def do_HEAD(self):
         self.file(False)
@@ -211,3 +213,44 @@ def test_export_uploads_and_what_is_there_is_asked(hub, smoke, tmp_path):
     assert done.returncode == 2
     assert "base, which is on this machine alone; give --merge" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_adapters_of_the_hub_are_used_and_trained_on(hub, smoke, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(smoke / "tokenizer")
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
+                    eos_token_id=0, bos_token_id=0)
+    )  # fmt: skip
+    network.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    wanted = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    network = get_peft_model(network, wanted)
+    network.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    network.save_pretrained(tmp_path / "adapters")
+    tokenizer.save_pretrained(tmp_path / "adapters")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapters").iterdir()}
+    files["checkpoint-9/adapter_model.safetensors"] = b"none of ours"
+    hub.repos["me/adapters"] = {"private": True, "files": files}
+    ids = tokenizer("the", return_tensors="pt").input_ids
+    made = network.generate(input_ids=ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    place = (hub.server_address[1], tmp_path)
+    asked = (ROOT / "src" / "generate_text.py", "me/adapters", "--prompt", "the",
+             "--max_new_tokens", 24)  # fmt: skip
+    done = start(*place, *asked, "--out", tmp_path / "said.jsonl", HF_TOKEN="right-token")
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "said.jsonl").read_text())
+    assert text in said.values(), said
+    assert not any("checkpoint-9" in path for path in hub.asked)
+    options = (
+        f"model={{name: {tmp_path}/base, adapter: me/adapters, pretrained: true}}", "lora=null",
+        f"run_folder={tmp_path}/run", "max_duration=1ba", "eval_first=false",
+        f"tokenizer_name={smoke}/tokenizer",
+    )  # fmt: skip
+    yaml = ROOT / "yamls" / "smoke" / "finetune.yaml"
+    done = start(*place, ROOT / "finetune.py", yaml, *options, HF_TOKEN="right-token")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "run" / "hf" / "adapter_config.json").read_text())
+    assert kept["target_modules"] == ["q_proj"]

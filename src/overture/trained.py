@@ -135,7 +135,7 @@ def _place(name: str, aside: Path, unverified: bool) -> str:
         return str(path / "hf")
     is_checkpoint = path.is_file() or "://" in name or (path / MANIFEST).is_file()
     if not is_checkpoint and not (numbered(path) or numbered(path / "checkpoints")):
-        return name
+        return str(lora.adapters_of_hub(name) or name)
     file = checkpoint_to_load(name, unverified, aside.with_name("fetched"))
     return str(_unpack(file, aside))
 

@@ -7,6 +7,7 @@ base for the products, as autocast would do, added in place, and their gradients
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor
 from overture.errors import ConfigError, nearest
 
 RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ("adapter_*", "*.json", "*.jinja", "*.txt", "*.model")  # and the tokenizer's
 
 EXACT = 1e-3  # of the spread of logits: that of sums in another order
 
@@ -89,8 +93,29 @@ def load_adapters(model: Any, folder: Path, trained: bool = False) -> Any:
     return _with_our_layers(adapted)
 
 
+def adapters_of_hub(name: str) -> Path | None:
+    """Return a copy of the adapters under a name of the hub's; None if there are none, it cannot
+    be asked, or the name is a path's. ConfigError if they cannot be fetched.
+    """
+    if Path(name).exists() or not HUB_NAME.fullmatch(name):
+        return None
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+    except (OSError, ValueError):  # whoever loads a model of this name will say what is wrong
+        return None
+    try:  # not the checkpoints that some leave in folders beside them
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name}: adapters that cannot be fetched ({reason})") from None
+
+
 def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> Any:
-    """Return the model with the adapters of a run or a folder of peft's, to be trained on.
+    """Return the model with the adapters of a run, a folder of peft's or the hub's, to be trained.
 
     Raises:
         ConfigError: no adapters are there, or for another model, or not what is `wanted`: a
@@ -98,6 +123,7 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
             Or they are ours, and were trained in another base, by its content.
     """
     folder = Path(name) / "hf" if (Path(name) / "hf").is_dir() else Path(name)
+    folder = adapters_of_hub(name) or folder
     if not (folder / "adapter_config.json").is_file():
         fault = "holds no adapters (adapter_config.json is missing)"
         raise ConfigError(f"model.adapter: {name}: {fault}")
