@@ -76,8 +76,8 @@ def test_every_dataset_has_a_command(real_data):
     assert set(commands()) == set(expected(real_data))
 
 
-# The largest takes a minute.
-LONG = {"jaquad": pytest.mark.slow}
+# The largest take the time of all others together.
+LONG = dict.fromkeys(("jaquad", "sst2", "enja"), pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in commands()])
