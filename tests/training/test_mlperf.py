@@ -23,7 +23,7 @@ from overture.config.load import load_config
 from overture.errors import ConfigError
 from runs import records, result
 
-QUICKSTART = Path(__file__).parents[2] / "yamls" / "finetune" / "quickstart.yaml"
+YAMLS = Path(__file__).parents[2] / "yamls" / "finetune"
 
 RULES = Path(__file__).parents[2] / "src" / "overture" / "callbacks" / "mlperf_rules.yaml"
 TARGET = ("callbacks.loss_target.cross_entropy=6.4", "eval_interval=2ba", "max_duration=20ba")
@@ -189,9 +189,18 @@ def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):
         run(*LOGGED)
 
 
-def test_the_quickstart_has_a_reference():
-    known = stored(benchmark_runs.REFERENCES / "quickstart.json")
-    config = load_config([str(QUICKSTART)], ("instruct",))
+DOLLY = (  # as docs/benchmarking.md has it
+    "dolly.yaml", "generation=null", "callbacks.loss_target.cross_entropy=2.95",
+    "eval_interval=20ba",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("quickstart", ("quickstart.yaml",)), ("dolly-stories260k", DOLLY)]
+)
+def test_a_reference_is_of_its_recipe(name, config):
+    known = stored(benchmark_runs.REFERENCES / f"{name}.json")
+    config = load_config([str(YAMLS / config[0]), *config[1:]], ("instruct",))
     assert known["valid"] and not other_setting(known, config)
     samples = [run["samples"] for run in known["runs"]]
     assert all(count % config.global_train_batch_size == 0 for count in samples)

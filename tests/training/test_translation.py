@@ -91,7 +91,7 @@ def translate(tmp_path, smoke, data, monkeypatch):
     return go
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
 def test_learns_is_scored_exported_and_says_the_same_again(family, translate, data, door):
     folder = translate("label_smoothing=0.1", "eval_first=true", family=family)
     outcome, evals = result(folder), records(folder, "eval")
