@@ -3,7 +3,7 @@
     python src/export_model.py runs/quickstart --out exported/quickstart --merge
     python src/export_model.py runs/dolly --out dolly --merge --push_to_hub me/dolly --private
 
-MODEL is a run, a checkpoint, or a folder of transformers' or of peft's.
+MODEL is a run, a checkpoint, a folder of transformers' or of peft's, or a hub name.
 """
 
 import argparse

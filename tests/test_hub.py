@@ -64,7 +64,9 @@ class Hub(BaseHTTPRequestHandler):
         content = repo["files"].get(path)
         if content is None or self.headers.get("Authorization") != "Bearer right-token":
             self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
+            may_read = self.headers.get("Authorization") == "Bearer right-token"
+            error = "EntryNotFound" if may_read and repo["files"] else "RepoNotFound"
+            self.send_header("X-Error-Code", error)
             self.end_headers()
             return
         content = base64.b64decode(content) if isinstance(content, str) else content
@@ -236,6 +238,9 @@ def test_adapters_of_the_hub_are_used_and_trained_on(hub, smoke, tmp_path):
     ids = tokenizer("the", return_tensors="pt").input_ids
     made = network.generate(input_ids=ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     text = tokenizer.decode(made, skip_special_tokens=True)
+    with network.disable_adapter():
+        other = network.generate(input_ids=ids, max_new_tokens=24, do_sample=False)
+    assert not other[0, ids.shape[1] :].equal(made)
     place = (hub.server_address[1], tmp_path)
     asked = (ROOT / "src" / "generate_text.py", "me/adapters", "--prompt", "the",
              "--max_new_tokens", 24)  # fmt: skip
@@ -254,3 +259,9 @@ def test_adapters_of_the_hub_are_used_and_trained_on(hub, smoke, tmp_path):
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "run" / "hf" / "adapter_config.json").read_text())
     assert kept["target_modules"] == ["q_proj"]
+    assert kept["base_model_name_or_path"] == str(tmp_path / "base")
+    # A name without a token that may read is not taken for one without adapters.
+    done = start(*place, *asked[:1], tmp_path / "base", "--adapter", "me/adapters", *asked[2:],
+                 HF_HOME=str(tmp_path / "nobody"))  # fmt: skip
+    assert done.returncode == 2
+    assert "me/adapters: adapters that cannot be fetched" in done.stderr

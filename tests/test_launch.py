@@ -150,7 +150,6 @@ def test_two_ranks_killed_go_on_bit_for_bit_and_one_rank_takes_over(smoke, tmp_p
     assert ours.keys() == theirs.keys()
     assert ours["train", saved + 1] == pytest.approx(theirs["train", saved + 1], abs=0.01)
     ours, theirs = ({r["step"]: r["tokens"] for r in records(f, "train")} for f in (single, whole))
-    assert saved < 24
     assert ours == theirs
 
 

@@ -178,7 +178,9 @@ def setting(config: Config) -> dict[str, Any]:
 
 def other_setting(reference: dict[str, Any], config: Config) -> str:
     """Return in what a reference is of another setting than a config's runs, "" if in nothing."""
-    theirs, ours = reference.get("setting", {}), setting(config)
+    if "setting" not in reference:
+        return "it does not say of which target and batch it is"
+    theirs, ours = reference["setting"], setting(config)
     keys = [key for key in ours if theirs.get(key) != ours[key]]
     return ", ".join(f"{key} {theirs.get(key)} there, {ours[key]} here" for key in keys)
 

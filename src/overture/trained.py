@@ -62,11 +62,12 @@ def load_trained(
         place = _place(name, Path(aside) / "model", unverified)
         base, adapters, record = place, None, {}
         if adapter:
-            adapters = Path(_place(adapter, Path(aside) / "adapter", unverified))
+            of_hub = lora.adapters_of_hub(adapter, required=True)
+            adapters = of_hub or Path(_place(adapter, Path(aside) / "adapter", unverified))
             if not (adapters / ADAPTERS).is_file():
                 raise ConfigError(f"--adapter {adapter}: holds no adapters ({ADAPTERS} is missing)")
-        elif (Path(place) / ADAPTERS).is_file():
-            base, adapters = None, Path(place)
+        elif (of_hub := lora.adapters_of_hub(place)) or (Path(place) / ADAPTERS).is_file():
+            base, adapters = None, of_hub or Path(place)
         if adapters:
             record = _read(adapters / lora.RECORD) if (adapters / lora.RECORD).is_file() else {}
             base = base or _base_of(name, adapters, record)
@@ -135,7 +136,7 @@ def _place(name: str, aside: Path, unverified: bool) -> str:
         return str(path / "hf")
     is_checkpoint = path.is_file() or "://" in name or (path / MANIFEST).is_file()
     if not is_checkpoint and not (numbered(path) or numbered(path / "checkpoints")):
-        return str(lora.adapters_of_hub(name) or name)
+        return name
     file = checkpoint_to_load(name, unverified, aside.with_name("fetched"))
     return str(_unpack(file, aside))
 

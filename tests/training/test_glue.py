@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from glue_files import ROWS, write_glue
 from overture.config.load import load_glue
@@ -131,6 +132,29 @@ def test_nothing_runs_before_all_fits(glue, overrides, words):
     with pytest.raises(ConfigError, match=words):
         evaluate(glue(*overrides))
     assert not Path("runs").exists() and not Path("data").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes what is refused here")
+def test_what_a_cpu_cannot_do_is_said_before_anything_runs(glue):
+    with pytest.raises(ConfigError, match="device_train_microbatch_size: auto needs a CUDA"):
+        evaluate(glue("finetune.device_train_microbatch_size=auto"))
+    assert not Path("runs").exists() and not Path("data").exists()
+
+
+def test_a_task_goes_from_files_to_the_table(glue, capsys):
+    assert evaluate(glue("tasks=[rte]")) == 0
+    (row,) = json.loads(Path("runs/glue/tiny/glue.json").read_text())["rows"]
+    outcome = json.loads(Path("runs/glue/tiny/rte-17/result.json").read_text())
+    assert (row["task"], outcome["steps"]) == ("rte", 2)
+    with Path("runs/glue/tiny/glue.csv").open() as file:
+        assert [cells["task"] for cells in csv.DictReader(file)] == ["rte"]
+    said = capsys.readouterr().out
+    assert f"accuracy {outcome['metrics']['accuracy']:.4f}" in said
+    assert f"{100 * outcome['metrics']['accuracy']:.2f}" in said
+    # What the bar on a terminal says of a job, before it begins and from its log.
+    job = queue.Job("rte-17", {}, None)
+    assert queue._progress(Path("elsewhere"), job) == "rte-17 starts"
+    assert queue._progress(Path("runs/glue/tiny"), job) == "rte-17 step 2"
 
 
 def test_missing_files_are_named_and_the_door_says_so(glue, tmp_path):

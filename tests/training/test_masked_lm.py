@@ -109,9 +109,18 @@ def join(rows):
 
 
 def test_hf_bert_runs_from_the_same_yaml(bert):
-    folder = bert("model.name=hf_bert", "max_duration=16ba", "model.config.hidden_size=64",
-                  "model.config.hidden_dropout_prob=0.0")  # fmt: skip
+    more = ("max_duration=16ba", "model.config.hidden_dropout_prob=0.0")
+    folder = bert("model.name=hf_bert", *more, "model.config.hidden_size=64")
     assert result(folder)["eval_cross_entropy"] < 6.5
+    # Beside a MosaicBERT; each has a folder of its own. As no share is named, 30 % of the tokens
+    # are masked in training and 15 % in evaluation.
+    other = bert(*more, "train_loader.dataset.mlm_probability=null",
+                 "eval_loader.dataset.mlm_probability=null")  # fmt: skip
+    assert (folder.name, other.name) == ("mlm-hf_bert", "mlm-mosaic_bert")
+    step = records(other, "train")[-1]
+    assert step["label_tokens"] / step["tokens"] == pytest.approx(0.3, abs=0.03)
+    named = bert(*more, "eval_loader.dataset.mlm_probability=0.15", "run_name=named")
+    assert records(named, "eval") == records(other, "eval")
 
 
 def test_refusals(bert, smoke, tmp_path):

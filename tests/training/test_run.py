@@ -142,6 +142,9 @@ def test_finished_run_is_refused_and_changed_config_too(run):
     Path("runs/done/result.json").unlink()
     with pytest.raises(ConfigError, match=r"begun with another config \(optimizer changed\)"):
         run("max_duration=1ba", "run_name=done", "optimizer.lr=1")
+    words = r"\(model changed, of a llama of \{.*'hidden_size': 32.* and not a .*'hidden_size': 64"
+    with pytest.raises(ConfigError, match=words):
+        run("max_duration=1ba", "run_name=done", "model.config.hidden_size=64")
 
 
 def test_shards_of_another_tokenizer_task_or_length_are_refused(run, smoke, tmp_path):

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from overture.config.rules import Problem, contradictions, glue_contradictions
-from overture.config.schema import Config, GlueConfig
+from overture.config.schema import NOT_HERE, AlgorithmsConfig, Config, GlueConfig
 from overture.config.secrets import learn, redact
 from overture.errors import ConfigError, nearest
 
@@ -214,7 +214,9 @@ def _build(cls: type, data: Any, prefix: str, problems: list[Problem]) -> Any:
         # `optimiser.lr=1` should be answered with `optimizer.lr`, not only with its first part.
         inner = list(value)[:1] if isinstance(value, dict) else []
         typed = ".".join(map(str, [key, *inner]))
-        problems.append((prefix + typed, "unknown key" + _hint(str(key), list(fields), inner)))
+        reason = NOT_HERE.get(key) if cls is AlgorithmsConfig else None
+        hint = f" ({reason})" if reason else _hint(str(key), list(fields), inner)
+        problems.append((prefix + typed, "unknown key" + hint))
     for name, f in fields.items():
         required = f.default is f.default_factory is dataclasses.MISSING
         if required and name not in values:

@@ -33,7 +33,7 @@ class ModelConfig:
     # the family uses transformers' attention interface; else sdpa, torch's fused kernels.
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     config: dict[str, Any] = field(default_factory=dict)  # overrides: hidden_size, ...
-    # trainable: lora: adapters to go on with, of a run or a folder of peft's, not fresh ones.
+    # trainable: lora: adapters to go on with, of a run, a folder of peft's or the hub, not fresh.
     adapter: str | None = None
     # The base in 4 bits (QLoRA, Dettmers et al. 2023, 2305.14314) or 8; CUDA with bitsandbytes.
     load_in_4bit: bool = False
@@ -132,11 +132,21 @@ class SeqLengthWarmupConfig:
     step_size: int = 8  # pieces grow by multiples of this
 
 
+# Of Composer's algorithms, why some are none of ours; the rest are of images.
+NOT_HERE = {
+    "alibi": "rebuilds the model, so that none could load it; model.name: mosaic_bert has it",
+    "gated_linear_units": "rebuilds the model, so that none could load it; mosaic_bert has them",
+    "label_smoothing": "is label_smoothing here, a key of its own",
+    "layer_freezing": "is trainable here, which names what is trained",
+    "mixup": "needs a loss outside of the model",
+    "sam": "takes two passes a step, one of which no guard would see",
+    "swa": "is ema here, which averages as it goes",
+}
+
+
 @dataclass
 class AlgorithmsConfig:
-    """Those of Composer's that work here. Others rebuild the model, so that no one could load it
-    (alibi, gated_linear_units), or need a loss outside of it (label_smoothing, mixup).
-    """
+    """Those of Composer's that work here; see NOT_HERE for others."""
 
     gradient_clipping: GradientClippingConfig | None = None
     ema: EmaConfig | None = None

@@ -93,23 +93,30 @@ def load_adapters(model: Any, folder: Path, trained: bool = False) -> Any:
     return _with_our_layers(adapted)
 
 
-def adapters_of_hub(name: str) -> Path | None:
-    """Return a copy of the adapters under a name of the hub's; None if there are none, it cannot
-    be asked, or the name is a path's. ConfigError if they cannot be fetched.
+def adapters_of_hub(name: str, required: bool = False) -> Path | None:
+    """Return a copy of the adapters under a name of the hub's; None if it has none there, or it is
+    a path's. ConfigError if they cannot be fetched, or are `required` and it cannot be asked.
     """
-    if Path(name).exists() or not HUB_NAME.fullmatch(name):
+    first = Path(name).parts[0]
+    if first == "runs" or Path(first).exists() or not HUB_NAME.fullmatch(name):
         return None
-    from huggingface_hub import snapshot_download
-    from transformers.utils.peft_utils import find_adapter_config_file
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    asked = False
     try:
-        if find_adapter_config_file(name) is None:
-            return None
-    except (OSError, ValueError):  # whoever loads a model of this name will say what is wrong
-        return None
-    try:  # not the checkpoints that some leave in folders beside them
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
-    except (OSError, ValueError) as error:
+        hf_hub_download(name, "adapter_config.json")
+        asked = True
+        # Not the checkpoints that some leave in folders beside them.
+        folder = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*")
+        if not any(Path(folder).glob("adapter_model.*")):  # of which one offline has a part
+            raise OSError("adapter_model.safetensors is not there")
+        return Path(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        has_none = isinstance(error, EntryNotFoundError)
+        has_none = has_none and not isinstance(error, LocalEntryNotFoundError)
+        if not asked and (has_none or not required):
+            return None  # whoever loads a model of this name says what is wrong
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: adapters that cannot be fetched ({reason})") from None
 
@@ -123,7 +130,7 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
             Or they are ours, and were trained in another base, by its content.
     """
     folder = Path(name) / "hf" if (Path(name) / "hf").is_dir() else Path(name)
-    folder = adapters_of_hub(name) or folder
+    folder = adapters_of_hub(name, required=True) or folder
     if not (folder / "adapter_config.json").is_file():
         fault = "holds no adapters (adapter_config.json is missing)"
         raise ConfigError(f"model.adapter: {name}: {fault}")
@@ -146,6 +153,7 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
         if wanted is not None and wanted[key] != value:
             fault = f"{wanted[key]}, but the adapters of {name} have {value}"
             raise ConfigError(f"lora.{key}: {fault}; write that, or leave lora out")
+    config.base_model_name_or_path = model.name_or_path  # the maker's may mean nothing here
     return adapted
 
 

@@ -40,6 +40,10 @@ def evaluate(config: GlueConfig) -> int:
     jobs, folder = plan(config), Path(config.run_folder)
     import torch  # after all that can be wrong is found
 
+    from overture.training.network import choose_device
+
+    for job in jobs:
+        choose_device(check_config(job.config, str, ("classify",)))
     _begin(config, folder, jobs)
     for task in config.tasks:
         kept = convert_task(config, task, *_encoding(config))

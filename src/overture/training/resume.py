@@ -68,9 +68,11 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         changed = changed_keys(found[1]["config"], dump_config(config))
         changed = [key for key in changed if key not in config.resume.allow]
         if changed:
+            theirs, ours = _models(found[1]["config"], config)
+            named = f", of a {theirs} and not a {ours}" if theirs != ours else ""
             raise ConfigError(
                 f"run_name: {config.run_name} was begun with another config "
-                f"({', '.join(changed)} changed); {remedy}, or let it change: "
+                f"({', '.join(changed)} changed{named}); {remedy}, or let it change: "
                 f"resume.allow=[{','.join(changed)}]"
             )
         if not config.autoresume:
@@ -173,15 +175,20 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
 def _refuse_other_model(manifest: Path, config: Config) -> None:
     """Raise ConfigError if a checkpoint's model was begun as another one than the config's."""
     record = json.loads(manifest.read_text(encoding="utf-8"))
-    theirs = OmegaConf.to_container(OmegaConf.create(record["config"]))["model"]
-    shapes = [
+    theirs, ours = _models(record["config"], config)
+    if theirs != ours:
+        fault = f"load_path: {manifest.parent}: is a {theirs}, but model is a {ours}"
+        raise ConfigError(f"{fault}; set model to what the checkpoint is of")
+
+
+def _models(before: str, config: Config) -> list[str]:
+    """Return what the model of a config, as YAML text, and that of another are."""
+    theirs = OmegaConf.to_container(OmegaConf.create(before))["model"]
+    return [
         f"{m['name']}, pretrained" if m["pretrained"]
         else f"{m['name']} of {m['config'] or 'default shape'}"
         for m in (theirs, vars(config.model))
     ]  # fmt: skip
-    if shapes[0] != shapes[1]:
-        fault = f"load_path: {manifest.parent}: is a {shapes[0]}, but model is a {shapes[1]}"
-        raise ConfigError(f"{fault}; set model to what the checkpoint is of")
 
 
 def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:
