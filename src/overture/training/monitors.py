@@ -8,13 +8,7 @@ from composer.algorithms import EMA, GradientClipping
 from composer.algorithms.low_precision_layernorm import apply_low_precision_layernorm
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.core import Algorithm, Callback, Event, Precision, State
-from composer.loggers import (
-    Logger,
-    LoggerDestination,
-    MLFlowLogger,
-    TensorboardLogger,
-    WandBLogger,
-)
+from composer.loggers import Logger, LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 
 from overture.callbacks.guards import gradients_not_finite
 from overture.config.schema import Config
@@ -51,11 +45,7 @@ class Clipping(GradientClipping):
             super().apply(event, state, logger)
 
 
-ALGORITHMS = {
-    "gradient_clipping": Clipping,
-    "ema": Average,
-    "seq_length_warmup": LengthWarmup,
-}
+ALGORITHMS = {"gradient_clipping": Clipping, "ema": Average, "seq_length_warmup": LengthWarmup}
 # They exchange modules of a model, given its precision, before it is trained.
 SURGERY = {"low_precision_layernorm": apply_low_precision_layernorm}
 # Each is named like the package that it needs.

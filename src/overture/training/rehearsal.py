@@ -26,12 +26,7 @@ from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.cores import use_cores
 from overture.training.monitors import exchange_modules
-from overture.training.network import (
-    begin_of_targets,
-    build_network,
-    check_splits,
-    choose_device,
-)
+from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
 from overture.training.optim import build_optimizer
 from overture.training.tasks import TASKS
 

@@ -46,12 +46,7 @@ from overture.training.monitors import (
     build_loggers,
     exchange_modules,
 )
-from overture.training.network import (
-    begin_of_targets,
-    build_network,
-    check_splits,
-    choose_device,
-)
+from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
