@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -103,7 +104,10 @@ def folder(tmp_path):
         file.write(json.dumps(evals[2]) + "\n")
     (tmp_path / "config.yaml").write_text(f"run_name: dolly\nnote: '{HOSTILE}'\n")
     environment = {"command": "python finetune.py x.yaml 'a.b=<c>'", "versions": {"torch": "2.7.0"}}
-    (tmp_path / "environment.json").write_text(json.dumps({**environment, "devices": ["cpu"]}))
+    split = {"split": "train_loader", "source": "a<b>.jsonl", "sha256": "0123456789abcdef",
+             "rows": 13509, "samples": 6865, "tokens": 3492719}  # fmt: skip
+    environment |= {"devices": ["cpu"], "data": [split, split | {"sha256": None}]}
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
     row = {"prompt": HOSTILE, "expected": "7", "before": None, "after": "7"}
     row |= {"exact_before": False, "exact_after": True}
     odd = {"prompt": "odd \ud83d", "expected": "", "before": "100% %s {x}", "after": "b"}
@@ -111,6 +115,12 @@ def folder(tmp_path):
     pieces = [["Where?", None], [" <b>Here", 0.25], [".", 3.0]]
     write_lines(tmp_path / "token_losses.jsonl", [{"mean": 1.625, "of": 60, "pieces": pieces}])
     return tmp_path
+
+
+def test_what_the_data_were_is_on_the_page(folder):
+    page = Page(build_report(folder))
+    assert "a<b>.jsonl 0123456789ab 13,509 6,865 3,492,719" in " ".join(page.text.split())
+    assert "3492719" in [a.get("value") for a in page.all("data")]
 
 
 def test_tokens_stand_on_red_as_they_are_unlikely(folder):
@@ -292,3 +302,21 @@ def test_the_door(folder, tmp_path_factory):
     refused = subprocess.run([sys.executable, DOOR, empty], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert str(empty) in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_shows_and_prints_it_without_an_error(folder):
+    page, least = build_report(folder), {"png": 20_000, "pdf": 20_000}
+    for name, options in {
+        "phone.png": ("--window-size=390,1200", "--screenshot="),
+        "dark.png": ("--window-size=1000,1600", "--force-dark-mode", "--screenshot="),
+        "print.pdf": ("--print-to-pdf=",),
+    }.items():
+        made = folder / name
+        done = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             *options[:-1], f"{options[-1]}{made}", f"file://{page}"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "CONSOLE" not in done.stderr
+        assert made.stat().st_size > least[name[-3:]]

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from overture.errors import ConfigError
 from overture.models.trainable import numbers
 from overture.report import summary_lines
-from overture.trained import Trained, ledgers
+from overture.trained import Trained
 
 WRITER = "Written by Overture's export_model.py."  # ends a card, and tells an export from others
 PIPELINES = {
@@ -38,20 +37,15 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     parts.append(
         f"{what[is_adapter] if base else 'A model of ' + trained.head}; {count:,} parameters."
     )
-    if rows := [_data_row(ledger) for ledger in ledgers(run)]:
-        names = "| split | source | sha256 | rows | tokens |\n|---|---|---|---|---|\n"
-        parts.append("## Data\n\n" + names + "\n".join(rows))
+    if rows := json.loads((run / "environment.json").read_text("utf-8")).get("data") if run else []:
+        table = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        lines = [f"| {' | '.join(str(x or '') for x in row)} |" for row in table]
+        parts.append("## Data\n\n" + "\n".join(lines))
     for file, heading, form in SHOWN if run else ():
         if (run / file).is_file():
             text = form((run / file).read_text(encoding="utf-8")).strip()
             parts.append(f"## {heading}\n\n```\n{text}\n```")
     return "\n\n".join([*parts, WRITER]) + "\n"
-
-
-def _data_row(ledger: dict[str, Any]) -> str:
-    source, kept = ledger["source"], ledger["rows"]["kept"]
-    cells = (ledger["folder"].name, source["name"], str(source.get("sha256", "")))
-    return f"| {' | '.join(cells)} | {kept:,} | {ledger['tokens']['total']:,} |"
 
 
 def check_hub(name: str) -> None:

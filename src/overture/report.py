@@ -37,6 +37,7 @@ class Run:
 def build_report(run_folder: Path) -> Path:
     """Writes `<run_folder>/report.html` and returns its path; raises as load_run does."""
     run, page = load_run(run_folder), run_folder / "report.html"
+    splits = run.environment.pop("data", [])
     machine = run.environment and json.dumps(run.environment, indent=2, ensure_ascii=False)
     texts = {"Command": run.environment.get("command"), "Config": run.config, "Machine": machine}
     shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
@@ -44,13 +45,14 @@ def build_report(run_folder: Path) -> Path:
     medians = [f"{name} {median(column):.1%}" for name, column in columns.items() if column]
     keys = [key for key in (run.evals[-1] if run.evals else ()) if key != "kind"]
     evals = {key: EVAL_SPECS.get(key, ",.4f") for key in keys}  # a classifier has scores
-    drawn = {"run": run, "charts": _charts(run), "medians": medians, "texts": texts}
+    drawn = {"run": run, "charts": _charts(run), "medians": medians, "splits": splits}
     helpers = {"number": _number, "finite": _finite, "duration": _duration, "name": _name}
     helpers["wrong"] = lambda loss: (
         f"{1 - math.exp(-max(loss, 0)):.0%}" if _finite(loss) else "100%"
     )
     title, specs = str(run.result.get("run_name")), {**FIRST_SPECS, **SPECS}
-    write_page(page, Path(__file__), title, specs=specs, eval_specs=evals, **drawn, **helpers)
+    helpers |= {"specs": specs, "eval_specs": evals, "texts": texts}
+    write_page(page, Path(__file__), title, **drawn, **helpers)
     return page
 
 

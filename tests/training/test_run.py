@@ -38,7 +38,11 @@ def test_completed_run_leaves_everything_another_tool_needs(run, smoke):
     assert all(a["prompt"].endswith("### Response:\n") for a in answers)
     assert (folder / "report.html").is_file()
     assert (folder / "hf" / "model.safetensors").is_file()
-    assert json.loads((folder / "environment.json").read_text())["command"].startswith("python")
+    known = json.loads((folder / "environment.json").read_text())
+    assert known["command"].startswith("python")
+    ledger = json.loads((smoke / "instruct" / "train" / "dataset.json").read_text())
+    kept = {"rows": ledger["rows"]["kept"], "tokens": ledger["tokens"]["total"]}
+    assert kept.items() < known["data"][0].items()
     assert not list(folder.rglob("*.bin"))
     # What was saved is what was evaluated, read back by plain transformers and plain torch.
     samples = _losses(folder / "hf", smoke / "instruct")

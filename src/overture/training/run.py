@@ -173,7 +173,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     sharded = start is not None and (start.parent / METADATA).is_file()
     foreign = partial(resume.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
-    runs.begin_run(config, command, resumed=found is not None)
+    runs.begin_run(config, command, found is not None, ledgers)
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
         log.note(found[1]["batch"], event)
     saver = resume.Checkpointer(config, facts, request)

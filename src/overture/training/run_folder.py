@@ -38,7 +38,7 @@ def refuse_finished_run(config: Config) -> Path:
     return folder
 
 
-def begin_run(config: Config, command: str, resumed: bool) -> None:
+def begin_run(config: Config, command: str, resumed: bool, ledgers: dict[str, Any]) -> None:
     """Make the run folder, or go on with the one that is there."""
     folder = Path(config.run_folder)
     dist.barrier()  # no rank writes before every rank has looked
@@ -57,7 +57,8 @@ def begin_run(config: Config, command: str, resumed: bool) -> None:
             with log.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         write_aside(folder / "config.yaml", dump_config(config))
-        write_aside(folder / "environment.json", json.dumps(environment(command), indent=1) + "\n")
+        known = environment(command) | {"data": [*map(_data, ledgers.items())]}
+        write_aside(folder / "environment.json", json.dumps(known, indent=1) + "\n")
         (folder / "result.json").unlink(missing_ok=True)
 
 
@@ -98,6 +99,14 @@ def environment(command: str) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def _data(named: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what stays of a split, whose folder may go: its name, where it is from, how much."""
+    name, ledger = named
+    much = {"rows": ledger["rows"]["kept"], "samples": ledger["samples"]}
+    source = {"source": ledger["source"]["name"], "sha256": ledger["source"].get("sha256")}
+    return {"split": name, **source, **much, "tokens": ledger["tokens"]["total"]}
 
 
 def write_failure(folder: Path, config: Config, why: str, preempted: bool = False) -> None:
