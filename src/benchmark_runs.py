@@ -63,10 +63,8 @@ def main() -> int:
         seconds = runs[-1]["seconds"]
         said = f"target in {seconds:.1f} s" if seconds else "target missed"
         print(f"seed {seed}: {said}, {runs[-1]['samples']:,} samples", flush=True)
-    folders = [out / f"seed-{seed}" for seed in seeds]
-    wrong = [*benchmark.faults_of_set(folders)]
-    machine = benchmark.machine_of(folders[0])
-    how = benchmark.setting(config)
+    folders, how = [out / f"seed-{seed}" for seed in seeds], benchmark.setting(config)
+    wrong, machine = [*benchmark.faults_of_set(folders)], benchmark.machine_of(folders[0])
     result = benchmark.summary(name, how, runs, wrong, machine, reference, args.price)
     write_aside(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     print("\n".join([*benchmark.table([result]), *result["faults"], f"in {out}/benchmark.json"]))

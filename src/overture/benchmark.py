@@ -74,11 +74,16 @@ def faults(folder: Path) -> Iterator[str]:
     if samples and samples[-1] != result["steps"] * batch:
         yield f"{samples[-1]} samples were logged, but {result['steps']} steps of {batch} were done"
     evals = [event for event in log if event["key"] == "eval_accuracy"]
-    every = _interval(config["eval_interval"], batch, facts["train_samples"])
+    every = _interval(config["eval_interval"], config, facts["train_samples"])
+    if every is None:
+        yield f"eval_interval {config['eval_interval']} cannot be counted in samples"
+        return
     places = [event["metadata"]["samples_count"] for event in evals]
-    for before, after in itertools.pairwise(places):
+    if result["status"] != "target_reached" and places[-1] != samples[-1]:
+        yield f"the last evaluation came after {places[-1]} of {samples[-1]} samples"
+    for before, after in itertools.pairwise([-every if config["eval_first"] else 0, *places]):
         is_last = after == places[-1] and result["status"] != "target_reached"
-        if every and after - before != every and not (is_last and after - before < every):
+        if abs(after - before - every) >= batch and not (is_last and after - before < every):
             yield f"evaluations after {before} and {after} samples, but one is due every {every}"
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     records = {r["step"]: r for r in map(json.loads, lines) if r["kind"] == "eval"}
@@ -99,12 +104,14 @@ def faults(folder: Path) -> Iterator[str]:
         yield f"{result['time_to_train_seconds']:.1f} s to train, but {seconds:.1f} in the log"
 
 
-def _interval(wanted: str, batch: int, train_samples: int) -> int | None:
-    """Return an interval of evaluations in samples, None if it is in another unit."""
-    for unit, size in {"ba": batch, "sp": 1, "ep": train_samples // batch * batch}.items():
-        if wanted.endswith(unit):
-            return int(wanted.removesuffix(unit)) * size
-    return None
+def _interval(wanted: str, config: dict[str, Any], train_samples: int) -> int | None:
+    """Return a time of the config's in samples, None if it is in another unit."""
+    if wanted.endswith("dur"):
+        whole = _interval(config["max_duration"], config, train_samples)
+        return whole and int(float(wanted.removesuffix("dur")) * whole)
+    batch = config["global_train_batch_size"]
+    sizes = {"ba": batch, "sp": 1, "ep": train_samples // batch * batch}
+    return int(wanted[:-2]) * sizes[wanted[-2:]] if wanted[-2:] in sizes else None
 
 
 def faults_of_set(folders: Sequence[Path]) -> Iterator[str]:
@@ -226,17 +233,13 @@ def machine_of(folder: Path) -> dict[str, Any]:
 def outcome(seed: int, folder: Path, batch: int) -> dict[str, Any]:
     """Return what counts of a finished run."""
     result = json.loads((folder / "result.json").read_text("utf-8"))
-    reached = result["status"] == "target_reached"
+    reached, stop = result["status"] == "target_reached", events(folder / "mlperf.log")[-1]
     return {
         "seed": seed, "seconds": result["time_to_train_seconds"] if reached else None,
         "samples": result["steps"] * batch, "tokens": result["tokens_seen"],
-        "cross_entropy": result["eval_cross_entropy"], "joules": _joules(folder),
+        "cross_entropy": result["eval_cross_entropy"], "joules": stop["metadata"].get("joules"),
         "faults": list(faults(folder)),
     }  # fmt: skip
-
-
-def _joules(folder: Path) -> float | None:
-    return events(folder / "mlperf.log")[-1]["metadata"].get("joules")
 
 
 def summary(

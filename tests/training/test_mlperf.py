@@ -106,8 +106,19 @@ def test_a_log_that_was_touched_is_found_out(logged):
 def test_evaluations_left_out_are_found_out(logged):
     log, path = events(logged / "mlperf.log"), logged / "config.yaml"
     assert any(event["key"] == "eval_accuracy" for event in log)
-    path.write_text(path.read_text().replace("eval_interval: 2ba", "eval_interval: 1ba"))
-    assert any("one is due every 4" in fault for fault in faults(logged))
+    begun = path.read_text()
+
+    def found(interval: str, first: str = "true") -> str:
+        changed = begun.replace("eval_interval: 2ba", f"eval_interval: {interval}")
+        path.write_text(changed.replace("eval_first: true", f"eval_first: {first}"))
+        return "; ".join(faults(logged))
+
+    assert "one is due every 4" in found("1ba")
+    assert not found("2ba") and not found("8sp")
+    assert "one is due every 16" in found("0.2dur")  # of 20 steps of 4 samples
+    assert not found("0.1dur")
+    assert "evaluations after 0 and 0 samples" in found("2ba", first="false")
+    assert "400tok cannot be counted" in found("400tok")
 
 
 def test_what_a_kill_cut_off_is_taken_back(run):

@@ -101,7 +101,7 @@ def adapters_of_hub(name: str, required: bool = False) -> Path | None:
     if first == "runs" or Path(first).exists() or not HUB_NAME.fullmatch(name):
         return None
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     asked = False
     try:
@@ -113,8 +113,7 @@ def adapters_of_hub(name: str, required: bool = False) -> Path | None:
             raise OSError("adapter_model.safetensors is not there")
         return Path(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        has_none = isinstance(error, EntryNotFoundError)
-        has_none = has_none and not isinstance(error, LocalEntryNotFoundError)
+        has_none = type(error) is EntryNotFoundError  # below it is one for want of a connection
         if not asked and (has_none or not required):
             return None  # whoever loads a model of this name says what is wrong
         reason = " ".join(str(error).split())[:200]
