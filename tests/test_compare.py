@@ -25,7 +25,15 @@ def folders(tmp_path):
         (folder / "config.yaml").write_text(json.dumps(config))
         records = [{"kind": "train", "step": s, "loss": 2.0 - s / 10, "tokens_per_second": 100.0}
                    for s in range(1, 5)]  # fmt: skip
-        records += [{"kind": "eval", "step": 4, "cross_entropy": 0.4 + number}]
+        records += [
+            {"kind": "eval", "step": 4, "cross_entropy": 0.4 + number},
+            {"kind": "event", "step": 3, "what": f"skipped a step of {name}"},
+        ]
+        sample = {"mean": 3.0, "of": 9, "pieces": [["Why? ", None], [f"<i>{name}", 3.0]]}
+        (folder / "token_losses.jsonl").write_text(json.dumps(sample) + "\n")
+        machine = {"versions": {"torch": "2.7.0"}, "devices": [f"card {number}"],
+                   "data": [{"split": "train", "rows": 7 + number}]}  # fmt: skip
+        (folder / "environment.json").write_text(json.dumps(machine))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         answers = [{"prompt": "<b>same</b>", "expected": "x", "after": "x"},
                    {"prompt": "other", "expected": "y", "after": f"y{number}"},
@@ -64,6 +72,17 @@ def test_answers_that_differ_come_first_and_text_stays_text(folders, tmp_path):
     assert text.index("<span>y0</span>") < text.index("<span>y1</span>") < text.index("&lt;b&gt;")
     assert "only one" not in text and "<b>same" not in text
     assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_machines_data_events_and_losses_are_beside_each_other(folders, tmp_path):
+    page = tmp_path / "page.html"
+    compare_runs(folders, page)
+    text = page.read_text()
+    for number, name in enumerate(("one", "other")):
+        assert f"[&#34;card {number}&#34;]" in text and f"&#34;rows&#34;: {7 + number}" in text
+        assert f"<td>skipped a step of {name}</td>" in text
+        assert f'title="3.000 nats" style="--wrong: 95%">&lt;i&gt;{name}</b>' in text
+    assert "versions" not in text
 
 
 def test_refusals(folders, tmp_path, run_door):

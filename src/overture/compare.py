@@ -32,7 +32,8 @@ def compare_runs(folders: list[Path], page: Path) -> None:
     answers = _answers(list(runs.values()))
     write_page(
         page, Path(__file__), f"{len(runs)} runs side by side", names=list(runs), outcomes=outcomes,
-        differing=list(differences([run.config for run in runs.values()])),
+        differing=list(differences([run.config for run in runs.values()])), runs=runs,
+        around=list(differences([json.dumps(run.environment) for run in runs.values()])),
         charts=list(_charts(runs)), answers=answers[:MAX_ANSWERS], asked=len(answers),
         notes=[f"{name}: {note}" for name, run in runs.items() for note in run.notes],
     )  # fmt: skip

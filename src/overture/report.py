@@ -47,9 +47,6 @@ def build_report(run_folder: Path) -> Path:
     evals = {key: EVAL_SPECS.get(key, ",.4f") for key in keys}  # a classifier has scores
     drawn = {"run": run, "charts": _charts(run), "medians": medians, "splits": splits}
     helpers = {"number": _number, "finite": _finite, "duration": _duration, "name": _name}
-    helpers["wrong"] = lambda loss: (
-        f"{1 - math.exp(-max(loss, 0)):.0%}" if _finite(loss) else "100%"
-    )
     title, specs = str(run.result.get("run_name")), {**FIRST_SPECS, **SPECS}
     helpers |= {"specs": specs, "eval_specs": evals, "texts": texts}
     write_page(page, Path(__file__), title, **drawn, **helpers)
