@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from composer import Callback
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from overture.config.load import load_config
@@ -121,6 +122,23 @@ def test_hf_bert_runs_from_the_same_yaml(bert):
     assert step["label_tokens"] / step["tokens"] == pytest.approx(0.3, abs=0.03)
     named = bert(*more, "eval_loader.dataset.mlm_probability=0.15", "run_name=named")
     assert records(named, "eval") == records(other, "eval")
+
+
+def test_what_was_pretrained_becomes_a_classifier(bert, smoke):
+    base = bert("max_duration=16ba", "model.config.hidden_size=64")
+    path = str(smoke.parents[1] / "yamls" / "smoke" / "classify.yaml")
+    places = (f"tokenizer_name={base}", f"data_local={smoke}/classify", "progress_bar=false")
+    taken = (f"model.name={base}", "model.pretrained=true", "max_duration=24ba")
+    config = load_config([path, *places, *taken], ("classify",))
+    assert recipe.train(config, "python finetune.py yamls/smoke/classify.yaml") == 0
+    folder = Path(config.run_folder)
+    begun = load_file(base / "hf" / "model.safetensors")
+    ended = load_file(folder / "hf" / "model.safetensors")
+    key = "bert.embeddings.word_embeddings.weight"
+    moved = (ended[key] - begun[key]).norm() / begun[key].norm()
+    assert 0 < moved < 0.5  # it began from what was pretrained
+    outcome = result(folder)
+    assert outcome["eval_cross_entropy"] < outcome["eval_cross_entropy_before"] - 0.2
 
 
 def test_refusals(bert, smoke, tmp_path):

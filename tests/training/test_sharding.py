@@ -105,6 +105,25 @@ def test_adapters_in_shards(smoke, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_four_ranks_with_shards_and_without_give_what_one_gives(smoke, tmp_path):
+    options = (*FULL, "save_interval=4ba")
+    whole = train(1, tmp_path / "whole", *options)
+    close(train(4, tmp_path / "plain", *options), whole)
+    parts = train(4, tmp_path / "parts", *options, "fsdp_config={}")
+    close(parts, whole)
+    # Gathered, a checkpoint of four ranks is that of any number, with shards or without.
+    for name, ranks, more in (
+        ("two", 2, ("fsdp_config={}",)), ("one", 1, ("resume.allow=[fsdp_config]",)),
+    ):  # fmt: skip
+        folder = tmp_path / name
+        shutil.copytree(parts, folder, ignore=shutil.ignore_patterns("result.json", "hf", "ba8"))
+        assert (folder / "checkpoints" / "ba4" / "state.pt").is_file()
+        train(ranks, folder, *options, *more)
+        close(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize("name", ["mlm", "classify", "seq2seq"])
 def test_other_tasks_in_shards(name, smoke, tmp_path):
     door = "main.py" if name == "mlm" else "finetune.py"
