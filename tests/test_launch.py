@@ -79,6 +79,7 @@ def test_two_ranks_give_the_losses_of_one_and_exit_3_comes_through(
     assert result["metrics"] == pytest.approx(single["metrics"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_with_the_same_command(smoke, tmp_path):
     folder = tmp_path / "killed"
     command = [
@@ -129,6 +130,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_killed_go_on_bit_for_bit_and_one_rank_takes_over(smoke, tmp_path):
     whole, parts, single = (tmp_path / name for name in ("whole", "parts", "single"))
@@ -184,7 +186,7 @@ def test_ranks_may_change_in_any_epoch(smoke, tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "whom", [pytest.param("launcher", marks=pytest.mark.slow), "group", "rank"]
+    "whom", ["group", *(pytest.param(x, marks=pytest.mark.slow) for x in ("launcher", "rank"))]
 )
 def test_signal_to_two_ranks_saves_and_leaves_nobody_behind(smoke, tmp_path, whom):
     folder = tmp_path / "run"

@@ -272,7 +272,10 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+)
 def test_signal_saves_and_the_same_command_goes_on(smoke, tmp_path, number):
     folder = tmp_path / "run"
     options = ("max_duration=100ba", "save_interval=100ba", "eval_interval=100ba")

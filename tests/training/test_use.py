@@ -72,6 +72,7 @@ def test_rows_of_a_dataset_are_answered_into_a_file_as_one_by_one(runs, door):
         door(generate_text, "runs/lora", "--data", "rows.jsonl", "--out", out)
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one_does(runs, door, tmp_path):
     options = ("runs/lora", "--data", "rows.jsonl", "--max_new_tokens", "6", "--sample", "7")
     door(generate_text, *options, "--out", tmp_path / "one.jsonl", "--device_map", "auto")
