@@ -97,8 +97,8 @@ def adapters_of_hub(name: str, required: bool = False) -> Path | None:
     """Return a copy of the adapters under a name of the hub's; None if it has none there, or it is
     a path's. ConfigError if they cannot be fetched, or are `required` and it cannot be asked.
     """
-    first = Path(name).parts[0]
-    if first == "runs" or Path(first).exists() or not HUB_NAME.fullmatch(name):
+    first = name.split("/")[0]
+    if not HUB_NAME.fullmatch(name) or first == "runs" or Path(first).exists():
         return None
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
