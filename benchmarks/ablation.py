@@ -16,9 +16,11 @@ OPTIONS = {
     "ours": {},
     "without blocks of attention": {"attention": "sdpa"},
     "without chunks of logits": {"switch": "loss"},
+    "without choosing labels": {"switch": "labels"},
     "without its LoRA layer": {"switch": "lora"},
     "without a bfloat16 base": {"dtype": "float32"},
     "without packing": {"data": "unpacked"},
+    "without packing, by the longest": {"data": "unpacked", "switch": "length"},
     "without keeping memory": {"switch": "memory"},
     "with torch.compile": {"compile": True},
 }
@@ -28,4 +30,4 @@ if TCMALLOC:
 SIDES = {n: {"library": "ours", "dtype": "bfloat16", **o} for n, o in OPTIONS.items()}
 
 if __name__ == "__main__":
-    measure("ablation", __doc__, SIDES, SHAPE, LENGTH, stored_with=("finetune_throughput",))
+    measure("ablation", __doc__, SIDES, SHAPE, LENGTH, size_of="finetune_throughput")

@@ -52,7 +52,6 @@ quiet_libraries()
 config = load_config(sys.argv[3:], tasks=tuple(DOORS))
 meter = rehearsal.Meter()
 if sys.argv[2] == "foretell":
-    rehearsal.AT_ONCE = 60.0
     found = rehearsal.rehearse(config, 1 << 40)
     forecast = max(sum(found.parts.values()), found.loading)
     print("FOUND " + json.dumps([forecast, {**found.parts, "from few": found.foretold}]))

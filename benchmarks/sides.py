@@ -146,8 +146,15 @@ def switch_off(what: str | None) -> None:
     """Put what most would write in place of one of our parts."""
     import torch
 
+    from overture.data.collate import TokenCollator
     from overture.models import causal_lm, lora
+    from overture.models.loss import label_positions
     from overture.training import cores
+
+    collated = TokenCollator.__call__
+
+    def by_the_longest(self: Any, rows: Any) -> Any:
+        return collated(TokenCollator(max(len(r["input_ids"]) for r in rows), 0), rows)
 
     def all_logits(
         hidden: Any, head: Any, targets: Any, scale: float, softcap: Any, count: int
@@ -169,6 +176,10 @@ def switch_off(what: str | None) -> None:
         causal_lm.cross_entropy_at = all_logits
     if what == "liger":
         causal_lm.cross_entropy_at = liger
+    if what == "labels":  # logits and their gradients at every token, a chunk at a time
+        causal_lm.label_positions = lambda labels, _: label_positions(labels, labels.numel())
+    if what == "length":
+        TokenCollator.__call__ = by_the_longest
     if what == "memory":
         cores._keep_memory = lambda: "the system's allocator as it is"
     if what == "lora":

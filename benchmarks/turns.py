@@ -98,7 +98,9 @@ def prepare(
     from overture.models.build import load_network
     from overture.tokenizer import load_tokenizer
 
-    data = Path(os.environ["OVERTURE_DATA"])
+    if not (data := os.environ.get("OVERTURE_DATA")):
+        sys.exit("error: OVERTURE_DATA: name the folder of the real datasets with it")
+    data = Path(data)
     tokenizer = gpt2(data, folder / "gpt2")
     origin = Origin(str(data / "dolly" / "databricks-dolly-15k.jsonl"))
     job = Conversion({"train": origin}, "instruct", str(folder / "data"), tokenizer=tokenizer,
@@ -166,10 +168,10 @@ def search(names: list[str], folder: Path, sizes: tuple[int, ...]) -> dict[str, 
         for batch in sizes:
             try:
                 side = Side(name, batch, folder)
+                side.run()
             except SideError as error:  # larger batches will not do better
                 print(error, flush=True)
                 break
-            side.run()
             side.end()
             rates[batch] = side.rate()
         if rates:
@@ -180,32 +182,30 @@ def search(names: list[str], folder: Path, sizes: tuple[int, ...]) -> dict[str, 
 
 def measure(
     program: str, doc: str, sides: dict[str, dict[str, Any]], shape: dict[str, Any], length: int,
-    sizes: tuple[int, ...] = (1, 2, 4, 8), stored_with: tuple[str, ...] = (), results: bool = True,
+    sizes: tuple[int, ...] = (1, 2, 4, 8), size_of: str = "", results: bool = True,
     arguments: list[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the sides, print the table, write `results/<program>.json` and return it.
 
-    Batch sizes are those of the stored results, of `program` or of those in `stored_with`, else or
-    with --search the fastest of `sizes`. A side without results takes that of `ours` if it is ours.
+    Batch sizes are those of the stored results, else or with --search the fastest of `sizes`; or
+    all that of "ours" in the results of `size_of`. With --sides nothing is written.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--search", action="store_true", help="find the best batch sizes again")
     parser.add_argument("--windows", type=int, default=5, help="timed windows of each side")
     parser.add_argument("--sides", nargs="+", default=list(sides), choices=list(sides))
     args = parser.parse_args(arguments)
-    stored: dict[str, int] = {}
-    for name in (program, *stored_with):
-        if (RESULTS / f"{name}.json").exists():
-            stored |= json.loads((RESULTS / f"{name}.json").read_text())["batch_sizes"]
+    known: dict[str, int] = {}
+    earlier = RESULTS / f"{size_of or program}.json"
+    if earlier.exists() and not args.search:
+        known = json.loads(earlier.read_text())["batch_sizes"]
+        known = dict.fromkeys(sides, known["ours"]) if size_of else known
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps({"length": length, "sides": sides}))
         prepare(folder, shape, length)
         losses = check_losses(folder, length)
         print(f"losses on the same documents: {losses}", flush=True)
-        known = {} if args.search and not stored_with else stored
-        if stored_with and "ours" in stored:  # a part less does not ask for another batch size
-            known = dict.fromkeys(sides, stored["ours"]) | stored
         batches = known | search([s for s in args.sides if s not in known], folder, sizes)
         running = [Side(side, batches[side], folder) for side in args.sides if side in batches]
         for number in range(args.windows):
@@ -221,14 +221,15 @@ def measure(
     table = {side.name: row(side, sides[side.name], shape, length, mean) for side in running}
     peaks = [window["peak"] / 1e9 for side in running for window in side.windows]
     result = {
-        "program": program, "losses": losses, "batch_sizes": batches, "model": shape,
+        "program": program, "losses": losses, "model": shape,
+        "batch_sizes": {side.name: side.batch for side in running},
         "bfloat16_gigaflops": {"median": statistics.median(peaks), "of each window": peaks},
         "sides": table, "environment": environment(),
     }  # fmt: skip
     ours, *others = running
     result["ratios"] = {side.name: ratio(ours, side) for side in others}
     print(f"{ours.name} to each: " + ", ".join(f"{n} {r:.2f}" for n, r in result["ratios"].items()))
-    if results:
+    if results and args.sides == list(sides):
         (RESULTS / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -44,10 +44,10 @@ def main() -> int:
         found = [benchmark.stored(folder / "benchmark.json") for folder in args.compare]
         print("\n".join(benchmark.table(found)))
         return 0
-    name = config.run_name
+    name, how = config.run_name, benchmark.setting(config)
     stored = args.reference or REFERENCES / f"{name}.json"
     reference = benchmark.stored(stored) if args.reference or stored.is_file() else None
-    other = benchmark.other_setting(reference, config) if reference else "there is none"
+    other = benchmark.other_setting(reference, how) if reference else "there is none"
     if other and args.reference:
         raise ConfigError(f"--reference {stored}: {other}; samples to a target do not compare")
     if other:  # of those that are shipped
@@ -63,7 +63,7 @@ def main() -> int:
         seconds = runs[-1]["seconds"]
         said = f"target in {seconds:.1f} s" if seconds else "target missed"
         print(f"seed {seed}: {said}, {runs[-1]['samples']:,} samples", flush=True)
-    folders, how = [out / f"seed-{seed}" for seed in seeds], benchmark.setting(config)
+    folders = [out / f"seed-{seed}" for seed in seeds]
     wrong, machine = [*benchmark.faults_of_set(folders)], benchmark.machine_of(folders[0])
     result = benchmark.summary(name, how, runs, wrong, machine, reference, args.price)
     write_aside(out / "benchmark.json", json.dumps(result, indent=1) + "\n")

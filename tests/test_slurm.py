@@ -1,5 +1,6 @@
 """A Slurm on this machine runs rendered job scripts; skipped where it cannot be started."""
 
+import json
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from overture.data.shards import Split
 from runs import assert_same, records, result
 
 ROOT = Path(__file__).parents[1]
@@ -178,3 +181,41 @@ def test_job_cancelled_under_slurm_saves_and_stays_away(slurm, smoke, run_door, 
     assert result(folder)["status"] == "preempted"
     assert len(list(folder.glob("checkpoints/ba*"))) == 1
     assert "JobState=CANCELLED" in answer("scontrol", "show", "job", job)
+
+
+@pytest.mark.slow
+def test_job_array_converts_and_what_depends_on_it_merges(slurm, smoke, run_door, tmp_path):
+    lines = [json.dumps({"text": f"text {n} " + "of some words " * (n % 7)}) for n in range(120)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(lines) + "\n")
+    how = ("--task", "text", "--tokenizer", smoke / "tokenizer", "--max_seq_len", 64,
+           "--packing", "none")  # fmt: skip
+    door = ("src/convert_dataset.py", "--splits", f"train={corpus}", "--out_root")
+    assert run_door(*door, tmp_path / "whole", *how).returncode == 0
+
+    def submit(*command: object) -> str:
+        out = f"--output={tmp_path}/%x-%j.out"
+        done = subprocess.run(["sbatch", "--parsable", "--cpus-per-task=1", out, *map(str, command)],
+                              cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    parts, merged = tmp_path / "parts", tmp_path / "merged"
+    job = submit("--array=0-2", "launch/convert_array.sh", 3, 40, corpus, parts, *how)
+    python = ".venv/bin/python src/convert_dataset.py"
+    submit(
+        f"--dependency=afterok:{job}", "--wrap", f"{python} --merge {parts}/* --out_root {merged}"
+    )
+    deadline = time.monotonic() + 300
+    while answer("squeue", "-h"):
+        assert time.monotonic() < deadline, answer("squeue")
+        time.sleep(0.2)
+    said = "".join(path.read_text() for path in tmp_path.glob("*.out"))
+    assert (merged / "train").is_dir(), said
+    assert [path.name for path in sorted(parts.iterdir())] == ["00000", "00001", "00002"]
+    whole, joined = Split(tmp_path / "whole" / "train"), Split(merged / "train")
+    assert len(whole) == len(joined) == 120
+    for number in range(120):
+        one, other = whole.row(number), joined.row(number)
+        assert one["sample_id"] == other["sample_id"]
+        assert np.array_equal(one["input_ids"], other["input_ids"])

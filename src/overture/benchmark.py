@@ -170,7 +170,7 @@ def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
     for word, as_far in {
         "fewer": sum(s <= sum(ours) for s in sums), "more": sum(s >= sum(ours) for s in sums)
     }.items():  # fmt: skip
-        if as_far / len(sums) < SUSPICIOUS:
+        if as_far / len(sums) <= SUSPICIOUS:
             figures = f"{means[0]:,.0f} on average, the reference {means[1]:,.0f}"
             chance = f"p {as_far / len(sums):.3f}"
             return f"{word} samples to the target than chance allows: {figures} ({chance})"
@@ -183,11 +183,11 @@ def setting(config: Config) -> dict[str, Any]:
     return {"target": target and target.cross_entropy} | {k: getattr(config, k) for k in SETTING}
 
 
-def other_setting(reference: dict[str, Any], config: Config) -> str:
-    """Return in what a reference is of another setting than a config's runs, "" if in nothing."""
+def other_setting(reference: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Return in what a result is of another setting than `ours`, "" if in nothing."""
     if "setting" not in reference:
         return "it does not say of which target and batch it is"
-    theirs, ours = reference["setting"], setting(config)
+    theirs = reference["setting"]
     keys = [key for key in ours if theirs.get(key) != ours[key]]
     return ", ".join(f"{key} {theirs.get(key)} there, {ours[key]} here" for key in keys)
 
@@ -283,4 +283,6 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
         devices = one["machine"]["devices"]
         mark = "" if one["valid"] else "  (not valid)"
         lines.append(f"{one['name']:<24}{''.join(cells)}  {len(devices)} x {devices[0]}{mark}")
+        if other := other_setting(one, benchmarks[0].get("setting", {})):
+            lines.append(f"  of another setting than the first: {other}")
     return lines

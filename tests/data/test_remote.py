@@ -1,7 +1,9 @@
 """Object stores, against a real S3 endpoint on loopback: written, read back, damaged, fetched."""
 
 import json
+import sys
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import boto3
@@ -19,10 +21,24 @@ from overture.errors import ConfigError
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def asked():
+    """How often each key of the bucket was read."""
+    return Counter()
+
+
+@pytest.fixture
+def bucket(monkeypatch, asked):
     """An empty bucket of a server of our own, which Streaming finds through the environment."""
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
+    answer = server._server.app
+
+    def count(environ, start_response):
+        if environ["REQUEST_METHOD"] == "GET":
+            asked[environ["PATH_INFO"].removeprefix("/data/")] += 1
+        return answer(environ, start_response)
+
+    server._server.app = count
     host, port = server.get_host_and_port()
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -96,3 +112,19 @@ def test_loader_reads_from_the_store(bucket, job, tmp_path):
     assert tokens == ledger["tokens"]["total"]
     assert Path(tmp_path / "cache" / "train").is_dir()
     assert json.loads((tmp_path / "cache" / "train" / "index.json").read_text())["shards"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_ranks_of_a_node_fetch_a_shard_once(bucket, asked, job, run_door, tmp_path):
+    convert(Conversion(**{**vars(job), "test_fraction": 0.2}), lambda _: None)
+    shards = [key for key in keys(bucket) if "train/shard" in key]
+    assert len(shards) > 3
+    done = run_door(
+        "-n", 2, "finetune.py", "yamls/smoke/finetune.yaml", "data_remote=s3://data/corpus",
+        f"data_local={tmp_path}/cache", f"run_folder={tmp_path}/run", "max_duration=2ep",
+        "eval_interval=1ep", "device_train_microbatch_size=4",
+        launcher=str(Path(sys.executable).parent / "composer"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert {key: asked[key] for key in shards} == dict.fromkeys(shards, 1)

@@ -10,10 +10,10 @@ from overture.training.doctor import GIB, _memory, _step, _time, _weights, exami
 from overture.training.rehearsal import Rehearsal, rehearse
 
 PARTS = {"weights": 2 * GIB, "gradients": GIB, "optimizer": 2 * GIB,
-         "activations and logits": 16 * GIB, "workspace": GIB}  # fmt: skip
+         "activations": 16 * GIB, "logits": 0, "workspace": GIB}  # fmt: skip
 FOUND = Rehearsal(
     described=[], rows=16, samples=1000, tokens=50.0, seconds=4.0, loss=1.0, parts=PARTS,
-    loading=GIB, per_row=GIB, foretold=22 * GIB, whole=False, without=[],
+    loading=GIB, per_row=GIB, foretold=22 * GIB, whole=False, without=[], checkpoint=GIB,
 )  # fmt: skip
 
 
@@ -144,9 +144,23 @@ def test_shards_are_counted_and_how_many_ranks_they_need(config):
     big = config("fsdp_config={}", "precision=amp_bf16", f"model.config={json.dumps(shape)}")
     # 8,030,261,248 parameters of 16 bytes, as the yaml of that name says.
     (found,) = _weights(big, 80 * GIB)
-    assert found.verdict == "ok"
+    assert found.verdict == "warning"
     assert "59.8 on 2, 29.9 on 4, 15.0 on 8" in found.text
     assert "besides 2.8; at least 2 ranks like this device of 80.0 GiB" in found.text
-    assert found.text.endswith("too large to be tried here")
+    assert found.text.endswith("what activations take is not known")
     (found,) = _weights(big, 3 * GIB)
     assert (found.verdict, found.text.endswith("too large")) == ("stop", True)
+    (found,) = _weights(big, 200 * GIB)
+    assert found.verdict == "ok"
+
+
+def test_a_step_that_fits_in_shards_alone_is_no_stop(config):
+    sharded = config("fsdp_config={}", "global_train_batch_size=16")
+    # Of 22 GiB 5 are divided; 17 are not, and 1 is gathered: 18 + 5 / 2.
+    assert _memory(sharded, FOUND, 21 * GIB).verdict == "stop"
+    found = _memory(sharded, FOUND, 23 * GIB, besides=GIB)
+    assert (found.verdict, found.text.split("; ")[-1]) == (
+        "ok",
+        "in shards 20.50 on each of 2 ranks",
+    )
+    assert _memory(sharded, FOUND, 19 * GIB, besides=GIB).verdict == "stop"

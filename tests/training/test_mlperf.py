@@ -15,6 +15,7 @@ from overture.benchmark import (
     faults_of_set,
     other_setting,
     score,
+    setting,
     stored,
     suspicion,
 )
@@ -153,6 +154,7 @@ def test_runs_that_converge_oddly_are_flagged(ours, said):
 def test_equal_runs_are_not_odd():
     assert suspicion([1920] * 5, [1920] * 5) is None
     assert "fewer" in suspicion([1440] * 5, [1920] * 5)
+    assert "more" in suspicion([2400] * 3, [1920] * 3)  # the least that can be told
 
 
 def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, monkeypatch, capsys):
@@ -190,7 +192,11 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
         call(*job, "optimizer.lr=0.02")
     code, said = call("--compare", out, out)
     assert code == 0
-    assert said.count(f"{times[1]:.1f} s") == 2
+    assert said.count(f"{times[1]:.1f} s") == 2 and "another setting" not in said
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "benchmark.json").write_text(json.dumps(odd))
+    said = call("--compare", out, tmp_path / "odd")[1]
+    assert "of another setting than the first: target 1.0 there, " in said
     assert not list(faults_of_set([out / "seed-17", out / "seed-18"]))
     assert any("used twice" in f for f in faults_of_set([out / "seed-17", out / "seed-17"]))
 
@@ -212,7 +218,7 @@ DOLLY = (  # as docs/benchmarking.md has it
 def test_a_reference_is_of_its_recipe(name, config):
     known = stored(benchmark_runs.REFERENCES / f"{name}.json")
     config = load_config([str(YAMLS / config[0]), *config[1:]], ("instruct",))
-    assert known["valid"] and not other_setting(known, config)
+    assert known["valid"] and not other_setting(known, setting(config))
     samples = [run["samples"] for run in known["runs"]]
     assert all(count % config.global_train_batch_size == 0 for count in samples)
     assert len({run["seed"] for run in known["runs"]}) == 5 and suspicion(samples, samples) is None

@@ -90,8 +90,11 @@ class MLPerfLog(Callback):
         if self._in_block:
             self._block("stop", state)
         more = {"status": "success" if reached else "aborted"}
-        if self._joules is not None:  # not of a run that was resumed, whose parts are not added up
-            more["joules"] = _joules() - self._joules
+        # Not of a run that was resumed, whose parts are not added up.
+        used = None if self._joules is None else _joules() - self._joules
+        of_nodes = dist.all_gather_object(used if dist.get_local_rank() == 0 else 0.0)
+        if None not in of_nodes:
+            more["joules"] = sum(of_nodes)
         self._write("run_stop", samples_count=state.timestamp.sample.value, **more)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ hashes at the speed of memory. Streaming is not imported: the answer comes befor
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -114,18 +115,25 @@ def verified_index(path: Path, ledger: dict[str, Any]) -> list[Shard]:
     return read_index(path)
 
 
-def verify_split(folder: Path, ledger: dict[str, Any], contents: bool = True) -> None:
-    """Raise DataError for the first file of a split with another size or, if asked, `contents`."""
+def verify_split(folder: Path, ledger: dict[str, Any], most: float = math.inf) -> None:
+    """Raise DataError for the first file of a split with another size or, if read, other contents.
+
+    Read are files of `most` bytes or so, evenly spread over the split.
+    """
     shards = verified_index(folder / INDEX, ledger)
     written = [shard.packed or shard.raw for shard in shards]
     # Sizes first: a copy that broke off is the commonest fault, and is found at once.
     sizes = [(file, _size_fault(folder / file.name, file)) for file in written]
-    for file, fault in itertools.chain(sizes, damaged(folder, written) if contents else ()):
+    for file, fault in itertools.chain(sizes, damaged(folder, _spread(written, most))):
         if fault:
             raise DataError(f"{folder / file.name}: {fault}; {REMEDY}")
     unpacked = [s.raw for s in shards if s.packed and (folder / s.raw.name).exists()]
-    for file, fault in damaged(folder, unpacked) if contents else ():
+    for file, fault in damaged(folder, _spread(unpacked, most)):
         raise DataError(f"{folder / file.name}: {fault}; delete it: it will be unpacked again")
+
+
+def _spread(files: list[ShardFile], most: float) -> list[ShardFile]:
+    return files[:: math.ceil(sum(f.bytes for f in files) / most) or 1] if most else []
 
 
 def damaged(folder: Path, files: Sequence[ShardFile]) -> Iterator[tuple[ShardFile, str]]:

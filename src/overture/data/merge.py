@@ -99,7 +99,7 @@ def _splits(folders: Sequence[Path]) -> list[str]:
 def _write(folders: Sequence[Path], name: str, parts: list[dict[str, Any]], aside: Path) -> None:
     aside.mkdir()
     for folder, ledger in zip(folders, parts, strict=True):
-        verify_split(folder / name, ledger, contents=False)  # these are hashed once they are here
+        verify_split(folder / name, ledger, most=0)  # these are hashed once they are here
     shards = join_shards([folder / name for folder in folders], aside, keep=True)
     rejected = [folder / name / REJECTED for folder in folders]
     with (aside / REJECTED).open("wb") as file:

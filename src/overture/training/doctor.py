@@ -14,6 +14,8 @@ from composer.core import Time
 from overture.check import check_data
 from overture.config.schema import Config
 from overture.data.inspect import ledger_figures, sample_lines, samples
+from overture.data.integrity import read_index
+from overture.data.schema import INDEX
 from overture.data.shards import Split
 from overture.errors import OvertureError
 from overture.models.build import load_network
@@ -26,8 +28,12 @@ ROOT = Path(__file__).parents[3]
 PINNED = ("requirements.txt", "requirements-torch2.11.txt")
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "peft", "omegaconf")
 GIB = 2**30
+SAMPLED = 8 * GIB  # bytes of a split that are read to verify it: half a minute of a slow disk
 NUMBERS = ("  ids", "  lab")  # lines of a sample
 TINY = "a few rows do not fit; lower max_seq_len or set model.activation_checkpointing=true"
+UNTRIED = "too large to be tried whole, as one process does it: what activations take is not known"
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+STATE = ("weights", "gradients", "optimizer", "moving average")  # what shards divide
 
 
 class Finding(NamedTuple):
@@ -48,23 +54,24 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _versions()
     yield _hub(config)
     try:
-        check_data(config)
+        check_data(config, SAMPLED)
         yield from _data(config)
         room = memory_there()
-        held = yield from _weights(config, room)
+        held, besides = yield from _weights(config, room)
         if held > room:
             return
         # Tried whole, as one process has nobody to share with.
         found = rehearse(replace(config, fsdp_config=None), room)
         yield Finding("model", "ok", config.model.name, tuple(found.described))
         yield _step(found)
-        yield _memory(config, found, room)
+        yield _memory(config, found, room, besides)
         yield _time(config, found)
-        yield _disk(config)
+        yield _disk(config, found)
     except OvertureError as error:
         yield Finding("run", "stop", str(error))
     except torch.cuda.OutOfMemoryError as error:
-        yield Finding("memory", "stop", f"{TINY}; {str(error).splitlines()[0][:120]}")
+        verdict, text = ("stop", TINY) if config.fsdp_config is None else ("warning", UNTRIED)
+        yield Finding("memory", verdict, f"{text}; {str(error).splitlines()[0][:120]}")
 
 
 def _versions() -> Iterator[Finding]:
@@ -87,19 +94,23 @@ def _versions() -> Iterator[Finding]:
 
 
 def _hub(config: Config) -> Finding:
-    name = config.model.name
-    if not config.model.pretrained or Path(name).exists():
-        return Finding("hub", "ok", "not needed: the model is made here or lies here")
+    wanted = {config.tokenizer_name or config.model.name}
+    wanted |= {config.model.name} if config.model.pretrained else set()
+    names = sorted(name for name in wanted if not Path(name).exists())
+    if not names:
+        return Finding("hub", "ok", "not needed: model and tokenizer are made here or lie here")
     from huggingface_hub import constants, model_info
 
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", "ok", f"offline, as HF_HUB_OFFLINE says: {name} must be in the cache")
-    try:
-        model_info(name, timeout=5)
-    except Exception as error:  # of requests, urllib3 and the hub, a dozen kinds
-        reason = str(error).strip().splitlines()[0][:120]
-        return Finding("hub", "warning", f"{name}: {reason}; a copy in the cache would do")
-    return Finding("hub", "ok", f"{name} can be read")
+        text = f"offline, as HF_HUB_OFFLINE says: {', '.join(names)} must be in the cache"
+        return Finding("hub", "ok", text)
+    for name in names:
+        try:
+            model_info(name, timeout=5)
+        except Exception as error:  # of requests, urllib3 and the hub, a dozen kinds
+            reason = str(error).strip().splitlines()[0][:120]
+            return Finding("hub", "warning", f"{name}: {reason}; a copy in the cache would do")
+    return Finding("hub", "ok", f"{', '.join(names)} can be read")
 
 
 def _data(config: Config) -> Iterator[Finding]:
@@ -121,12 +132,17 @@ def _data(config: Config) -> Iterator[Finding]:
                 text = [line[:100] for line in text if line.strip()]
                 lines += text if len(text) < 10 else [*text[:4], "  ...", *text[-4:]]
         learned = f"; learned: {figures['learned']}" if "trained" in figures["tokens"] else ""
-        text = f"{len(split):,} rows, {figures['tokens']} tokens{learned}"
+        size = sum((shard.packed or shard.raw).bytes for shard in read_index(folder / INDEX))
+        read = "all shards" if size <= SAMPLED else f"{SAMPLED / size:.0%} of the shards, by bytes,"
+        text = f"{len(split):,} rows, {figures['tokens']} tokens{learned}; {read} verified"
         yield Finding(f"data, {split_name}", "ok", text, tuple(lines))
 
 
 def _weights(config: Config, room: int) -> Iterator[Finding]:
-    """Return the bytes that a model's weights take, made of nothing; a stop if there is no room."""
+    """Return the bytes that a model's weights take, made of nothing; a stop if there is no room.
+
+    Behind them those that a rank with a shard holds besides.
+    """
     name, trust = config.tokenizer_name or config.model.name, config.model.trust_remote_code
     tokenizer = load_tokenizer(name, trust)
     wanted = replace(config.model, pretrained=False, load_in_4bit=False, load_in_8bit=False)
@@ -134,7 +150,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         with torch.device("meta"):
             network = load_network(wanted, tokenizer, 0, TASKS[config.task].head)
     except RuntimeError:  # a model that must see its numbers while it is made
-        return 0
+        return 0, 0
     count = sum(p.numel() for p in network.parameters())
     held = sum(p.nbytes for p in network.parameters())
     if config.model.load_in_4bit or config.model.load_in_8bit:  # its tables are left as they are
@@ -144,8 +160,9 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         held += (count - sum(p.numel() for p in tables)) // (2 if config.model.load_in_4bit else 1)
     if config.trainable == "all":
         held += held + 8 * count  # gradients, and two float32 of Adam's
-    if config.fsdp_config is not None:
-        yield _shards(config, network, held, room)
+    besides = 0 if config.fsdp_config is None else _gathered(config, network)
+    if besides:
+        yield _shards(config, besides, held, room)
     elif held > room:
         what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
@@ -153,11 +170,11 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         ways = ["model.dtype=bfloat16"] * (config.trainable == "lora" and wanted.dtype == "float32")
         ways += ["trainable=lora"] * (config.trainable == "all")
         yield Finding("memory", "stop", "; ".join([fault, *ways, "or a larger device"]))
-    return held
+    return held, besides
 
 
-def _shards(config: Config, network: torch.nn.Module, held: int, room: int) -> Finding:
-    """Say what the shards take on each of some numbers of ranks, and what every rank holds besides.
+def _gathered(config: Config, network: torch.nn.Module) -> int:
+    """Return the bytes that every rank holds besides its shard.
 
     A layer's weights are gathered while it computes, and those of the next one ahead; what belongs
     to no layer, as the tables of words, stays from the first forward pass to the end of the step.
@@ -168,19 +185,23 @@ def _shards(config: Config, network: torch.nn.Module, held: int, room: int) -> F
     ]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     apart = sum(p.numel() for p in network.parameters()) - sum(sizes)
-    besides = wide * (2 * max(sizes, default=0) + apart)
-    ranks = (1, 2, 4, 8, 16, 32, 64)
-    shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in ranks[1:])
+    return wide * (2 * max(sizes, default=0) + apart)
+
+
+def _shards(config: Config, besides: int, held: int, room: int) -> Finding:
+    """Say what the shards take on each of some numbers of ranks."""
+    shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in RANKS[1:])
     what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     text = f"{what} in shards: GiB on each of so many ranks: {shown}; besides {besides / GIB:.1f}"
-    fitting = [n for n in ranks if held / n + besides < 0.8 * room]
+    fitting = [n for n in RANKS if held / n + besides < 0.8 * room]
     if not fitting:
         return Finding("shards", "stop", f"{text}, of which {room / GIB:.1f} are there: too large")
     least = (
         f"at least {fitting[0]} ranks like this device of {room / GIB:.1f} GiB, activations apart"
     )
-    whole = "" if held <= room else "; too large to be tried here"
-    return Finding("shards", "ok", f"{text}; {least}{whole}")
+    if held > room:
+        return Finding("shards", "warning", f"{text}; {least}; {UNTRIED}")
+    return Finding("shards", "ok", f"{text}; {least}")
 
 
 def _step(found: Rehearsal) -> Finding:
@@ -191,8 +212,11 @@ def _step(found: Rehearsal) -> Finding:
     return Finding("step", "ok", f"{text}; a gradient reaches every trained tensor")
 
 
-def _memory(config: Config, found: Rehearsal, room: int) -> Finding:
-    """Judge a microbatch's peak, and name the cheapest changes that would make it fit."""
+def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Finding:
+    """Judge a microbatch's peak, and name the cheapest changes that would make it fit.
+
+    Where there are shards, `besides` is what a rank holds next to its own.
+    """
     predicted = max(sum(found.parts.values()), found.loading)
     lines = [f"  {part:<22} {size / GIB:8.2f} GiB" for part, size in found.parts.items()]
     if found.loading >= predicted:
@@ -201,6 +225,13 @@ def _memory(config: Config, found: Rehearsal, room: int) -> Finding:
     text = f"{found.rows} rows: {how} {predicted / GIB:.2f} GiB, {room / GIB:.1f} are there"
     if predicted < 0.9 * room:
         return Finding("memory", "ok", text, tuple(lines))
+    if besides:
+        state = sum(found.parts.get(part, 0) for part in STATE)
+        rest = predicted - state + besides
+        for n in RANKS[1:]:
+            if state / n + rest < 0.9 * room:
+                text = f"{text}; in shards {(state / n + rest) / GIB:.2f} on each of {n} ranks"
+                return Finding("memory", "ok", text, tuple(lines))
     fixed, ways = predicted - found.rows * found.per_row, []
     fewer = int((0.9 * room - fixed) // max(found.per_row, 1))
     if config.device_train_microbatch_size == "auto" and fewer > 0:
@@ -236,14 +267,17 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     hours = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
     rate = found.rows * found.tokens / found.seconds
     text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on one device"
+    if torch.cuda.is_available():
+        text += f" ({seconds / 3600:.2f} GPU-hours)"
     return Finding("time", "ok", f"{text}, evaluations apart")
 
 
-def _disk(config: Config) -> Finding:
+def _disk(config: Config, found: Rehearsal) -> Finding:
     folder = resume.local_folder(config).absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free / GIB
-    return Finding("disk", "ok", f"{free:.1f} GiB free at {there}, enough for the checkpoints kept")
+    text = f"{free:.1f} GiB free at {there}, enough for the checkpoints kept"
+    return Finding("disk", "ok", f"{text}, of {found.checkpoint / GIB:.2f} GiB each")
 
 
 def memory_there() -> int:

@@ -21,6 +21,7 @@ from composer.utils import dist
 from overture.config.schema import Config
 from overture.data.loaders import build_loader
 from overture.models.attention import describe_attention
+from overture.models.loss import CHUNK, LARGE_CHUNK
 from overture.models.trainable import describe_trained
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
@@ -50,6 +51,7 @@ class Rehearsal(NamedTuple):
     foretold: int  # bytes, from the few rows alone
     whole: bool  # whether a whole microbatch was tried, whose memory is the forecast then
     without: list[str]  # trained tensors that no gradient reaches
+    checkpoint: int  # bytes
 
 
 def rehearse(config: Config, room: int) -> Rehearsal:
@@ -67,7 +69,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
-    resume.check_room(config, network)
+    checkpoint = resume.check_room(config, network)
     exchange_modules(network, config, precision)
     described = [*describe_trained(network), describe_attention(network, device)]
     if device == "cpu":
@@ -141,11 +143,23 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.algorithms.ema is not None:
         parts["moving average"] = parts["gradients"]
     rest = max(forecast - sum(parts.values()), 0)
-    parts["activations and logits"] = min(size * per_row, rest)
-    parts["workspace"] = rest - parts["activations and logits"]
+    parts["activations"] = min(size * per_row, rest)
+    logits = _logits(network, size * _tokens(looked_at[0]), precision)
+    parts["logits"] = min(logits, rest - parts["activations"])
+    parts["workspace"] = rest - parts["activations"] - parts["logits"]
     mean = sum(map(_tokens, looked_at)) / len(looked_at)
     return Rehearsal(described, size, count, mean, seconds, before, parts, loading, per_row,
-                     foretold, whole, without)  # fmt: skip
+                     foretold, whole, without, checkpoint)  # fmt: skip
+
+
+def _logits(network: torch.nn.Module, labels: int, precision: str) -> int:
+    """Return the bytes of the logits that exist at once, in the loss's precision and in float32."""
+    if (head := network.get_output_embeddings()) is None:
+        return 0
+    on_gpu, weight = head.weight.is_cuda, head.weight
+    rows = min(LARGE_CHUNK if on_gpu or weight.requires_grad else CHUNK, labels)
+    wide = weight.element_size() if precision == "fp32" else 2
+    return rows * len(weight) * (wide + (8 if on_gpu else 4))
 
 
 def _tokens(row: dict[str, Any]) -> int:

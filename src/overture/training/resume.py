@@ -221,8 +221,8 @@ def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], pa
         )
 
 
-def check_room(config: Config, model: torch.nn.Module) -> None:
-    """Compare what the checkpoints will take with what is free where they go.
+def check_room(config: Config, model: torch.nn.Module) -> int:
+    """Compare what the checkpoints will take with what is free where they go; return one's bytes.
 
     Those that are there already are counted as kept. A quota of the user's is not seen.
 
@@ -245,6 +245,7 @@ def check_room(config: Config, model: torch.nn.Module) -> None:
             f"{free / 2**30:.1f} GiB are free; name another one or lower "
             "save_num_checkpoints_to_keep"
         )
+    return one
 
 
 class Checkpointer(Callback):
