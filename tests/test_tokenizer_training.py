@@ -206,6 +206,15 @@ def test_what_is_held_out_is_not_trained_on(made, source, tmp_path):
         ({"inputs": ["latin1.txt"]}, r"latin1\.txt: cannot be read as text in UTF-8"),
         ({"inputs": ["empty.txt"], "model": "unigram"}, r"empty\.txt: there is no text in it"),
         ({"inputs": ["broken.jsonl"]}, r"broken\.jsonl: line 1 is not valid JSON"),
+        (
+            {"prompt_template": "dolly"},
+            r"--prompt_template dolly: .*in\.txt is text, without fields",
+        ),
+        ({"data_subset": "en"}, r"--data_subset en: .*in\.txt is text, without fields"),
+        (
+            {"inputs": ["other.jsonl"], "prompt_template": "dolly"},
+            r"--prompt_template dolly: other\.jsonl: line 1 has none of its fields \(instruction, c",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_what_was_there(
@@ -215,6 +224,7 @@ def test_bad_input_is_one_sentence_and_leaves_what_was_there(
     Path("latin1.txt").write_bytes("caf\xe9\n".encode("latin-1"))
     Path("empty.txt").touch()
     Path("broken.jsonl").write_text("{\n")
+    Path("other.jsonl").write_text('{"text": "the owl"}\n')
     made()
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ConfigError, match=words) as caught:

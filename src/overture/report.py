@@ -40,7 +40,8 @@ def build_report(run_folder: Path) -> Path:
     splits = run.environment.pop("data", [])
     machine = run.environment and json.dumps(run.environment, indent=2, ensure_ascii=False)
     texts = {"Command": run.environment.get("command"), "Config": run.config, "Machine": machine}
-    shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
+    shares = {"padding_share": "padding", "data_wait_share": "waiting for data",
+              "outside_share": "outside the model", "mfu": "MFU"}  # fmt: skip
     columns = {n: [r[k] for r in run.train if _finite(r.get(k))] for k, n in shares.items()}
     medians = [f"{name} {median(column):.1%}" for name, column in columns.items() if column]
     keys = [key for key in (run.evals[-1] if run.evals else ()) if key != "kind"]

@@ -47,6 +47,7 @@ class Plan:
     special_tokens: list[str] = field(default_factory=list)
     chat_template: str | None = None  # a built-in one, or a Jinja file
     prompt_template: str | None = None
+    data_subset: str | None = None  # of a dataset on the hub
     eval_input: list[str] = field(default_factory=list)
     eval_fraction: float | None = None  # of the texts, held out; default 0.01, if no eval_input
     overwrite: bool = False
@@ -166,7 +167,8 @@ class _Corpus:
 
     def __init__(self, names: Sequence[str], plan: Plan) -> None:
         chosen = template(plan.prompt_template) if plan.prompt_template else None
-        self._sources = [_texts(name, chosen) for name in names]  # here: a missing file is an error
+        # Opened here: a missing file is an error.
+        self._sources = [_texts(name, chosen, plan) for name in names]
         default = 0.0 if plan.eval_input else 0.01
         self._share = default if plan.eval_fraction is None else plan.eval_fraction
         # What spells a special token or a byte is not to become a piece of that name.
@@ -195,18 +197,24 @@ class _Corpus:
                 yield text.translate(self._holes) if self._holes else text
 
 
-def _texts(name: str, chosen: PromptTemplate | None) -> Callable[[], Iterator[str]]:
+def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[], Iterator[str]]:
     """Return what yields the texts of a file or dataset, from its start each time."""
     path = Path(name)
     if path.is_file() and reader(path) in (None, READERS[".txt"]):
+        for option in ("prompt_template", "data_subset"):
+            if getattr(plan, option):
+                _refuse(f"--{option} {getattr(plan, option)}: {name} is text, without fields")
         return lambda: _lines(path)
-    source = open_source(name)
+    source = open_source(name, subset=plan.data_subset)
 
     def read() -> Iterator[str]:
         for place, record in source.read():
             if isinstance(record, Malformed):
                 raise ConfigError(f"{name}: {place} {record.detail}")
             texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
+            if chosen and not texts.keys() & chosen.fields().keys():
+                fields = f"none of its fields ({', '.join(chosen.fields())})"
+                _refuse(f"--prompt_template {plan.prompt_template}: {name}: {place} has {fields}")
             seen = (chosen.prompt(texts), texts.get(chosen.response, "")) if chosen else ()
             yield from seen or texts.values()
 

@@ -1,9 +1,12 @@
 """Our attention against a float64 reference: values, gradients, isolation, every variation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from overture.models.attention import BLOCK, Layout, attention
+from overture.models.attention import BLOCK, NAME, Layout, attention, describe_attention
 
 LENGTHS = {
     "one document": [[200]],
@@ -136,3 +139,15 @@ def test_masks_of_transformers_go_to_its_own_kernel():
     torch.testing.assert_close(ours, exact.float())
     last, _ = attention(Layer(), query[:, :, -1:], key, value, None)  # after a cache
     torch.testing.assert_close(last, exact[:, -1:].float())
+
+
+def test_the_route_is_named():
+    def said(device, **more):
+        config = LlamaConfig(**more, attn_implementation=NAME)
+        return describe_attention(SimpleNamespace(config=config), device)
+
+    assert said("cpu") == f"attention: within documents, in blocks of {BLOCK} queries"
+    assert "all scores of a row at once" in said("cpu", attn_logit_softcapping=30.0)
+    assert "SDPA with a mask" in said("gpu")
+    config = LlamaConfig(attn_implementation="eager")
+    assert describe_attention(SimpleNamespace(config=config), "cpu") == "attention: eager"

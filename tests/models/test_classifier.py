@@ -179,6 +179,14 @@ def test_loss_is_the_familys_own(family, classes, tokenizer):
         assert metrics["accuracy"].compute().item() == pytest.approx(right)
 
 
+def test_an_encoder_with_a_decoder_is_refused(tokenizer):
+    wanted = ModelConfig("bart", False, config={"d_model": 32})
+    with pytest.raises(
+        ConfigError, match="bart is a bart, an encoder with a decoder; task classif"
+    ):
+        load_network(wanted, tokenizer, 64, "SequenceClassification", labels(2))
+
+
 def test_a_model_that_sees_padding_is_refused(tokenizer):
     network = build("bert", tokenizer, 2)
     forward = network.forward

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from overture.callbacks.throughput import measured_peak
+from overture.flops import peak_flops
 from overture.models.loss import TokenCrossEntropy, cross_entropy_at, label_positions
 
 
@@ -127,3 +129,19 @@ def test_metric_takes_batches_of_several_samples():
     metric.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 1]), torch.tensor([4, 2]))
     assert metric.compute().item() == pytest.approx(2.0)
     assert metric.labels.tolist() == [0, 0, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+        ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_peaks_are_those_of_data_sheets(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_a_peak_is_measured():
+    assert 1e9 < measured_peak(torch.float32) < 1e14

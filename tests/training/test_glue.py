@@ -104,6 +104,8 @@ def test_plan_follows_the_table_and_what_the_user_says(glue):
     assert jobs["rte-2"].needs == jobs["mnli_mm-1"].needs == "mnli-1"
     assert rte["model"] == {"name": "runs/glue/tiny/mnli-1", "pretrained": True}
     assert {job.needs for job in plan(glue("tasks=[rte,mrpc,stsb]"))} == {None}
+    own = glue("tasks=[rte,cola]", "overrides.rte.max_seq_len=32")
+    assert [whole._encoding(own, task)[1] for task in own.tasks] == [32, 64]
 
 
 # ---- bad input
@@ -117,6 +119,7 @@ def test_plan_follows_the_table_and_what_the_user_says(glue):
         (["seeds=[]"], "seeds: .* must name some"),
         (["parallel=0"], "parallel: must be at least 1"),
         (["finetune.seed=3"], "finetune.seed: is set for each job"),
+        (["finetune.save_folder=s3://x/{run_name}"], "finetune.save_folder: is set for each job"),
         (["overrides.colo.seed=3"], "overrides.colo: is none of the tasks"),
         (["data=/no/such"], "data: /no/such: no such folder, nor a name on the hub"),
         (["finetune.optimizer.lrr=1"], r"tiny, job mnli-17: optimizer.lrr: unknown key"),
@@ -290,6 +293,11 @@ def test_results_are_of_what_is_there_now(glue, smoke, tmp_path, capsys, monkeyp
     (encoder / "model.safetensors").write_bytes(b"trained on")
     with pytest.raises(ConfigError, match=r"begun with another config \(model\)"):
         evaluate(glue(*options, "finetune.optimizer.lr=3"))
+    (encoder / "model.safetensors").unlink()
+    lines = (data / "RTE" / "train.tsv").read_text().splitlines(keepends=True)
+    (data / "RTE" / "train.tsv").write_text("".join(lines[:-1]))
+    with pytest.raises(ConfigError, match=r"begun with another config \(data of rte\)"):
+        evaluate(glue(*options, "finetune.optimizer.lr=3"))
 
 
 # ---- the table of scores
@@ -319,7 +327,7 @@ def test_table_of_scores(glue, capsys):
     assert average == pytest.approx((mnli + mrpc) / 2)
     lines = table_lines(rows, average)
     assert f"{'mnli_mm':<10}{'accuracy':<10}{'60.00':>8}{'-':>8}{1:>7}" in lines
-    assert lines[-1] == f"{'average':<20}{100 * average:>8.2f}"
+    assert lines[-1] == f"{'average of 2':<20}{100 * average:>8.2f}"
     config.seeds = [3]
     assert summarise(config, Path(config.run_folder))[1] is None
 

@@ -146,6 +146,12 @@ def test_refusals(bert, smoke, tmp_path):
     shutil.copytree(smoke / "tokenizer", folder)
     AutoTokenizer.from_pretrained(folder, mask_token=None).save_pretrained(folder)
     config = load_config([str(smoke.parents[1] / "yamls" / "smoke" / "mlm.yaml")], ("masked_lm",))
+    config.seed = 3
+    whole = load_tokenizer(str(smoke / "tokenizer"))
+    seeds = [
+        TASKS["masked_lm"].collator(config, whole, training).seed for training in (True, False)
+    ]
+    assert seeds == [3, 17]  # runs of several seeds are asked at the same places
     with pytest.raises(ConfigError, match="maskless has no mask token, which task masked_lm puts"):
         TASKS["masked_lm"].collator(config, load_tokenizer(str(folder)), True)
     with pytest.raises(ConfigError, match=r"trainable: adapters are not trained by task: masked"):

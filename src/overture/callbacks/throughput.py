@@ -35,11 +35,12 @@ class Throughput(Callback):
         trained = {name: p.requires_grad for name, p in state.model.named_parameters()}
         if not all(trained.values()) and not any("lora_" in name for name in trained):
             return  # how far back a gradient goes is not counted, so there is no MFU
-        if state.device.name == "gpu":
+        on_gpu, peak = state.device.name == "gpu", None
+        if self.measure_peak:
+            peak = measured_peak(_plain(state).compute_dtype, "cuda" if on_gpu else "cpu")
+        elif on_gpu:
             peak = peak_flops(torch.cuda.get_device_name())
-            self._peak = peak * dist.get_world_size() if peak else None
-        elif self.measure_peak:
-            self._peak = measured_peak(_plain(state).compute_dtype) * dist.get_world_size()
+        self._peak = peak and peak * dist.get_world_size()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._asked = time.monotonic()
@@ -59,7 +60,8 @@ class Throughput(Callback):
         self._began = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._inside = time.monotonic() - self._began  # forward, backward and optimizer
+        # Forward, backward and optimizer, and the guards between them.
+        self._inside = time.monotonic() - self._began
         counted = torch.tensor(self._counted, dtype=torch.float64)
         if dist.get_world_size() > 1:
             counted = state.device.tensor_to_device(counted)

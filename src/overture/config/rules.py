@@ -244,7 +244,10 @@ def _streams(config: Config) -> Iterator[Problem]:
 
 
 # What evaluate_glue.py sets for each of its jobs.
-_OF_A_JOB = ("task", "seed", "run_name", "run_folder", "data_local", "data_remote", "metrics")
+_OF_A_JOB = (
+    "task", "seed", "run_name", "run_folder", "data_local", "data_remote", "metrics",
+    "save_folder", "load_path",
+)  # fmt: skip
 
 
 def glue_contradictions(config: GlueConfig) -> Iterator[Problem]:

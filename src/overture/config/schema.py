@@ -186,7 +186,7 @@ class SpeedMonitorConfig:
 @dataclass
 class ThroughputConfig:
     window: int = 10  # steps that the rates are taken over
-    measure_peak: bool = False  # time a matrix product at the start, for MFU on a CPU too
+    measure_peak: bool = False  # MFU by a matrix product timed at the start, on a CPU too
 
 
 @dataclass

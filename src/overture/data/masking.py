@@ -25,7 +25,8 @@ class MaskingCollator:
         tokenizer: of Hugging Face's, with a mask token.
         share: above 0, below 1.
         seed: of all masks.
-        anew: whether each epoch has others, for training; else all have the same.
+        anew: whether each epoch has others, for training; else all have the same. A row that a
+            stream repeats within an epoch has the same ones each time.
     """
 
     def __init__(

@@ -56,6 +56,8 @@ def describe_attention(model: Any, device: str) -> str:
     name = model.config._attn_implementation
     if name != NAME:
         return f"attention: {name}"
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "attention: within documents, all scores of a row at once, for their soft cap"
     if device == "cpu":
         return f"attention: within documents, in blocks of {BLOCK} queries"
     return f"attention: within documents, {_varlen_kernel()[0]} where it can, else SDPA with a mask"

@@ -43,6 +43,9 @@ def load_network(
     auto = getattr(transformers, f"AutoModelFor{head}")
     name, location = wanted.name, locate_model(wanted.name)
     config = _model_config(location, wanted, tokenizer)
+    if head == "SequenceClassification" and getattr(config, "is_encoder_decoder", False):
+        fault = f"{name} is a {config.model_type}, an encoder with a decoder"
+        raise ConfigError(f"model.name: {fault}; task classify takes one of the two alone")
     if labels:
         _set_labels(config, labels, wanted)
     model_class = auto._model_mapping.get(type(config), None)

@@ -3,6 +3,7 @@
 peft's own forward pass goes through float32 for every output of every layer; over a bfloat16 base
 that takes longer than the adapters' arithmetic. Here the adapters are rounded to the type of the
 base for the products, as autocast would do, added in place, and their gradients are float32 again.
+Under autocast, with dropout and for DoRA it is peft's own that runs.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """GLUE: each task converted once, `finetune.py` once for each task and seed, one table at the end.
 
 Every job is a process of its own with a run folder and a log: several run side by side, one that
-fails is tried again and takes no other with it, and one that is finished is kept.
+fails is tried again and takes only those with it that start from it, and what is finished is kept.
 """
 
 import csv
@@ -21,7 +21,7 @@ from overture.config.secrets import redact
 from overture.data.schema import sha256_file, write_aside
 from overture.errors import ConfigError
 from overture.models.build import locate_model
-from overture.training.glue_tasks import TASKS, convert_task, find_missing
+from overture.training.glue_tasks import TASKS, convert_task, files_read, find_missing
 from overture.training.jobs import Job, is_finished, run_jobs
 from overture.training.resume import may_be_same
 
@@ -46,7 +46,7 @@ def evaluate(config: GlueConfig) -> int:
         choose_device(check_config(job.config, str, ("classify",)))
     _begin(config, folder, jobs)
     for task in config.tasks:
-        kept = convert_task(config, task, *_encoding(config))
+        kept = convert_task(config, task, *_encoding(config, task))
         print(f"{task}: converted{' already' if kept else ''}", flush=True)
     devices = torch.cuda.device_count()
     count = config.parallel or max(devices, 1)
@@ -64,8 +64,9 @@ def evaluate(config: GlueConfig) -> int:
     writer.writerows(rows)
     write_aside(folder / "glue.csv", file.getvalue())
     print("\n".join([*table_lines(rows, average), f"in {folder}/glue.json and glue.csv"]))
-    for name, code in failed.items():
-        print(f"failed: {name} with exit code {code}; see {folder}/jobs/{name}.log")
+    for job in (job for job in jobs if job.name in failed):
+        log = f"with exit code {failed[job.name]}; see {folder}/jobs/{job.name}.log"
+        print(f"failed: {job.name} {f'as {job.needs} did' if job.needs in failed else log}")
     return next(iter(failed.values()), 0)
 
 
@@ -116,7 +117,7 @@ def _tuned_on_mnli(config: GlueConfig) -> dict[str, Any]:
     """Return what makes a job start from the model that was tuned on MNLI, whose sizes it has."""
     model = {key: value for key, value in config.finetune["model"].items() if key != "config"}
     model |= {"name": f"{config.run_folder}/mnli-{config.seeds[0]}", "pretrained": True}
-    return {"model": model, "tokenizer_name": _encoding(config)[0]}
+    return {"model": model, "tokenizer_name": _encoding(config, "mnli")[0]}
 
 
 def _mismatched(config: GlueConfig) -> Job:
@@ -135,10 +136,10 @@ def _mismatched(config: GlueConfig) -> Job:
     return Job(name, OmegaConf.to_container(OmegaConf.merge(job.config, changes)), job.name)
 
 
-def _encoding(config: GlueConfig) -> tuple[str, int]:
-    """Return the tokenizer and the length that the tasks are converted for."""
-    name = config.finetune.get("tokenizer_name") or config.finetune["model"]["name"]
-    return name, config.finetune["max_seq_len"]
+def _encoding(config: GlueConfig, task: str) -> tuple[str, int]:
+    """Return the tokenizer and the length that a task is converted for."""
+    own = OmegaConf.merge(config.finetune, config.overrides.get(task, {}))
+    return own.get("tokenizer_name") or own.model.name, own.max_seq_len
 
 
 def _begin(config: GlueConfig, folder: Path, jobs: list[Job]) -> None:
@@ -147,27 +148,43 @@ def _begin(config: GlueConfig, folder: Path, jobs: list[Job]) -> None:
     Raises ConfigError if a job was finished with another config, or the data are others.
     """
     path, now = folder / "glue.yaml", {"data": config.data, "model": _content(config)}
+    now |= {f"data of {task}": files_read(config, task) for task in config.tasks}
     now |= {job.name: job.config for job in jobs}
     before = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-    changed = [key for key in now if key in before and before[key] != now[key]]
-    changed = [key for key in changed if not may_be_same(repr(before[key]), repr(now[key]))]
-    of_all = any(is_finished(folder / job.name) for job in jobs)
-    if done := [key for key in changed if (of_all and key in ("data", "model"))
-                or is_finished(folder / key)]:  # fmt: skip
-        fault = f"run_name: {config.run_name} was begun with another config ({', '.join(done)})"
+    changed = {
+        key for key in now if key in before and before[key] != now[key]
+        and not may_be_same(repr(before[key]), repr(now[key]))
+    }  # fmt: skip
+    touched = {job.name: sorted(_rests_on(job) & changed) for job in jobs}
+    if done := {
+        key for name, keys in touched.items() if is_finished(folder / name) for key in keys
+    }:
+        what = ", ".join(sorted(done))
+        fault = f"run_name: {config.run_name} was begun with another config ({what})"
         raise ConfigError(f"{fault}; choose another run_name, or delete {folder}")
     for job in jobs:
-        if {job.name, "data", "model"} & {*changed} and (folder / job.name).exists():
+        if touched[job.name] and (folder / job.name).exists():
             print(f"{job.name}: begun anew, as its config has changed")
             shutil.rmtree(folder / job.name)
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     write_aside(path, redact(OmegaConf.to_yaml(OmegaConf.create({**before, **now}))))
 
 
+def _rests_on(job: Job) -> set[str]:
+    """Return the keys of `glue.yaml` that the result of a job depends on."""
+    names = {job.name, job.needs} - {None}
+    tasks = {name.partition("-")[0].removesuffix("_mm") for name in names}
+    return {"data", "model", *names, *(f"data of {task}" for task in tasks)}
+
+
 def _content(config: GlueConfig) -> str | None:
-    """Return a sha256 over the files of the encoder that is tuned, None of one of the hub."""
-    place = Path(locate_model(config.finetune["model"]["name"]))
-    files = [p for p in sorted(place.glob("*")) if p.suffix in (".json", ".safetensors", ".bin")]
+    """Return a sha256 over the files of the encoder that is tuned and of a tokenizer elsewhere,
+    None of those of the hub.
+    """
+    names = (config.finetune["model"]["name"], config.finetune.get("tokenizer_name"))
+    places = [Path(locate_model(name)) for name in names if name]
+    files = [p for place in places for p in sorted(place.glob("*"))
+             if p.suffix in (".json", ".safetensors", ".bin")]  # fmt: skip
     named = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)
     return hashlib.sha256(named.encode()).hexdigest() if files else None
 
@@ -205,4 +222,5 @@ def table_lines(rows: list[dict[str, Any]], average: float | None) -> list[str]:
     for row in rows:
         figures = f"{shown(row['mean'])}{shown(row['std'])}{len(row['values']):>7}"
         lines.append(f"{row['task']:<10}{row['metric']:<10}{figures}")
-    return [*lines, f"{'average':<20}{shown(average)}"]
+    count = len({row["task"].removesuffix("_mm") for row in rows})
+    return [*lines, f"{f'average of {count}':<20}{shown(average)}"]

@@ -81,8 +81,18 @@ def find_missing(config: GlueConfig) -> None:
         raise ConfigError(f"data: {fault}; put them there, or leave their tasks out of `tasks`")
 
 
+def files_read(config: GlueConfig, task: str) -> list[str]:
+    """Return the sha256 of each of a task's files; none of data of the hub."""
+    root = Path(config.data)
+    files = [root / TASKS[task].folder / file for _, file, _ in TASKS[task].splits]
+    return [sha256_file(path) for path in files] if root.is_dir() else []
+
+
 def convert_task(config: GlueConfig, task: str, tokenizer: str, max_seq_len: int) -> bool:
-    """Convert a task's splits for a tokenizer, unless they are there; return whether they were."""
+    """Convert a task's splits for a tokenizer, unless they are there; return whether they were.
+
+    Says which rows are lost, if some are: of a dev set they are missing from the score.
+    """
     from overture.data.convert import convert
     from overture.tokenizer import load_tokenizer, tokenizer_sha256
 
@@ -100,9 +110,9 @@ def convert_task(config: GlueConfig, task: str, tokenizer: str, max_seq_len: int
     ledgers = [read_ledger(folder) for folder in there]
     found = [[ledger["arguments"], ledger["tokenizer"]["sha256"]] for ledger in ledgers]
     read = [ledger["source"].get("sha256") for ledger in ledgers]
-    if root.is_dir() and read != [sha256_file(Path(one.dataset)) for one in origins.values()]:
+    if root.is_dir() and read != files_read(config, task):
         found = []  # the files are others than they were
     if found == [wanted] * len(origins):
         return True
-    convert(job, lambda _: None)
+    convert(job, lambda line: print(line, flush=True) if "dropped" in line else None)
     return False
