@@ -25,11 +25,9 @@ def main() -> None:
     add = parser.add_argument
     add("--dataset", help="what to convert")
     add(
-        "--splits",
-        nargs="+",
-        metavar="NAME=SPLIT[a:b]",
+        "--splits", nargs="+", metavar="NAME=SPLIT[a:b]",
         help="splits to write: of --dataset, or without it NAME=DATASET[a:b]; default: train",
-    )
+    )  # fmt: skip
     add("--task", choices=list(OVERFLOWS))
     add("--out_root", help="a folder, or s3://bucket/path, gs://...")
     add("--tokenizer", help="a folder or hub name; --task text without one keeps raw text")

@@ -16,11 +16,9 @@ from overture.errors import ConfigError
 
 NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", "omegaconf")
 OPTIONAL = {
-    "flash_attn": "faster attention on CUDA",
-    "wandb": "logging to Weights & Biases",
-    "mlflow": "logging to MLflow",
-    "tensorboard": "logging to TensorBoard",
-}
+    "flash_attn": "faster attention on CUDA", "wandb": "logging to Weights & Biases",
+    "mlflow": "logging to MLflow", "tensorboard": "logging to TensorBoard",
+}  # fmt: skip
 
 
 def check_data(config: Config, most: float = math.inf) -> None:

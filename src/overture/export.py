@@ -63,12 +63,9 @@ class Loading(NamedTuple):
 
 
 def save_model(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    trained_on: dict[str, Any],
+    model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any],
     weights: dict[str, torch.Tensor] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write a model, or the adapters of a PeftModel and what they were `trained_on`, with its
     tokenizer; whole or not at all. `weights` are its state dict, if it holds but shards of them.
     """

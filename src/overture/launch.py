@@ -71,14 +71,12 @@ def render(arguments: list[str], job: Job) -> str:
     options = [forms[n].format(set_here[n], nodes=job.nodes) for n in forms if forms[n]]
     notice = min(NOTICE, _seconds(job.time) // 2) if job.time else NOTICE
     parts = {
-        "name": config.run_name,
-        "nodes": str(job.nodes),
-        "gpus": str(job.gpus),
+        "name": config.run_name, "nodes": str(job.nodes), "gpus": str(job.gpus),
         "notice": str(notice),
         "options": "".join(f"\n{mark} {option}" for option in [*options, *job.option]),
         "variables": _variables(arguments, config, job, notice),
         "node": (ROOT / "launch" / "node.sh").read_text("utf-8").rstrip(),
-    }
+    }  # fmt: skip
     template = (ROOT / "launch" / f"{job.scheduler}.sh").read_text("utf-8")
     script = re.sub(r"@([a-z]+)@", lambda found: parts[found[1]], template)
     if redact(script) != script:

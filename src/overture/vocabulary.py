@@ -134,11 +134,9 @@ def sentence_piece(
 
 
 def _assembled(
-    pieces: list[tuple[str, float]],
-    specials: Sequence[str],
-    byte_fallback: bool,
+    pieces: list[tuple[str, float]], specials: Sequence[str], byte_fallback: bool,
     merges: list[tuple[str, str]] | None = None,
-) -> Tokenizer:
+) -> Tokenizer:  # fmt: skip
     """Return a tokenizer of pieces with their scores; `merges` make it BPE, otherwise unigram."""
     if merges is None:
         # To a unigram model all its pieces are text. These must lose against the letters they are

@@ -24,23 +24,17 @@ def facts_of(config: Config, benchmark: str, train_samples: int, eval_samples: i
     micro = config.device_train_microbatch_size
     per_rank = config.global_train_batch_size // dist.get_world_size()
     found = {
-        "submission_benchmark": benchmark,
-        "seed": config.seed,
+        "submission_benchmark": benchmark, "seed": config.seed,
         "global_batch_size": config.global_train_batch_size,
         "gradient_accumulation_steps": None if micro == "auto" else max(per_rank // micro, 1),
-        "train_samples": train_samples,
-        "eval_samples": eval_samples,
-        "opt_name": config.optimizer.name,
-        "opt_base_learning_rate": config.optimizer.lr,
-        "opt_adamw_weight_decay": config.optimizer.weight_decay,
-        "opt_learning_rate_warmup": warmup,
+        "train_samples": train_samples, "eval_samples": eval_samples,
+        "opt_name": config.optimizer.name, "opt_base_learning_rate": config.optimizer.lr,
+        "opt_adamw_weight_decay": config.optimizer.weight_decay, "opt_learning_rate_warmup": warmup,
         "opt_learning_rate_training_duration": config.max_duration,
         "opt_gradient_clip_norm": clipping and clipping.clipping_threshold,
-        "lora_rank": lora and lora.r,
-        "lora_alpha": lora and lora.alpha,
-        "eval_interval": config.eval_interval,
-        "quality_target": target and target.cross_entropy,
-    }
+        "lora_rank": lora and lora.r, "lora_alpha": lora and lora.alpha,
+        "eval_interval": config.eval_interval, "quality_target": target and target.cross_entropy,
+    }  # fmt: skip
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -50,11 +50,9 @@ class Throughput(Callback):
         self._waited = time.monotonic() - self._asked
         batch = state.batch
         self._counted = (
-            sum(batch["num_tokens"]),
-            sum(batch["num_labels"]),
-            _room(batch),
+            sum(batch["num_tokens"]), sum(batch["num_labels"]), _room(batch),
             _plain(state).flops_per_batch(batch),
-        )
+        )  # fmt: skip
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._began = time.monotonic()

@@ -35,12 +35,10 @@ class ClassifyCollator:
         labels = np.array([row["label"] for row in rows])
         kind = np.int64 if labels.dtype.kind == "i" else np.float32
         arrays = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "token_type_ids": types,
+            "input_ids": input_ids, "attention_mask": mask, "token_type_ids": types,
             "labels": labels.astype(kind),
             "sample_ids": np.array([row["sample_id"] for row in rows]),
-        }
+        }  # fmt: skip
         ones = [1] * len(rows)
         counts = {"num_tokens": lengths, "num_labels": ones, "num_spans": ones}
         return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts

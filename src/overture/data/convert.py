@@ -177,13 +177,11 @@ def _write_all(
     tokens, known = _tokens(job, prompt) if job.tokenizer else (None, None)
     built_in = next((name for name, one in templates().items() if one == prompt), None)
     facts = {
-        "kit_version": overture.__version__,
-        "task": job.task,
-        "tokenizer": known,
+        "kit_version": overture.__version__, "task": job.task, "tokenizer": known,
         "prompt_template": job.prompt_template or built_in,
         "template": asdict(prompt) if isinstance(prompt, PromptTemplate) else prompt,
         "labels": labels,
-    }
+    }  # fmt: skip
     work.bind({f"{name} (contents)": value for name, value in facts.items()})
     ledgers = {}
     if job.engine == "spark":
@@ -207,11 +205,9 @@ def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
     tokenizer = load_tokenizer(job.tokenizer)
     tokens = template_tokens(tokenizer, prompt, specials=job.task == "chat")
     return tokens, {
-        "name": job.tokenizer,
-        "sha256": tokenizer_sha256(tokenizer),
-        "vocab_size": tokens.vocab_size,
-        "eos_token_id": tokens.eos,
-    }
+        "name": job.tokenizer, "sha256": tokenizer_sha256(tokenizer),
+        "vocab_size": tokens.vocab_size, "eos_token_id": tokens.eos,
+    }  # fmt: skip
 
 
 def template_tokens(tokenizer: Any, prompt: Any, specials: bool = False) -> Tokens:

@@ -19,13 +19,10 @@ from overture.errors import ConfigError, nearest
 # What other datasets call our fields, for a better hint than spelling alone can give.
 _ALIASES = {
     "response": ("output", "answer", "completion", "target", "chosen"),
-    "instruction": ("prompt", "question", "query"),
-    "context": ("input", "passage", "document"),
-    "text": ("content", "document", "body", "sentence", "sentence1"),
-    "text_pair": ("sentence2",),
-    "label": ("class", "category", "score"),
-    "messages": ("conversation", "dialog", "turns"),
-}
+    "instruction": ("prompt", "question", "query"), "context": ("input", "passage", "document"),
+    "text": ("content", "document", "body", "sentence", "sentence1"), "text_pair": ("sentence2",),
+    "label": ("class", "category", "score"), "messages": ("conversation", "dialog", "turns"),
+}  # fmt: skip
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 MAX_DETAILS = 10_000  # reasons in words are kept for so many malformed rows, counts for all
 

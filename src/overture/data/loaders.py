@@ -49,12 +49,9 @@ class GuardedLoader(StreamingDataLoader):
 
 
 def build_loader(
-    config: Config,
-    loader: LoaderConfig,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int,
-    stacks: IO[bytes] | None = None,
-) -> DataSpec:
+    config: Config, loader: LoaderConfig, collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batch_size: int, stacks: IO[bytes] | None = None,
+) -> DataSpec:  # fmt: skip
     """Return one of a config's loaders; `batch_size` is rows per rank, of which `collate` makes a
     batch. On SIGUSR2 workers write what they are doing to `stacks`, an open file, or to the
     terminal.
@@ -80,19 +77,14 @@ def build_loader(
         fault = f"{full_batch} samples make a batch, but {' and '.join(streams)} holds only"
         raise ConfigError(f"drop_last: {fault} {rows:,}; lower the batch size or convert more data")
     batches = GuardedLoader(
-        dataset,
-        batch_size,
-        collate_fn=collate,
-        num_workers=loader.num_workers,
+        dataset, batch_size, collate_fn=collate, num_workers=loader.num_workers,
         drop_last=loader.drop_last,
         worker_init_fn=partial(_begin_worker, stacks) if loader.num_workers else None,
-    )
+    )  # fmt: skip
     return DataSpec(
-        batches,
-        num_samples=rows,
-        get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
+        batches, num_samples=rows, get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=count_tokens,
-    )
+    )  # fmt: skip
 
 
 def _begin_worker(stacks: IO[bytes] | None, worker: int) -> None:

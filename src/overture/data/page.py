@@ -24,12 +24,10 @@ def write_page(file: Path, module: Path, title: str, **values: Any) -> None:
     Values are shown as text. The templates may extend `page.html` and take parts of `parts.html`.
     """
     templates = Environment(
-        loader=FileSystemLoader([module.parent, Path(__file__).parent]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader([module.parent, Path(__file__).parent]), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
-    )
+    )  # fmt: skip
     template = templates.get_template(f"{module.stem}.html")
     page = template.render(title=title, style=f"{module.stem}.css", **values)
     # Half of a surrogate pair cannot be written; a mark in its place can.

@@ -123,13 +123,10 @@ def _squad_questions(articles: list[Any]) -> Iterator[Record | Malformed]:
                 try:
                     answers = [answer["text"] for answer in question.get("answers") or []]
                     yield {
-                        "id": question.get("id"),
-                        "title": article.get("title", ""),
-                        "context": paragraph["context"],
-                        "question": question["question"],
-                        "answer": answers[0] if answers else "",
-                        "answers": answers,
-                    }
+                        "id": question.get("id"), "title": article.get("title", ""),
+                        "context": paragraph["context"], "question": question["question"],
+                        "answer": answers[0] if answers else "", "answers": answers,
+                    }  # fmt: skip
                 except (KeyError, TypeError, AttributeError) as error:
                     yield Malformed("not_squad", f"is not in SQuAD format ({error!r})")
 
@@ -235,10 +232,6 @@ def read_parallel(paths: list[Path]) -> Rows:
 
 
 READERS: dict[str, Callable[[Path, Format], Rows]] = {
-    **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl),
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
+    **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl), ".json": _read_json, ".csv": _read_csv,
+    ".tsv": _read_tsv, ".parquet": _read_parquet, ".txt": _read_text,
+}  # fmt: skip

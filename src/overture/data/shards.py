@@ -18,11 +18,9 @@ from overture.errors import DataError, OvertureError
 
 BARS = 10  # of a length histogram
 KINDS = {
-    "tokens": {"input_ids", "loss_mask", "document_ends"},
-    "seq2seq": {"input_ids", "labels"},
-    "classify": {"input_ids", "token_type_ids", "label"},
-    "raw": {"text"},
-}
+    "tokens": {"input_ids", "loss_mask", "document_ends"}, "seq2seq": {"input_ids", "labels"},
+    "classify": {"input_ids", "token_type_ids", "label"}, "raw": {"text"},
+}  # fmt: skip
 
 
 @contextmanager
@@ -137,22 +135,19 @@ class Figures:
         has_loss = kind in ("tokens", "seq2seq")
         room = len(self.lengths) * self.split.max_seq_len if kind == "tokens" else 0
         return {
-            "task": self.split.ledger["task"],
-            "rows_in_split": len(self.split),
-            "rows_read": len(self.lengths),
-            "documents": len(self.documents),
+            "task": self.split.ledger["task"], "rows_in_split": len(self.split),
+            "rows_read": len(self.lengths), "documents": len(self.documents),
             "characters" if kind == "raw" else "tokens": total,
             "learned_tokens": learned if has_loss else None,
             "learned_share": learned / max(total, 1) if has_loss else None,
             "rows_without_learned_tokens": self.learned.count(0) if has_loss else None,
             "packing_utilisation": total / room if room else None,
             "rows_by_length": _by_length(self.lengths),
-            "documents_by_length": _by_length(self.documents),
-            "row_lengths": _spread(self.lengths),
+            "documents_by_length": _by_length(self.documents), "row_lengths": _spread(self.lengths),
             "document_lengths": _spread(self.documents),
             "rows_by_label": dict(sorted(self.labels.items())) or None,
             "scores": _spread(self.scores),
-        }
+        }  # fmt: skip
 
 
 def _by_length(lengths: array) -> dict[str, int]:

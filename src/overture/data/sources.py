@@ -68,12 +68,9 @@ class Source:
 
 
 def open_source(
-    name: str,
-    split: str = "train",
-    form: Format = PLAIN,
-    subset: str | None = None,
+    name: str, split: str = "train", form: Format = PLAIN, subset: str | None = None,
     revision: str | None = None,
-) -> Source:
+) -> Source:  # fmt: skip
     """Return a source: file, folder, pattern, aligned files as `FILE,FILE`, `embedded`, hub name.
 
     In a folder, `split` picks the files of that name (`train.tsv`, `train/*.jsonl`); all of them

@@ -84,14 +84,9 @@ class TokenStream(StreamingDataset):
     """
 
     def __init__(
-        self,
-        *,
-        local: str = "",
-        split: str = "",
-        remote: str | None = None,
-        streams: Sequence[StreamConfig] = (),
-        **more: Any,
-    ) -> None:
+        self, *, local: str = "", split: str = "", remote: str | None = None,
+        streams: Sequence[StreamConfig] = (), **more: Any,
+    ) -> None:  # fmt: skip
         streams = streams or [StreamConfig(local, remote, split)]
         self._failed: set[int] = set()
         self._epoch = 0

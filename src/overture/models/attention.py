@@ -94,19 +94,11 @@ def takes_rows_end_to_end(implementation: str, device: torch.device, dtype: Any,
 
 
 def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    slopes: tuple[float, ...] | None = None,
-    implementation: str = NAME,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, slopes: tuple[float, ...] | None = None,
+    implementation: str = NAME, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Return [rows, tokens, heads, size], attended within documents, as transformers calls it.
 
     Args:

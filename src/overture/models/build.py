@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,9 @@ ALIASES = {"hf_bert": "bert"}  # so that it stands beside mosaic_bert
 
 
 def load_network(
-    wanted: ModelConfig,
-    tokenizer: Any,
-    max_seq_len: int = 0,
-    head: str = "CausalLM",
-    labels: dict[str, Any] | None = None,
-    device_map: str | None = None,
-    hollow: bool = False,
-) -> Any:
+    wanted: ModelConfig, tokenizer: Any, max_seq_len: int = 0, head: str = "CausalLM",
+    labels: dict[str, Any] | None = None, device_map: str | None = None, hollow: bool = False,
+) -> Any:  # fmt: skip
     """Return a model of Hugging Face's with a head, as in AutoModelForCausalLM.
 
     A model type such as `llama` gets the vocabulary of the `tokenizer`; rows may have `max_seq_len`
@@ -64,16 +60,13 @@ def load_network(
     if device_map:
         options["device_map"] = device_map
     try:
-        if hollow:
-            with torch.device("meta"):
-                model = auto.from_config(config, **options)
-            model.made_anew = []
-        elif wanted.pretrained:
+        if wanted.pretrained and not hollow:
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, loaded = auto.from_pretrained(location, config=config, **options)
             model.made_anew = _made_anew(model, loaded, wanted, location, bool(labels))
         else:
-            model = auto.from_config(config, **options)
+            with torch.device("meta") if hollow else nullcontext():
+                model = auto.from_config(config, **options)
             model.made_anew = []
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {name}: {' '.join(str(error).split())[:300]}") from None

@@ -95,11 +95,9 @@ class CausalLM(HuggingFaceModel):
             backbone, starts = self._parts["backbone"], batch["document_starts"]
             bounds = sum(batch["num_spans"]), max(batch["longest"])
             hidden = self._parts.get("compiled", backbone)(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                attention_mask=document_mask(backbone, starts, *bounds),
-                use_cache=False,
-            )[0]
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+                attention_mask=document_mask(backbone, starts, *bounds), use_cache=False,
+            )[0]  # fmt: skip
             count = sum(batch["num_labels"])
             places, targets = label_positions(batch["labels"], count)
             chosen = hidden.flatten(0, 1).index_select(0, places)

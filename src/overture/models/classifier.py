@@ -23,13 +23,9 @@ class Classifier(HuggingFaceModel):
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        eval_samples: int | None,
-        cpu_autocast: bool = False,
+        self, model: Any, tokenizer: Any, eval_samples: int | None, cpu_autocast: bool = False,
         scores: list[str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         # Composer asks whether this is one of transformers' causal models by importing them all.
         huggingface._is_registered_causal_lm = lambda _: False
         super().__init__(model, tokenizer=tokenizer, metrics=[], eval_metrics=[])

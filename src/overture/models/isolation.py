@@ -49,11 +49,9 @@ def prove_isolation(model: Any, vocab_size: int, longest: int, packed: bool) -> 
     def logits(begin: int) -> Tensor:
         mask = document_mask(model, (starts[None, begin:] - begin).to(torch.int32))
         return model(
-            input_ids=ids[:, begin:],
-            position_ids=(places - starts)[None, begin:],
-            attention_mask=mask,
-            use_cache=False,
-        ).logits
+            input_ids=ids[:, begin:], position_ids=(places - starts)[None, begin:],
+            attention_mask=mask, use_cache=False,
+        ).logits  # fmt: skip
 
     together, alone = logits(0)[:, first:], logits(first)
     later = max(length // 8, 1)

@@ -32,15 +32,9 @@ TASK_TYPES = {
 
 
 def add_lora(
-    model: Any,
-    r: int,
-    alpha: float,
-    dropout: float,
-    target_modules: str | list[str],
-    rslora: bool = False,
-    dora: bool = False,
-    head: str = "CausalLM",
-) -> Any:
+    model: Any, r: int, alpha: float, dropout: float, target_modules: str | list[str],
+    rslora: bool = False, dora: bool = False, head: str = "CausalLM",
+) -> Any:  # fmt: skip
     """Return the model as a PeftModel with fresh adapters; everything else is frozen, but for the
     `head` of a classifier.
 
@@ -50,14 +44,9 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        use_rslora=rslora,
-        use_dora=dora,
-        task_type=TASK_TYPES.get(head),
-    )
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
+        use_rslora=rslora, use_dora=dora, task_type=TASK_TYPES.get(head),
+    )  # fmt: skip
     try:
         # peft casts the adapters of a half-precision base to float32 (autocast_adapter_dtype).
         adapted = get_peft_model(model, config)

@@ -33,14 +33,9 @@ def label_positions(labels: Tensor, count: int, ahead: int = 1) -> tuple[Tensor,
 
 
 def cross_entropy_at(
-    hidden: Tensor,
-    head: Any,
-    targets: Tensor,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    count: int | None = None,
-    smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head: Any, targets: Tensor, scale: float = 1.0, softcap: float | None = None,
+    count: int | None = None, smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the sum of the labels' cross-entropies, and each of them without gradient, in nats.
 
     Args:

@@ -147,8 +147,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
     tokenizer = load_tokenizer(name, trust)
     wanted = replace(config.model, pretrained=False, load_in_4bit=False, load_in_8bit=False)
     try:
-        with torch.device("meta"):
-            network = load_network(wanted, tokenizer, 0, TASKS[config.task].head)
+        network = load_network(wanted, tokenizer, head=TASKS[config.task].head, hollow=True)
     except RuntimeError:  # a model that must see its numbers while it is made
         return 0, 0
     count = sum(p.numel() for p in network.parameters())

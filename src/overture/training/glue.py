@@ -95,20 +95,15 @@ def _job(config: GlueConfig, task: str, seed: int) -> Job:
     if needs:
         common = {**common, **_tuned_on_mnli(config)}
     defaults = {
-        "max_duration": f"{row.epochs}ep",
-        "global_train_batch_size": row.batch,
+        "max_duration": f"{row.epochs}ep", "global_train_batch_size": row.batch,
         "optimizer": {"lr": row.lr, "weight_decay": row.decay},
-        "eval_loader": {"dataset": {"split": "dev"}},
-        "progress_bar": False,
-    }
+        "eval_loader": {"dataset": {"split": "dev"}}, "progress_bar": False,
+    }  # fmt: skip
     fixed = {
-        "task": "classify",
-        "seed": seed,
-        "run_name": name,
-        "run_folder": f"{config.run_folder}/{name}",
-        "data_local": f"{config.data_local}/{task}",
+        "task": "classify", "seed": seed, "run_name": name,
+        "run_folder": f"{config.run_folder}/{name}", "data_local": f"{config.data_local}/{task}",
         "metrics": list(row.metrics),
-    }
+    }  # fmt: skip
     merged = OmegaConf.merge(defaults, common, config.overrides.get(task, {}), fixed)
     return Job(name, OmegaConf.to_container(merged), needs)
 
@@ -125,13 +120,10 @@ def _mismatched(config: GlueConfig) -> Job:
     seed = config.seeds[0]
     job, name = _job(config, "mnli", seed), f"{MISMATCHED}-{seed}"
     changes = {
-        **_tuned_on_mnli(config),
-        "run_name": name,
-        "run_folder": f"{config.run_folder}/{name}",
-        "eval_loader": {"dataset": {"split": "dev_mm"}},
-        "eval_first": True,
+        **_tuned_on_mnli(config), "run_name": name, "run_folder": f"{config.run_folder}/{name}",
+        "eval_loader": {"dataset": {"split": "dev_mm"}}, "eval_first": True,
         "callbacks": {"loss_target": {"cross_entropy": ANY_LOSS}},
-    }
+    }  # fmt: skip
     job.config.pop("model")
     return Job(name, OmegaConf.to_container(OmegaConf.merge(job.config, changes)), job.name)
 

@@ -16,11 +16,9 @@ from overture.errors import ConfigError
 from overture.training.seq_length import LengthWarmup
 
 CALLBACKS = {
-    "speed_monitor": SpeedMonitor,
-    "lr_monitor": LRMonitor,
-    "memory_monitor": MemoryMonitor,
+    "speed_monitor": SpeedMonitor, "lr_monitor": LRMonitor, "memory_monitor": MemoryMonitor,
     "runtime_estimator": RuntimeEstimator,
-}
+}  # fmt: skip
 
 
 class Average(EMA):

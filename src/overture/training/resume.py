@@ -372,14 +372,9 @@ class ExactResume(Callback):
         self.rng: list[dict[str, Any]] | None = None
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """Restore before the loader begins an epoch."""
-        self._restore()
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Restore after the loader has begun in the middle of one."""
-        self._restore()
-
-    def _restore(self) -> None:
+        """Restore before the loader begins an epoch, or after it has begun in the middle of one."""
         if self.rng is not None:
             reproducibility.load_rng_state(self.rng)
             self.rng = None
+
+    after_dataloader = epoch_start

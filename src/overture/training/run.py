@@ -336,19 +336,15 @@ def _result(
     of_tokens = log.last_eval and config.task != "classify"
     perplexity = math.exp(min(log.last_eval, 700.0)) if of_tokens else None
     return {
-        "run_name": config.run_name,
-        "status": status if target else "completed",
-        "target": target.target if target else None,
-        "eval_cross_entropy": log.last_eval,
+        "run_name": config.run_name, "status": status if target else "completed",
+        "target": target.target if target else None, "eval_cross_entropy": log.last_eval,
         "eval_perplexity": perplexity,
         "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
         "time_to_train_seconds": target.seconds_to_train if target else seconds,
-        "tokens_seen": throughput.tokens,
-        "label_tokens_seen": throughput.label_tokens,
-        "tokens_per_second": tokens_per_second,
-        "label_tokens_per_second": label_tokens_per_second,
+        "tokens_seen": throughput.tokens, "label_tokens_seen": throughput.label_tokens,
+        "tokens_per_second": tokens_per_second, "label_tokens_per_second": label_tokens_per_second,
         "seed": config.seed,
-    }
+    }  # fmt: skip
 
 
 def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:

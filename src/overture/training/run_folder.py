@@ -92,13 +92,10 @@ def environment(command: str) -> dict[str, Any]:
     versions = {"overture": overture.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
-        "command": command,
-        "versions": versions,
-        "devices": devices or [processor()],
-        "ranks": dist.get_world_size(),
-        "cpu_threads": torch.get_num_threads(),
+        "command": command, "versions": versions, "devices": devices or [processor()],
+        "ranks": dist.get_world_size(), "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
-    }
+    }  # fmt: skip
 
 
 def _data(named: tuple[str, dict[str, Any]]) -> dict[str, Any]:

@@ -65,10 +65,8 @@ def cut_documents(batch: dict[str, Any], length: int) -> dict[str, Any]:
     rest = torch.where(pieces > 1, sizes, 0)[:, None]
     longest = (depth % length + 1).where(is_token, len(places) - sizes[:, None])
     return batch | {
-        "labels": labels,
-        "document_starts": starts.to(torch.int32),
+        "labels": labels, "document_starts": starts.to(torch.int32),
         "position_ids": places - torch.where(is_token, starts, rest),
         "num_labels": (labels != -100).sum(1).tolist(),
-        "num_spans": (pieces + (sizes < len(places))).tolist(),
-        "longest": longest.amax(1).tolist(),
-    }
+        "num_spans": (pieces + (sizes < len(places))).tolist(), "longest": longest.amax(1).tolist(),
+    }  # fmt: skip

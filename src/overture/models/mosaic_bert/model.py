@@ -171,14 +171,10 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        document_starts: Tensor | None = None,
-        num_tokens: int | None = None,
-        num_documents: int | None = None,
-    ) -> BaseModelOutputWithPooling:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, document_starts: Tensor | None = None,
+        num_tokens: int | None = None, num_documents: int | None = None,
+    ) -> BaseModelOutputWithPooling:  # fmt: skip
         """Return the hidden states [rows, tokens, width], zeros or noise for padding.
 
         Args:
