@@ -33,6 +33,10 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if bool(args.config) == bool(args.compare):
         raise ConfigError("give a config to run, or --compare and folders")
+    if args.compare and (args.out or args.reference or args.price is not None):
+        raise ConfigError(
+            "--compare takes folders alone; --out, --reference and --price are of runs"
+        )
     if args.seeds < 3:
         raise ConfigError(f"--seeds: {args.seeds}, but the fastest and the slowest are dropped: 3")
     config = load_config(args.config, tuple(DOORS)) if args.config else None

@@ -15,6 +15,12 @@ from overture.errors import ConfigError, exit_on_error
 from overture.launch import SCHEDULERS, Job, render, submit, submit_command
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise ConfigError("--scratch: is empty; is the variable set that it was taken from?")
+    return Path(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,7 +40,7 @@ def main() -> None:
     what = "one more of the scheduler, as in --option=--mem=0 or --option='-pe mpi 2'"
     add("--option", action="append", default=[], help=what)
     add("--modules", nargs="+", default=[], help="environment modules to load on the nodes")
-    add("--scratch", type=Path, help="for TMPDIR and, unless it is set, HF_HOME")
+    add("--scratch", type=_folder, help="for TMPDIR and, unless it is set, HF_HOME")
     add("--container", metavar="IMAGE.sif", help="run in it, with Apptainer")
     add("--out", type=Path, metavar="FILE", help="write the script there")
     add("--submit", action="store_true", help="hand it to sbatch or qsub")

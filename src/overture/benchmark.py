@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import random
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -10,22 +12,15 @@ from typing import Any
 
 import yaml
 
+from overture import errors
 from overture.callbacks.mlperf_log import PREFIX
 from overture.config.load import dump_config
 from overture.config.schema import Config
-from overture.errors import (
-    EXIT_DONE,
-    EXIT_PREEMPTED,
-    EXIT_TARGET_MISSED,
-    ConfigError,
-    DataError,
-    GuardError,
-    Preempted,
-)
+from overture.errors import ConfigError, DataError, GuardError, Preempted
 
 SLACK = 2.0  # seconds between the end of an evaluation and what is written of it
 SEEDED = ("seed", "run_name", "run_folder", "save_folder")  # what runs of a benchmark may differ in
-SUSPICIOUS = 0.05  # p-value
+SUSPICIOUS, PERMUTATIONS = 0.05, 200_000  # p-value, and the most that are looked at for it
 SETTING = ("task", "max_seq_len", "global_train_batch_size", "eval_interval")
 
 
@@ -99,9 +94,12 @@ def faults(folder: Path) -> Iterator[str]:
     }:
         yield f"ended {result['status']} with {last:.4f}, the target being {target}"
     resumed = any('"what": "resumed"' in line for line in lines)
-    seconds = (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000
-    if not resumed and abs(seconds - result["time_to_train_seconds"]) > SLACK:
-        yield f"{result['time_to_train_seconds']:.1f} s to train, but {seconds:.1f} in the log"
+    seconds, said = (
+        (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000,
+        result["time_to_train_seconds"],
+    )
+    if said is not None and not resumed and abs(seconds - said) > SLACK:
+        yield f"{said:.1f} s to train, but {seconds:.1f} in the log"
 
 
 def _interval(wanted: str, config: dict[str, Any], train_samples: int) -> int | None:
@@ -120,8 +118,9 @@ def faults_of_set(folders: Sequence[Path]) -> Iterator[str]:
     seeds = [config["seed"] for config in configs]
     if len({*seeds}) < len(seeds):
         yield f"seeds {seeds}: one was used twice"
-    for folder, config in zip(folders, configs, strict=True):
-        for key in _differences(config, configs[0]):
+    machines = [machine_of(folder) for folder in folders]
+    for folder, config, machine in zip(folders, configs, machines, strict=True):
+        for key in _differences(config, configs[0]) + _differences(machine, machines[0]):
             yield f"{folder.name}: {key} is another one than in {folders[0].name}"
 
 
@@ -164,8 +163,11 @@ def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
     here it is Fisher's exact permutation test (1935) of the means, which assumes no distribution,
     and slower runs are flagged as well: they are a regression.
     """
-    every, count = [*ours, *reference], len(ours)
-    sums = [sum(chosen) for chosen in itertools.combinations(every, count)]
+    every, count, draw = [*ours, *reference], len(ours), random.Random(0)
+    if math.comb(len(every), count) <= PERMUTATIONS:
+        sums = [sum(chosen) for chosen in itertools.combinations(every, count)]
+    else:  # too many to look at: some, and that which is there
+        sums = [sum(ours), *(sum(draw.sample(every, count)) for _ in range(PERMUTATIONS - 1))]
     means = statistics.mean(ours), statistics.mean(reference)
     for word, as_far in {
         "fewer": sum(s <= sum(ours) for s in sums), "more": sum(s >= sum(ours) for s in sums)
@@ -208,9 +210,9 @@ def run_seeds(
         if not (folder / "result.json").is_file() or not (folder / "hf").is_dir():
             with folder.with_suffix(".log").open("ab") as log:
                 code = subprocess.run([*command, *options], stdout=log, stderr=log).returncode
-            if code == EXIT_PREEMPTED:
+            if code == errors.EXIT_PREEMPTED:
                 raise Preempted(None, "what was running has saved")
-            if code not in (EXIT_DONE, EXIT_TARGET_MISSED):
+            if code not in (errors.EXIT_DONE, errors.EXIT_TARGET_MISSED):
                 fault = f"seed {seed} ended with exit code {code}"
                 raise GuardError(f"{fault}; see {folder.with_suffix('.log')}")
         yield seed, folder
@@ -219,7 +221,10 @@ def run_seeds(
 def stored(path: Path) -> dict[str, Any]:
     """Return a benchmark.json; ConfigError if it is none."""
     try:
-        return {"runs": [], **json.loads(path.read_text("utf-8"))}
+        found = {"runs": [], **json.loads(path.read_text("utf-8"))}
+        if lacks := {"name", "seconds", "valid", "machine", "tokens"} - found.keys():
+            raise ValueError(f"it has no {', '.join(sorted(lacks))}")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: is no result of a benchmark ({error})") from None
 
@@ -282,7 +287,9 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
         )  # fmt: skip
         devices = one["machine"]["devices"]
         mark = "" if one["valid"] else "  (not valid)"
-        lines.append(f"{one['name']:<24}{''.join(cells)}  {len(devices)} x {devices[0]}{mark}")
+        lines.append(
+            f"{one['name']:<24}{''.join(cells)}  {one['machine']['ranks']} x {devices[0]}{mark}"
+        )
         if other := other_setting(one, benchmarks[0].get("setting", {})):
             lines.append(f"  of another setting than the first: {other}")
     return lines

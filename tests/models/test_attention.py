@@ -58,18 +58,20 @@ def inputs(rows, tokens, heads=4, groups=2, size=8, dtype=torch.float64):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize(
     "options", [{}, {"causal": False}, {"window": 6}, {"causal": False, "window": 9},
-                {"softcap": 2.0}], ids=str,
+                {"softcap": 2.0}, {"route": "sdpa"}, {"route": "eager", "window": 6}], ids=str,
 )  # fmt: skip
 def test_equals_the_reference(lengths, options):
     tokens = max(BLOCK + 10, max(map(sum, lengths)))
     starts = starts_of(lengths, tokens)
     tensors = inputs(len(lengths), tokens)
+    options = dict(options)
+    route = options.pop("route", NAME)
     expected = reference(*tensors, starts, 0.3, **options)
     layer = Layer()
     layer.is_causal = options.get("causal", True)
     ours, _ = attention(
         layer, *tensors, starts[:, None, None, :], scaling=0.3,
-        sliding_window=options.get("window"), softcap=options.get("softcap"),
+        sliding_window=options.get("window"), softcap=options.get("softcap"), implementation=route,
     )  # fmt: skip
     real = starts >= 0
     torch.testing.assert_close(ours[real], expected[real])

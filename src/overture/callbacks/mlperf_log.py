@@ -50,7 +50,7 @@ class MLPerfLog(Callback):
     def __init__(self, path: Path, facts: dict[str, Any], started: int, resumed: bool) -> None:
         """Take the time of the run's start, in milliseconds of time.time()."""
         self.path, self.facts, self.started, self.resumed = path, facts, started, resumed
-        self._in_block, self._joules = False, None
+        self._in_block, self._joules, self._evaluated = False, None, None
 
     def init(self, state: State, logger: Logger) -> None:
         """Write what comes before the run."""
@@ -77,19 +77,23 @@ class MLPerfLog(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         samples = state.timestamp.sample.value
         self._write("eval_accuracy", eval_cross_entropy(state), samples_count=samples)
-        self._write("eval_stop", samples_count=samples)
+        self._evaluated = self._write("eval_stop", samples_count=samples)
 
     def stop(self, state: State, reached: bool) -> None:
-        """End the log of a run that came to its end."""
+        """End the log of a run that came to its end, a `reached` target with its evaluation: what
+        is written of the weights after it is no training.
+        """
         if self._in_block:
             self._block("stop", state)
         more = {"status": "success" if reached else "aborted"}
         # Not of a run that was resumed, whose parts are not added up.
-        used = None if self._joules is None else _joules() - self._joules
+        now = None if self._joules is None else _joules()
+        used = None if now is None else now - self._joules
         of_nodes = dist.all_gather_object(used if dist.get_local_rank() == 0 else 0.0)
         if None not in of_nodes:
             more["joules"] = sum(of_nodes)
-        self._write("run_stop", samples_count=state.timestamp.sample.value, **more)
+        at = self._evaluated if reached else None
+        self._write("run_stop", at=at, samples_count=state.timestamp.sample.value, **more)
 
     def state_dict(self) -> dict[str, Any]:
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -106,14 +110,15 @@ class MLPerfLog(Callback):
         self._in_block = which == "start"
         self._write(f"block_{which}", samples_count=state.timestamp.sample.value)
 
-    def _write(self, key: str, value: Any = None, at: int | None = None, **metadata: Any) -> None:
+    def _write(self, key: str, value: Any = None, at: int | None = None, **metadata: Any) -> int:
+        at = at or int(time.time() * 1000)
         if dist.get_global_rank() == 0:
             kind = KINDS.get(key.rpartition("_")[2], "POINT_IN_TIME")
-            at = at or int(time.time() * 1000)
             event = {"namespace": "", "time_ms": at, "event_type": kind, "key": key,
                      "value": value, "metadata": metadata}  # fmt: skip
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{PREFIX}{json.dumps(event)}\n")
+        return at
 
 
 def _joules() -> float | None:

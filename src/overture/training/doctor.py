@@ -1,5 +1,6 @@
 """What can be known of a run before it is paid for: a finding on each part, ok, warning or stop."""
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from overture.errors import OvertureError
 from overture.models.build import load_network
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
+from overture.training.jobs import is_finished
 from overture.training.rehearsal import Rehearsal, rehearse
+from overture.training.sharding import layer_kinds
 from overture.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +49,8 @@ class Finding(NamedTuple):
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """Look at a config's data, machine and model; train a few steps of it, and write nothing.
+    """Look at a config's data, machine and model; train a few steps of it, and write nothing but
+    the shards that are fetched or unpacked for it.
 
     A part that raises one of our errors is a stop of that text, and what needs it is left out.
     """
@@ -54,14 +58,18 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _versions()
     yield _hub(config)
     try:
+        if is_finished(Path(config.run_folder)):
+            done = f"{config.run_folder} holds a finished run; name another run_name, or delete it"
+            yield Finding("run folder", "stop", done)
         check_data(config, SAMPLED)
-        yield from _data(config)
+        yield from _data(config, remote=False)
         room = memory_there()
         held, besides = yield from _weights(config, room)
         if held > room:
             return
         # Tried whole, as one process has nobody to share with.
         found = rehearse(replace(config, fsdp_config=None), room)
+        yield from _data(config, remote=True)
         yield Finding("model", "ok", config.model.name, tuple(found.described))
         yield _step(found)
         yield _memory(config, found, room, besides)
@@ -108,33 +116,37 @@ def _hub(config: Config) -> Finding:
         try:
             model_info(name, timeout=5)
         except Exception as error:  # of requests, urllib3 and the hub, a dozen kinds
-            reason = str(error).strip().splitlines()[0][:120]
+            reason = " ".join(str(error).split())[:120]
             return Finding("hub", "warning", f"{name}: {reason}; a copy in the cache would do")
-    return Finding("hub", "ok", f"{', '.join(names)} can be read")
+    return Finding("hub", "ok", f"{', '.join(names)}: there")
 
 
-def _data(config: Config) -> Iterator[Finding]:
-    name = config.tokenizer_name or config.model.name
+def _data(config: Config, remote: bool) -> Iterator[Finding]:
+    """Look at the splits that lie here, or at those that are fetched, once their index is."""
+    name, trained = config.tokenizer_name or config.model.name, config.streams(config.train_loader)
     for split_name, stream, _ in config.splits():
         folder = Path(stream.data_local) / stream.split
-        if stream.data_remote is not None and not folder.is_dir():
-            text = f"{stream.data_remote}: looked at when the model is tried"
-            yield Finding(f"data, {split_name}", "ok", text)
+        if remote != (stream.data_remote is not None):
             continue
         split, lines = Split(folder), []
         figures = ledger_figures(split)
-        if split_name.startswith("train"):
+        shards = read_index(folder / INDEX)
+        if stream in trained.values():
             tokenizer = load_tokenizer(name, config.model.trust_remote_code)
             numbers = sorted({0, len(split) // 2, len(split) - 1})
+            if remote:  # of the shard that was the first to be fetched
+                is_there = (folder / shards[0].raw.name).exists()
+                numbers = range(min(3, len(split))) if is_there else ()
             for sample in samples(split, numbers, tokenizer):
                 first = sample._replace(documents=sample.documents[:1])
                 text = [x for x in sample_lines(first, colour=False) if x[:5] not in NUMBERS]
                 text = [line[:100] for line in text if line.strip()]
                 lines += text if len(text) < 10 else [*text[:4], "  ...", *text[-4:]]
         learned = f"; learned: {figures['learned']}" if "trained" in figures["tokens"] else ""
-        size = sum((shard.packed or shard.raw).bytes for shard in read_index(folder / INDEX))
-        read = "all shards" if size <= SAMPLED else f"{SAMPLED / size:.0%} of the shards, by bytes,"
-        text = f"{len(split):,} rows, {figures['tokens']} tokens{learned}; {read} verified"
+        size = sum((shard.packed or shard.raw).bytes for shard in shards)
+        read = f"one shard in {step}" if (step := math.ceil(size / SAMPLED)) > 1 else "all shards"
+        read = "shards are hashed as they arrive" if remote else f"{read} verified"
+        text = f"{len(split):,} rows, {figures['tokens']} tokens{learned}; {read}"
         yield Finding(f"data, {split_name}", "ok", text, tuple(lines))
 
 
@@ -179,9 +191,8 @@ def _gathered(config: Config, network: torch.nn.Module) -> int:
     to no layer, as the tables of words, stays from the first forward pass to the end of the step.
     """
     wide = 4 if config.precision == "fp32" else 2
-    layers = [
-        m for stack in network.modules() if isinstance(stack, torch.nn.ModuleList) for m in stack
-    ]
+    kinds = layer_kinds(network)  # a list within a layer is no list of layers
+    layers = [module for module in network.modules() if type(module).__name__ in kinds]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     apart = sum(p.numel() for p in network.parameters()) - sum(sizes)
     return wide * (2 * max(sizes, default=0) + apart)
@@ -268,7 +279,7 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on one device"
     if torch.cuda.is_available():
         text += f" ({seconds / 3600:.2f} GPU-hours)"
-    return Finding("time", "ok", f"{text}, evaluations apart")
+    return Finding("time", "ok", f"{text}, evaluations apart, if all rows were as the longest")
 
 
 def _disk(config: Config, found: Rehearsal) -> Finding:
@@ -285,10 +296,14 @@ def memory_there() -> int:
         return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo").read_text()
     free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])
-    for place in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
-        limits = [place / "memory.limit_in_bytes", place / "memory.max"]
-        used = [place / "memory.usage_in_bytes", place / "memory.current"]
-        for limit, use in zip(limits, used, strict=True):
+    own = re.findall(r"^\d+:(?:memory)?:/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
+    roots = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
+    for place in [root / part for root in roots for part in ("", *own)]:
+        for limit, use in (("limit_in_bytes", "usage_in_bytes"), ("max", "current")):
+            limit, use = place / f"memory.{limit}", place / f"memory.{use}"
             if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-                free = min(free, int(most) - int(use.read_text()))
+                # The kernel gives back the files that it only remembers.
+                text = (place / "memory.stat").read_text()
+                files = re.findall(r"^(?:total_)?inactive_file (\d+)", text, re.M)
+                free = min(free, int(most) - int(use.read_text()) + max(map(int, files), default=0))
     return free

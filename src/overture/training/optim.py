@@ -3,23 +3,18 @@
 from typing import Any
 
 import torch
-from composer.optim import (
-    ConstantWithWarmupScheduler,
-    CosineAnnealingWithWarmupScheduler,
-    DecoupledAdamW,
-    LinearWithWarmupScheduler,
-)
+from composer import optim
 
 from overture.config.schema import OptimizerConfig, SchedulerConfig
 
 OPTIMIZERS = {
     # One kernel for all tensors; about three times as fast as DecoupledAdamW.
     "adamw": lambda groups, **kwargs: torch.optim.AdamW(groups, fused=True, **kwargs),
-    "decoupled_adamw": DecoupledAdamW,
+    "decoupled_adamw": optim.DecoupledAdamW,
 }
 DECAYS = {
-    "linear_decay_with_warmup": LinearWithWarmupScheduler,
-    "cosine_with_warmup": CosineAnnealingWithWarmupScheduler,
+    "linear_decay_with_warmup": optim.LinearWithWarmupScheduler,
+    "cosine_with_warmup": optim.CosineAnnealingWithWarmupScheduler,
 }
 
 
@@ -37,6 +32,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 def build_scheduler(config: SchedulerConfig) -> Any:
     """Return Composer's scheduler of that name."""
     if config.name == "constant_with_warmup":
-        return ConstantWithWarmupScheduler(t_warmup=config.t_warmup)
+        return optim.ConstantWithWarmupScheduler(t_warmup=config.t_warmup)
     alpha_f = 0.1 if config.alpha_f is None else config.alpha_f
     return DECAYS[config.name](t_warmup=config.t_warmup, alpha_f=alpha_f)

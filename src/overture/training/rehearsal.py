@@ -31,7 +31,7 @@ from overture.training.network import begin_of_targets, build_network, check_spl
 from overture.training.optim import build_optimizer
 from overture.training.tasks import TASKS
 
-SEARCHED = 1000  # rows, among which the longest are looked for
+SEARCHED, PLACES = 1000, 8  # rows, among which the longest are looked for, and in how many shards
 TRIED = (1, 4)  # rows
 AT_ONCE = 15.0  # seconds that a whole microbatch may take to be tried too
 
@@ -58,7 +58,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     """Take some steps as a run of this config would, on its longest rows, and write nothing.
 
     A whole microbatch is tried if it fits in `room` bytes and is fast enough. Raises what a run
-    does before its first step.
+    that begins anew does before its first step.
     """
     meter = Meter()
     device = choose_device(config)
@@ -69,7 +69,6 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
-    checkpoint = resume.check_room(config, network)
     exchange_modules(network, config, precision)
     described = [*describe_trained(network), describe_attention(network, device)]
     if device == "cpu":
@@ -80,13 +79,17 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.task == "seq2seq":
         begin_of_targets(config, network, rows, tokenizer)
     model = task.model(config, network, tokenizer, None, cpu_autocast).to(network.device)
+    checkpoint = resume.check_room(config, model)
     if config.compile:
         model.compile_backbone()
     optimizer, loading = build_optimizer(model, config.optimizer), meter.peak()
     model.train()
 
     count = rows.num_samples
-    looked_at = [rows[number] for number in range(0, count, -(-count // SEARCHED))]
+    step = -(-count // PLACES)
+    each = min(step, SEARCHED // PLACES)
+    places = [range(begin, min(begin + each, count)) for begin in range(0, count, step)]
+    looked_at = [rows[number] for place in places for number in place]
     looked_at.sort(key=_tokens, reverse=True)
 
     def passes(size: int) -> float:
@@ -140,16 +143,17 @@ def rehearse(config: Config, room: int) -> Rehearsal:
             for value in state.values() if torch.is_tensor(value)
         ),
     }  # fmt: skip
-    if config.algorithms.ema is not None:
-        parts["moving average"] = parts["gradients"]
     rest = max(forecast - sum(parts.values()), 0)
     parts["activations"] = min(size * per_row, rest)
-    logits = _logits(network, size * _tokens(looked_at[0]), precision)
+    wide = "amp_bf16" if cpu_autocast else precision
+    logits = _logits(network, size * _tokens(looked_at[0]), wide)
     parts["logits"] = min(logits, rest - parts["activations"])
     parts["workspace"] = rest - parts["activations"] - parts["logits"]
+    if config.algorithms.ema is not None:  # which was not made here
+        parts["moving average"] = parts["gradients"]
     mean = sum(map(_tokens, looked_at)) / len(looked_at)
-    return Rehearsal(described, size, count, mean, seconds, before, parts, loading, per_row,
-                     foretold, whole, without, checkpoint)  # fmt: skip
+    return Rehearsal(described, size, rows.epoch_size, mean, seconds, before, parts, loading,
+                     per_row, foretold, whole, without, checkpoint)  # fmt: skip
 
 
 def _logits(network: torch.nn.Module, labels: int, precision: str) -> int:

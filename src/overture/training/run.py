@@ -35,29 +35,15 @@ from overture.models.lora import base_record, model_fingerprint
 from overture.models.trainable import describe_trained
 from overture.report import TOKEN_LOSSES, build_report, summary_lines
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
-from overture.training import resume
+from overture.training import monitors, resume, sharding
 from overture.training import run_folder as runs
 from overture.training.answers import HeldOutAnswers, Translations
 from overture.training.cores import use_cores
-from overture.training.monitors import (
-    adopt_average,
-    build_algorithms,
-    build_callbacks,
-    build_loggers,
-    exchange_modules,
-)
+from overture.training.monitors import build_callbacks
 from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
 from overture.training.optim import build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
-from overture.training.sharding import (
-    METADATA,
-    gather_in_forward,
-    load_shards,
-    parallelism,
-    shard_shapes,
-    whole_weights,
-)
 from overture.training.tasks import TASKS
 from overture.training.token_losses import write_token_losses
 
@@ -103,7 +89,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
-    exchange_modules(network, config, precision)
+    monitors.exchange_modules(network, config, precision)
     facts = resume.on_rank_zero(lambda: _facts(config, tokenizer, network))
     if found:
         resume.check_facts(found[1]["facts"], facts, config.resume.allow)
@@ -170,7 +156,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         start = resume.find_load_path(config, facts["model"])
     weights_only = config.load_weights_only and not found
     strict = config.trainable == "all"  # adapters are saved by themselves
-    sharded = start is not None and (start.parent / METADATA).is_file()
+    sharded = start is not None and (start.parent / sharding.METADATA).is_file()
     foreign = partial(resume.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
     runs.begin_run(config, command, found is not None, ledgers)
@@ -199,8 +185,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         max_duration=config.max_duration,
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_scheduler(config.scheduler),
-        parallelism_config=parallelism(config, network),
-        algorithms=build_algorithms(config),
+        parallelism_config=sharding.parallelism(config, network),
+        algorithms=monitors.build_algorithms(config),
         callbacks=[
             exact,
             *build_callbacks(config),
@@ -215,7 +201,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             # Last, as it keeps the state of the others.
             saver,
         ],
-        loggers=build_loggers(config),
+        loggers=monitors.build_loggers(config),
         run_name=config.run_name,
         device=device,
         precision=precision,
@@ -233,11 +219,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     )
     if isinstance(answers, Translations):
         answers.break_off = lambda: saver.eval_batch_end(trainer.state, trainer.logger)
-    gather_in_forward(model)
+    sharding.gather_in_forward(model)
     if sharded:
         if not found:
-            resume.check_shapes(shard_shapes(start.parent), shapes, start)
-        load_shards(trainer.state, start.parent, weights_only, strict)
+            resume.check_shapes(sharding.shard_shapes(start.parent), shapes, start)
+        sharding.load_shards(trainer.state, start.parent, weights_only, strict)
     quiet_trainer(trainer)
     exact.rng, trainer._rng_state = trainer._rng_state, None
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
@@ -259,12 +245,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
             trainer.close()
         raise error from None
-    adopt_average(trainer.state)
+    monitors.adopt_average(trainer.state)
     trainer.close()
 
     # Outcome: model, answers, result.json, report.
     try:
-        weights = whole_weights(network)
+        weights = sharding.whole_weights(network)
         if dist.get_global_rank() == 0:
             trained_on = base_record(vars(config.model), facts)
             if config.task == "chat":  # so that it is asked as it was trained

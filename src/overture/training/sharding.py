@@ -14,13 +14,7 @@ import torch.distributed.checkpoint as dcp
 from composer.core import State
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import ModuleList
 
@@ -43,9 +37,7 @@ def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
     """
     if config.fsdp_config is None:
         return None
-    layers = [m for stack in network.modules() if isinstance(stack, ModuleList) for m in stack]
-    kinds = {kind for m in layers if (kind := type(m).__name__) in _layer_names(network)}
-    if not kinds:
+    if not (kinds := layer_kinds(network)):
         fault = f"a {type(network).__name__} does not say which of its modules are layers"
         raise ConfigError(f"fsdp_config: {fault}; leave it out")
     for module in network.modules():
@@ -56,10 +48,12 @@ def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
     return ParallelismConfig(fsdp2=FSDP2Config(**options))
 
 
-def _layer_names(network: Any) -> set[str]:
-    """Return the classes of a model's layers, as transformers keep them together on a device."""
-    return {*(getattr(network.base_model, "_no_split_modules", None) or ()),
-            *(getattr(network, "_no_split_modules", None) or ())}  # fmt: skip
+def layer_kinds(network: Any) -> set[str]:
+    """Return the classes of a model's layers, of those transformers keep together on a device."""
+    named = {*(getattr(network.base_model, "_no_split_modules", None) or ()),
+             *(getattr(network, "_no_split_modules", None) or ())}  # fmt: skip
+    layers = [m for stack in network.modules() if isinstance(stack, ModuleList) for m in stack]
+    return {type(m).__name__ for m in layers} & named
 
 
 def gather_in_forward(model: Any) -> None:
@@ -114,8 +108,8 @@ def whole_weights(network: Any) -> dict[str, torch.Tensor] | None:
     """
     if not isinstance(network, FSDPModule):
         return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, seen = get_model_state_dict(network, options=options), set()
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, seen = states.get_model_state_dict(network, options=options), set()
     for name, p in network.named_parameters(remove_duplicate=False):
         if p in seen:  # tied, and written once
             weights.pop(name, None)
@@ -138,7 +132,7 @@ def save_shards(state: State, folder: Path) -> None:
 
     Raises OSError if any of them could not.
     """
-    model, optimizer = get_state_dict(state.model, state.optimizers)
+    model, optimizer = states.get_state_dict(state.model, state.optimizers)
     try:
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
     except dcp.api.CheckpointException as error:  # not even an Exception
@@ -147,15 +141,15 @@ def save_shards(state: State, folder: Path) -> None:
 
 def load_shards(state: State, folder: Path, weights_only: bool, strict: bool) -> None:
     """Read what this rank holds of weights and optimizer from the shards of any number of ranks."""
-    options = StateDictOptions(strict=strict)
+    options = states.StateDictOptions(strict=strict)
     if weights_only:
-        model = get_model_state_dict(state.model)
+        model = states.get_model_state_dict(state.model)
         dcp.load({"model": model}, checkpoint_id=folder)
-        set_model_state_dict(state.model, model, options=options)
+        states.set_model_state_dict(state.model, model, options=options)
         return
-    model, optimizer = get_state_dict(state.model, state.optimizers)
+    model, optimizer = states.get_state_dict(state.model, state.optimizers)
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-    set_state_dict(
+    states.set_state_dict(
         state.model, state.optimizers, model_state_dict=model, optim_state_dict=optimizer,
         options=options,
     )  # fmt: skip
