@@ -66,8 +66,8 @@ def main() -> None:
         if "prompt" in apart:
             made = parse_template(apart["prompt"], f"{args.config}: prompt")
         args = parser.parse_args([*flags, *sys.argv[1:]])
-        if made and args.chat:
-            raise ConfigError(f"{args.config}: prompt: --chat goes by another kind of template")
+        if made and (args.chat or args.prompt_template):
+            raise ConfigError(f"{args.config}: prompt: leave --chat and --prompt_template out then")
     if not args.model:
         raise ConfigError("MODEL is missing: a run, a folder or a hub name (see --help)")
     if bool(args.prompt) + bool(args.data or args.chat) != 1:

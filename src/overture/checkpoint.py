@@ -182,10 +182,8 @@ def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
         raise ConfigError(f"load_path: {load_path}: no whole checkpoint is there")
     path = Path(load_path)
     for parent in (path, path / "checkpoints"):
-        if numbered(parent):
-            newest = newest_checkpoint(parent, ours=False)
-            if newest:
-                return newest[0] / STATE
+        if newest := newest_checkpoint(parent, ours=False):
+            return newest[0] / STATE
     if (path / MANIFEST).is_file():
         read_checkpoint(path)
         return path / STATE

@@ -103,9 +103,8 @@ def export_model(
         raise ConfigError(f"{trained.name}: {fault}; give --merge")
     bits = getattr(model.config, "quantization_config", None)
     if dtype and bits and not merge:
-        raise ConfigError(
-            f"--dtype {dtype}: {trained.name} is quantised, and stays so; leave it out"
-        )
+        fault = f"{trained.name} is quantised, and stays so"
+        raise ConfigError(f"--dtype {dtype}: {fault}; leave it out")
     kind = dtype or str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     base = model.get_base_model() if trained.base else model
     # So that plain transformers end where training taught it to.
@@ -118,7 +117,6 @@ def export_model(
     if merge or dtype:
         model.float()
     asked = [_ask(model, ids) for ids in prompts]
-    tie = BOUNDS[kind]
     if merge:
         model = model.merge_and_unload(safe_merge=True)
         again = (_logits(model, a.prompt, a.ids) for a in asked)
@@ -127,7 +125,9 @@ def export_model(
         for weights in model.parameters():  # not buffers: a rounded rotation is another one
             weights.data = weights.data.to(getattr(torch, kind))
         again = (_logits(model, a.prompt, a.ids) for a in asked)
-        tie = 2 * _compare(again, asked, kind, f"in {kind}, against float32")
+        _compare(again, asked, kind, f"in {kind}, against float32")
+    if merge or dtype:  # of what is written, which rounding has made another model
+        asked = [_ask(model, ids) for ids in prompts]
     with _aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -141,7 +141,8 @@ def export_model(
             logits = [torch.tensor([ids]) for ids, _ in answers]
             _compare(logits, asked, kind, "in a fresh process of plain transformers")
         else:
-            _compare_tokens(asked, answers, tie, may_go_on=trained.base is not None and not merge)
+            may_go_on = trained.base is not None and not merge
+            _compare_tokens(asked, answers, BOUNDS[kind] / 2, may_go_on)
     return loading
 
 
@@ -266,10 +267,9 @@ def _compare(again: Iterable[torch.Tensor], asked: Sequence[Asked], kind: str, w
     spreads = [one.logits.std().item() for one in asked if one.logits.shape[0] > 1]
     spread = min(spreads) if spreads else torch.cat([one.logits for one in asked]).std().item()
     print(f"{what}: logits, of a spread of {spread:.2g}, differ by {max(found):.2g} at most")
-    if not max(found) <= BOUNDS[kind] * spread:
-        fault = (
-            f"logits differ by {max(found):.2g} at most, {BOUNDS[kind] * spread:.2g} is rounding"
-        )
+    bound = BOUNDS[kind] * spread
+    if not max(found) <= bound:
+        fault = f"logits differ by {max(found):.2g} at most, {bound:.2g} is rounding"
         raise DataError(f"{what}: {fault}; nothing was written")
     return max(found) / spread
 

@@ -23,7 +23,7 @@ from overture.data.encode import InstructEncoder, Tokens, missing_bos
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import Seq2SeqEncoder
 from overture.data.examine import dropped, examine
-from overture.data.prompts import PromptTemplate, parse_template
+from overture.data.prompts import PromptTemplate, parse_template, templates
 from overture.data.schema import write_aside
 from overture.errors import ConfigError, GuardError
 from overture.models.build import position_limit
@@ -49,7 +49,8 @@ def answer(
         model: of transformers.
         tokenizer: its own; what it or the model's generation config calls an end is one.
         prompts: ids, without padding.
-        batch: how many prompts to go on with at once; greedy answers do not depend on it.
+        batch: how many prompts to go on with at once; greedy answers do not depend on it but where
+            rounding decides, as it often does in a half precision.
         title: of the progress bar that long work has.
         stop: texts before which an answer ends.
         enough: asked before each batch whether to leave it at what there is, the others empty.
@@ -125,10 +126,15 @@ def read_rows(
     """
     with TemporaryDirectory() as kept:
         source = convert.open_rows(job, "train", Path(kept))
-        template = template or convert.choose_template(job, source)
+        if template is None:
+            template = convert.choose_template(job, source)
+            named = (name for name, one in templates().items() if one == template)
+            print(f"{source.name}: by the prompt template {next(named, 'of its own')}")
         fields = convert.task_fields(job, template)
         answered = getattr(template, "response", None)  # not so of the template of a chat
         kinds = {name: kind for name, kind in fields.kinds.items() if name != answered}
+        if template is ROW:
+            kinds["label"] = "optional label"
         fields = replace(fields, kinds=kinds, learned=())
         found = examine(source, fields, job.max_rejected)
         convert.check_names(job, found)
@@ -197,6 +203,12 @@ class Talk(ChatEncoder):
         last = self.parts([messages[-1], said])  # of which no earlier turn can be written anew
         ends = [int(self.tokens.ids([last[-1][0]])[0][-1])] if last else []
         return np.concatenate([missing_bos(self.tokens.bos, given[0]), *given]).tolist(), ends
+
+
+def chat_ends(tokenizer: Any) -> list[int]:
+    """Return what ends an answer by the chat template of a tokenizer, as far as that shows."""
+    talk = Talk(Tokens(tokenizer, specials=True), None, None, "drop")
+    return talk.asked("", [{"role": "user", "content": "a"}], 2**31)[1]
 
 
 def encode_conversations(
@@ -286,9 +298,8 @@ def generate(
         options["eos_token_id"] = sorted({*(end_tokens(model, tokenizer) or ()), *ends})
     else:
         prompts = encode_prompts(rows, template, tokenizer, room, pairs)
-    streamed = (
-        len(rows) == 1 and not (out or options["stop"] or pairs) and options["num_beams"] == 1
-    )
+    alone = len(rows) == 1 and options["num_beams"] == 1
+    streamed = alone and not (out or options["stop"] or pairs)
     options |= {"streamer": streamer} if streamed else {}
     differ = merge_where_exact(model, positions)
     begin = time.perf_counter()
@@ -332,15 +343,14 @@ def _label(
     rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else None
     rows = [("--prompt", {"text": text}) for text in asked] if rows is None else rows
     if dist.is_initialized() and dist.get_world_size() > 1:
-        raise ConfigError(
-            f"{trained.name} classifies, which one process does; leave the launcher out"
-        )
+        fault = "classifies, which one process does; leave the launcher out"
+        raise ConfigError(f"{trained.name} {fault}")
     longest = [ledger["max_seq_len"] for ledger in ledgers(trained.run)]  # as in training
     room = min(position_limit(trained.model), *longest[:1], 2**31)
     found = predict(trained.model, trained.tokenizer, [row for _, row in rows], batch, room)
     lines = []
     for (_, row), (label, share) in zip(rows, found, strict=True):
-        content = {"prompt": ROW.prompt(row), "expected": row.get("label")}
+        content = {"prompt": ROW.prompt(row), "expected": row.get("label") or None}
         content |= {"answer": label, "probability": share}
         sure = "" if share is None else f" ({share:.1%})"
         said = f"{content['prompt']} -> {label}{sure}\n"

@@ -15,6 +15,7 @@ PIPELINES = {
     "CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation",
     "SequenceClassification": "text-classification",
 }  # fmt: skip
+LOADED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_*", "trained_on.json"]
 # What of a run folder the card shows: file, heading, content -> text.
 SHOWN = (
     ("result.json", "Figures", lambda text: "\n".join(summary_lines(json.loads(text)))),
@@ -32,7 +33,9 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     if base and not Path(base).exists():  # a path here means nothing there
         head["base_model"] = base
     what = {True: f"Adapters for {base}", False: f"{base} with its adapters merged in"}
-    count = sum(map(numbers, trained.model.parameters()))
+    beside = ("lora_", ".original_module.") if merged else ()
+    named = trained.model.named_parameters()
+    count = sum(numbers(p) for name, p in named if not any(part in name for part in beside))
     parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
     parts.append(
         f"{what[is_adapter] if base else 'A model of ' + trained.head}; {count:,} parameters."
@@ -73,7 +76,8 @@ def push_to_hub(folder: Path, name: str, private: bool) -> tuple[str, str]:
         repo = api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(repo.repo_id).private:
             raise ConfigError(f"--private: {name} is there already, and public: nothing was sent")
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
+        # Adapters or weights of an earlier export would be loaded in place of these.
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, delete_patterns=LOADED)
         return repo.repo_id, str(repo)
     except HfHubHTTPError as error:
         said = {401: "the token is not valid", 403: "the token has no right to write there"}

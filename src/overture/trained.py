@@ -54,9 +54,8 @@ def load_trained(
 
     Raises:
         ConfigError: nothing of the kind is there, it neither writes nor classifies, or the
-            adapters are for another one.
-        DataError: the base is not, by content, the one that our adapters were trained in, or a
-            checkpoint is not what was written.
+            adapters are for another one, by its content.
+        DataError: a checkpoint is not what was written.
     """
     with tempfile.TemporaryDirectory() as aside, _options_named():
         place = _place(name, Path(aside) / "model", unverified)
@@ -87,6 +86,9 @@ def load_trained(
         if lost := [key for key in model.made_anew if key.startswith(beside)]:
             fault = f"lacks {len(lost)} tensors of its model ({lost[0]}, ...)"
             raise ConfigError(f"{name}: {fault}, which would be drawn at random")
+        if any(p.is_meta for p in model.parameters()):
+            fault = f"{name} does not fit into the memory of the devices"
+            raise ConfigError(f"--device_map {device_map}: {fault}")
         if not device_map and not getattr(model, "is_quantized", False):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.eval()
@@ -101,7 +103,7 @@ def load_trained(
 
 
 def ledgers(run: Path | None) -> list[dict[str, Any]]:
-    """Return the ledgers of the splits of a run that are still there, that of training first."""
+    """Return the ledgers of the splits of a run that are there as they were, of training first."""
     if run is None:
         return []
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -110,7 +112,10 @@ def ledgers(run: Path | None) -> list[dict[str, Any]]:
         single = {"data_local": config["data_local"], "split": loader["dataset"]["split"]}
         streams += (loader.get("streams") or {"": single}).values()
     folders = [Path(stream["data_local"]) / stream["split"] for stream in streams]
-    return [{**read_ledger(f), "folder": f} for f in folders if (f / LEDGER).is_file()]
+    found = [{**read_ledger(f), "folder": f} for f in folders if (f / LEDGER).is_file()]
+    data = _read(run / "environment.json").get("data", ())
+    known = [(row["samples"], row["tokens"]) for row in data]  # others may lie there by now
+    return [x for x in found if not known or (x["samples"], x["tokens"]["total"]) in known]
 
 
 @contextmanager

@@ -81,9 +81,7 @@ class EarlyStop(Callback):
         step, self.log.last_eval, self.log.scores = self.best
         if step == state.timestamp.batch.value:
             return
-        fault = None
-        if dist.get_global_rank() == 0:
-            fault = self._read(state, step)
+        fault = self._read(state, step) if dist.get_global_rank() == 0 else None
         (fault, *_) = dist.all_gather_object(fault)
         if fault:
             remedy = "callbacks.early_stop.keep_best=false resume.allow=[callbacks]"

@@ -36,10 +36,7 @@ _VALUES: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(("eval_interval", "save_interval"), _INTERVAL),
     "max_seq_len": (lambda n: n >= 2, "must be at least 2 tokens"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
-    "device_train_microbatch_size": (
-        lambda n: n == "auto" or n >= 1,
-        "must be at least 1, or auto",
-    ),
+    "device_train_microbatch_size": (lambda n: n == "auto" or n > 0, "must be at least 1, or auto"),
     "optimizer.betas": (
         lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
         "must be two numbers in [0, 1)",

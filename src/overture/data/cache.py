@@ -34,10 +34,8 @@ def claim_cache(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise ConfigError(
-            f"data_local: {folder}: another process fetches into this cache; wait for its end or "
-            "name another folder"
-        ) from None
+        fault = f"data_local: {folder}: another process fetches into this cache"
+        raise ConfigError(f"{fault}; wait for its end or name another folder") from None
     except OSError:  # a file system without locks
         pass
     _held[folder.resolve()] = lock
@@ -61,9 +59,8 @@ def open_cache(remote: str, local: str, split: str, say: Callable[[str], Any] = 
             except OSError as error:
                 failure = ConfigError(f"data_local: {local} cannot be a cache ({error})")
     # Every rank must learn of it: one that raised alone would leave the others waiting.
-    failures = [error for error in dist.all_gather_object(failure) if error]
-    if failures:
-        raise failures[0]
+    for error in filter(None, dist.all_gather_object(failure)):
+        raise error
 
 
 def _refresh(source: str, folder: Path, aside: Path, say: Callable[[str], Any]) -> None:
@@ -80,10 +77,9 @@ def _refresh(source: str, folder: Path, aside: Path, say: Callable[[str], Any]) 
         if folder.is_dir() and any(folder.iterdir()):
             # Whoever converts to data_local and forgets to upload must not lose it.
             if not (folder / CACHE_MARK).is_file():
-                raise ConfigError(
-                    f"data_local: {folder} holds other data than {source}, and is no cache of it; "
-                    "name another folder, or train without data_remote"
-                )
+                fault = f"{folder} holds other data than {source}, and is no cache of it"
+                remedy = "name another folder, or train without data_remote"
+                raise ConfigError(f"data_local: {fault}; {remedy}")
             say(f"{folder}: emptied, since {source} was converted anew")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)

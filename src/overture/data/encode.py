@@ -82,7 +82,7 @@ class Tokens:
 
     def call(self, *texts: Any, **options: Any) -> Any:
         """Return what the tokenizer makes of texts with its own ends, as transformers has it."""
-        return self.tokenizer(*texts, split_special_tokens=True, **options)
+        return self.tokenizer(*texts, split_special_tokens=not self.specials, **options)
 
     def pairs(self, texts: list[str], others: list[str], **options: Any) -> Any:
         """Return what the tokenizer makes of pairs of texts, with a border between the two.

@@ -29,7 +29,9 @@ class ChatEncoder(Encoder):
     LEARNS = True
 
     def __init__(self, tokens: Tokens, template: str | None, *limits: Any) -> None:
-        super().__init__(tokens, template or tokens.tokenizer.chat_template, *limits)
+        own = tokens.tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own  # of several by name
+        super().__init__(tokens, template or own, *limits)
         if not self.template:
             fault = f"{tokens.tokenizer.name_or_path}: the tokenizer has no chat template"
             raise ConfigError(f"{fault}; name one with --prompt_template (see --list_templates)")

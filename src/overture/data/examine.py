@@ -50,9 +50,11 @@ class Fields:
                 value = conversations(record, theirs)
                 if isinstance(value, Malformed):
                     return value
-            elif theirs not in record and kind != "optional":
+            elif theirs not in record and not kind.startswith("optional"):
                 return Malformed("missing_field", f"has no field {theirs!r}")
-            elif kind == "label" and isinstance(value, (int, float)) and math.isfinite(value):
+            elif (
+                kind.endswith("label") and isinstance(value, (int, float)) and math.isfinite(value)
+            ):
                 value = str(int(value) if value == int(value) else value)  # 1, 1.0 and true are one
             elif value is not None and not isinstance(value, str):
                 kind_of = type(value).__name__
@@ -124,10 +126,8 @@ class Examination:
             if counts and len(counts) <= 100:
                 listed = ", ".join(f"{k} {v:,}" for k, v in counts.most_common(12))
                 lines.append(f"{title:<18} {listed}")
-        lines.append(
-            f"duplicates         {repeats(self.contents).sum():,} rows, "
-            f"{repeats(self.prompts).sum():,} repeated prompts"
-        )
+        twice, asked = (repeats(keys).sum() for keys in (self.contents, self.prompts))
+        lines.append(f"duplicates         {twice:,} rows, {asked:,} repeated prompts")
         for number, sample in enumerate(self.samples):
             shown = (f"  {name}: {_shorten(text)}" for name, text in sample.items())
             lines += [f"sample {number}", *shown]
@@ -208,17 +208,15 @@ def _too_many(source: Source, found: Examination, fields: Fields, limit: float) 
     reasons = (f"{counts[why]:,} {why}, first: {where}" for why, where in found.first.items())
     if "missing_field" in found.first:
         names = [n for n in found.names if found.names[n] > rows // 2]
-        needed = [n for n, kind in fields.kinds.items() if kind != "optional"]
+        needed = [n for n, kind in fields.kinds.items() if not kind.startswith("optional")]
         name = next((n for n in needed if fields.renamed.get(n, n) not in names), "")
         alias = next((a for a in _ALIASES.get(name, ()) if a in names), None)
         guess = f' (did you mean "--field {name}={alias}"?)' if alias else nearest(name, names)
         hint = f"; the fields there are: {', '.join(map(str, names))}{guess}"
     elif "duplicate_id" in found.first:
         hint = "; if that field is no identifier, say --field id=OTHER, or --field id= for none"
-    return (
-        f"{source.name}: {sum(counts.values()):,} of {rows:,} rows are malformed, over "
-        f"--max_rejected {limit:g} ({'; '.join(reasons)}){hint}"
-    )
+    said = f"{sum(counts.values()):,} of {rows:,} rows are malformed, over --max_rejected {limit:g}"
+    return f"{source.name}: {said} ({'; '.join(reasons)}){hint}"
 
 
 def _shorten(value: Any, width: int = 90) -> str:

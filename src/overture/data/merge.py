@@ -104,8 +104,6 @@ def _write(folders: Sequence[Path], name: str, parts: list[dict[str, Any]], asid
     rejected = [folder / name / REJECTED for folder in folders]
     with (aside / REJECTED).open("wb") as file:
         file.writelines(path.read_bytes() for path in rejected if path.exists())
-    if not (aside / REJECTED).stat().st_size:
-        (aside / REJECTED).unlink()
     seal_split(aside, shards, _merged(folders, parts))
 
 

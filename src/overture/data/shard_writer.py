@@ -91,8 +91,6 @@ class ShardWriter:
     def finish(self, ledger: dict[str, Any]) -> dict[str, Any]:
         """Write the index, then the ledger, which says that the split is whole; return it."""
         self._rejected.close()
-        if not (self.place / REJECTED).stat().st_size:
-            (self.place / REJECTED).unlink()
         self._writer.finish()
         return seal_split(self.place, self._writer.shards, ledger)
 
@@ -102,6 +100,8 @@ def seal_split(place: Path, shards: list[Any], ledger: dict[str, Any]) -> dict[s
 
     Raises DataError: a shard is not what the index says of it.
     """
+    if not (place / REJECTED).stat().st_size:
+        (place / REJECTED).unlink()
     files = {p.name: (p.stat().st_size, sha256_file(p)) for p in sorted(place.iterdir())}
     for shard in shards:
         meant = shard[_kind(shard)]

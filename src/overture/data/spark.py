@@ -130,8 +130,6 @@ def write_split(
         encoded.unpersist()
     shards = join_shards([out], place, keep=False)
     progress.samples = sum(shard["samples"] for shard in shards)
-    if not (place / REJECTED).stat().st_size:
-        (place / REJECTED).unlink()
     for left in (stage, out):
         shutil.rmtree(left)
     return seal_split(place, shards, ledger_of(job, rows, columns, facts, progress))

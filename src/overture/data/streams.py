@@ -158,11 +158,9 @@ class TokenStream(StreamingDataset):
         yield from super()._each_sample_id(it)
         # Unless a new epoch was begun before this one was through.
         if it.yield_index < it.total and not it.should_exit():
-            places = ", ".join(stream.local for stream in self.streams)
-            raise DataError(
-                f"{places}: the data ended after {it.yield_index:,} of {it.total:,} samples: "
-                "a shard is missing, broken or could not be fetched"
-            )
+            where = ", ".join(stream.local for stream in self.streams)
+            fault = f"the data ended after {it.yield_index:,} of {it.total:,} samples"
+            raise DataError(f"{where}: {fault}: a shard is missing, broken or could not be fetched")
 
 
 def _checked(stream: StreamConfig) -> CheckedStream:

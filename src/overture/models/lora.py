@@ -58,9 +58,8 @@ def add_lora(
             hint = nearest(target, {name.rpartition(".")[2] for name in names})
             raise ConfigError(f"lora.target_modules: {target!r} is the name of no module{hint}")
     if _changes_head(model):
-        raise ConfigError(
-            "lora.target_modules: the output head takes no adapter here; leave it out"
-        )
+        fault = "the output head takes no adapter here"
+        raise ConfigError(f"lora.target_modules: {fault}; leave it out")
     return _with_our_layers(adapted)
 
 
@@ -129,6 +128,8 @@ def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> A
     config = adapted.peft_config["default"]
     if not hasattr(config, "lora_alpha"):
         raise ConfigError(f"model.adapter: {name}: holds adapters of {config.peft_type}, not LoRA")
+    if config.bias != "none":
+        raise ConfigError(f"model.adapter: {name}: trains biases, which is not done here")
     if _changes_head(model):
         raise ConfigError(f"model.adapter: {name}: changes the output head, which is not trained")
     if wanted is not None and wanted["target_modules"] != "all-linear":

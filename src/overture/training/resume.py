@@ -70,11 +70,9 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         if changed:
             theirs, ours = _models(found[1]["config"], config)
             named = f", of a {theirs} and not a {ours}" if theirs != ours else ""
-            raise ConfigError(
-                f"run_name: {config.run_name} was begun with another config "
-                f"({', '.join(changed)} changed{named}); {remedy}, or let it change: "
-                f"resume.allow=[{','.join(changed)}]"
-            )
+            fault = f"was begun with another config ({', '.join(changed)} changed{named})"
+            allow = f"or let it change: resume.allow=[{','.join(changed)}]"
+            raise ConfigError(f"run_name: {config.run_name} {fault}; {remedy}, {allow}")
         if not config.autoresume:
             raise ConfigError(f"autoresume: false, but {config.run_name} has checkpoints; {remedy}")
         return found
@@ -166,10 +164,9 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
     """
     changed = [key for key in now if before.get(key) != now[key] and key not in allow]
     if changed:
-        raise DataError(
-            f"the {' and the '.join(changed)} of this run is not what it was begun with, though "
-            f"its name is the same; begin a new run, or set resume.allow=[{','.join(changed)}]"
-        )
+        what, allow = " and the ".join(changed), f"resume.allow=[{','.join(changed)}]"
+        fault = f"the {what} of this run is not what it was begun with, though its name is the same"
+        raise DataError(f"{fault}; begin a new run, or set {allow}")
 
 
 def _refuse_other_model(manifest: Path, config: Config) -> None:
@@ -215,10 +212,9 @@ def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], pa
             raise ConfigError(f"load_path: {path}: {fault}; {remedy}")
     missing = sorted(trained.keys() - theirs.keys())
     if missing:
-        raise ConfigError(
-            f"load_path: {path}: has not {len(missing)} of the {len(trained)} tensors that are "
-            f"to be trained ({missing[0]}, ...), so it is of another model"
-        )
+        fault = f"has not {len(missing)} of the {len(trained)} tensors that are to be trained"
+        shown = f"({missing[0]}, ...), so it is of another model"
+        raise ConfigError(f"load_path: {path}: {fault} {shown}")
 
 
 def check_room(config: Config, model: torch.nn.Module) -> int:
@@ -240,11 +236,9 @@ def check_room(config: Config, model: torch.nn.Module) -> int:
     count = max(keep - len(store.numbered(place)), 0) + 1
     free = shutil.disk_usage(next(p for p in [place, *place.parents] if p.exists())).free
     if free < count * one:
-        raise GuardError(
-            f"save_folder: {place}: {count} checkpoints take {count * one / 2**30:.1f} GiB, but "
-            f"{free / 2**30:.1f} GiB are free; name another one or lower "
-            "save_num_checkpoints_to_keep"
-        )
+        fault = f"{count} checkpoints take {count * one / 2**30:.1f} GiB, but {free / 2**30:.1f}"
+        remedy = "name another one or lower save_num_checkpoints_to_keep"
+        raise GuardError(f"save_folder: {place}: {fault} GiB are free; {remedy}")
     return one
 
 
@@ -354,11 +348,9 @@ class Checkpointer(Callback):
 
     def _unwritten(self, batch: int, error: Exception) -> GuardError:
         reason = " ".join(str(error).split())[-150:]
-        return GuardError(
-            f"step {batch}: the checkpoint cannot be written to {self.folder} ({reason}); free "
-            "space or name another save_folder, then run the same command again: the last one is "
-            "whole"
-        )
+        fault = f"the checkpoint cannot be written to {self.folder} ({reason})"
+        remedy = "free space or name another save_folder, then run the same command again"
+        return GuardError(f"step {batch}: {fault}; {remedy}: the last one is whole")
 
 
 class ExactResume(Callback):

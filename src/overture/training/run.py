@@ -29,6 +29,7 @@ from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, sha256_file
 from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
 from overture.export import save_model
+from overture.generate import chat_ends, end_tokens
 from overture.models.attention import describe_attention
 from overture.models.build import position_limit
 from overture.models.lora import base_record, model_fingerprint
@@ -253,8 +254,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         weights = sharding.whole_weights(network)
         if dist.get_global_rank() == 0:
             trained_on = base_record(vars(config.model), facts)
-            if config.task == "chat":  # so that it is asked as it was trained
-                tokenizer.chat_template = next(iter(ledgers.values()))["template"]
+            if config.task == "chat":  # so that it is asked as it was trained, and ends so
+                asked = next(iter(ledgers.values()))["template"]
+                tokenizer.chat_template = asked or tokenizer.chat_template
+                ends = sorted({*(end_tokens(network, tokenizer) or ()), *chat_ends(tokenizer)})
+                network.generation_config.eos_token_id = ends
+                trained_on["facts"] = {**facts, "use": {"generation": {"eos_token_id": ends}}}
             save_model(network, tokenizer, run_folder / "hf", trained_on, weights)
         if answers:
             answers.after = answers.ask(network, "answers after training")
