@@ -1,5 +1,6 @@
 """Answers: batching and padding change nothing; prompts are those that training saw."""
 
+import copy
 import json
 import re
 
@@ -11,12 +12,15 @@ from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.encode import Tokens
 from overture.data.prompts import PromptTemplate, chat_template
+from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.data.streams import TokenStream
 from overture.errors import ConfigError
-from overture.generate import Talk, answer, encode_prompts, read_rows
+from overture.generate import Talk, answer, chat_ends, encode_prompts, read_rows
 from overture.models.build import load_network
+from overture.predict import ROW
 from overture.tokenizer import load_tokenizer
+from overture.trained import ledgers
 from overture.training.answers import _has_no_spaces, f1, held_out_prompts, is_exact
 
 
@@ -207,6 +211,30 @@ def test_a_field_of_the_template_that_is_not_in_the_data_is_named(tmp_path):
     wanted = PromptTemplate(("{title}: ", "{question}"), "answer")
     with pytest.raises(ConfigError, match="has no field 'title'"):
         read_rows(job(path), wanted, None, 17)
+
+
+def test_labels_may_be_numbers_or_missing(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": "x"}, {"text": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [record["label"] for _, record in read_rows(job(path), ROW, None, 17)[0]]
+    assert found == ["1", "x", ""]
+
+
+def test_other_data_in_the_place_of_a_runs_own_are_not_its_own(smoke, tmp_path):
+    config = {"data_local": str(smoke / "instruct"), "train_loader": {"dataset": {"split": "test"}}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    ledger = read_ledger(smoke / "instruct" / "test")
+    row = {"samples": ledger["samples"], "tokens": ledger["tokens"]["total"]}
+    for data, count in (([row], 1), ([{**row, "tokens": 7}], 0)):
+        (tmp_path / "environment.json").write_text(json.dumps({"data": data}))
+        assert len(ledgers(tmp_path)) == count
+
+
+def test_of_several_chat_templates_the_default_is_taken(pair):
+    tokenizer = copy.deepcopy(pair[1])
+    tokenizer.chat_template = {"tool_use": "{{ no }}", "default": chat_template("plain")}
+    assert chat_ends(tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_texts_without_spaces_are_known():

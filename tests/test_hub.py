@@ -47,6 +47,10 @@ class Hub(BaseHTTPRequestHandler):
         if "/resolve/" in self.path:
             return self.file(True)
         name = self.path.removeprefix("/api/models/").removesuffix("/revision/main")
+        if "/tree/main" in name:
+            files = self.server.repos[name.split("/tree/")[0]]["files"]
+            rows = [{"type": "file", "path": path, "size": 1, "oid": "0"} for path in files]
+            return self.reply(rows)
         repo = self.server.repos.get(name)
         if repo is None:
             return self.reply({"error": "no such repository"}, 404)
@@ -111,7 +115,9 @@ class Hub(BaseHTTPRequestHandler):
         files = repos[name]["files"]
         for line in body.splitlines():
             row = json.loads(line)
-            if row["key"] != "header":
+            if row["key"] == "deletedFile":
+                del files[row["value"]["path"]]
+            elif row["key"] != "header":
                 value = row["value"]
                 files[value["path"]] = value.get("content") or self.server.stored[value["oid"]]
         return self.reply({"commitUrl": f"{url}/{name}/commit/1", "commitOid": "1"})
@@ -163,9 +169,13 @@ def test_an_export_is_uploaded_with_the_right_token_only(hub, tmp_path):
     port = hub.server_address[1]
     pairs = (
         "right-token:me/model", "wrong-token:me/other", "readers-token:me/other", ":me/other",
-        "right-token:me/public",
+        "right-token:me/public", "right-token:me/used",
     )  # fmt: skip
-    sent, wrong, reader, none, public = send(port, folder, *pairs)
+    earlier = dict.fromkeys(["adapter_config.json", "model-00001-of-2.safetensors", "notes.md"], "")
+    hub.repos["me/used"] = {"private": True, "files": earlier}
+    sent, wrong, reader, none, public, _ = send(port, folder, *pairs)
+    # Adapters or weights of an earlier export would be loaded in place of these.
+    assert earlier.keys() == {"README.md", "model.safetensors", "notes.md"}
     assert sent == f"http://127.0.0.1:{port}/me/model"
     assert "me/other: the token is not valid" in wrong
     assert "me/other: the token has no right to write there" in reader

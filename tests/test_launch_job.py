@@ -290,3 +290,9 @@ def test_commands_of_the_page_render(monkeypatch):
         line = line.replace("python", sys.executable, 1)
         done = run(f"{line} > /dev/null", ROOT, SCRATCH="/scratch/me")
         assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_a_variable_that_is_not_set_is_no_scratch_disk(run_door):
+    done = run_door("src/launch_job.py", SMOKE, "--scheduler", "slurm", "--scratch", "")
+    assert done.returncode == 2
+    assert "--scratch: is empty; is the variable set" in done.stderr

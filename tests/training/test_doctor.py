@@ -4,9 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import T5Config, T5ForConditionalGeneration
 
 from overture.config.load import load_config
-from overture.training.doctor import GIB, _memory, _step, _time, _weights, examine
+from overture.training.doctor import GIB, _gathered, _memory, _step, _time, _weights, examine
 from overture.training.rehearsal import Rehearsal, rehearse
 
 PARTS = {"weights": 2 * GIB, "gradients": GIB, "optimizer": 2 * GIB,
@@ -131,9 +132,41 @@ def test_what_a_model_holds_is_counted(config, monkeypatch):
     # Adam keeps two numbers of each, and how many steps it made.
     assert found.parts["optimizer"] == pytest.approx(2 * found.parts["gradients"], rel=1e-3)
     assert found.parts["weights"] == pytest.approx(found.parts["gradients"], rel=1e-3)
+    assert found.checkpoint == pytest.approx(3 * found.parts["weights"], rel=0.01)
+    lora = rehearse(config(*options, "trainable=lora", "algorithms.ema.half_life=2ba"), 1 << 40)
+    assert lora.checkpoint < 0.3 * lora.parts["weights"]  # adapters alone are saved
+    assert lora.parts["moving average"] == lora.parts["gradients"] > 0
     monkeypatch.setattr("overture.training.rehearsal.AT_ONCE", 0.0)
     few = rehearse(config(*options), 1 << 40)
     assert (few.whole, few.tokens) == (False, found.tokens)
+
+
+def test_lists_within_a_layer_are_no_layers(config):
+    t5 = T5Config(d_model=64, d_ff=128, num_layers=3, num_heads=4, vocab_size=500)
+    network = T5ForConditionalGeneration(t5)
+    sizes = [sum(p.numel() for p in b.parameters()) for b in network.decoder.block]
+    encoder = sum(p.numel() for b in network.encoder.block for p in b.parameters())
+    whole = sum(p.numel() for p in network.parameters())
+    expected = 4 * (2 * max(sizes) + whole - sum(sizes) - encoder)
+    assert _gathered(config("fsdp_config={}"), network) == expected > 0
+
+
+def test_a_finished_run_is_a_stop(config, tmp_path):
+    asked = config()
+    folder = tmp_path / asked.run_folder
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"status": "completed"}')
+    (found,) = [finding for finding in examine(asked) if finding.part == "run folder"]
+    assert (found.verdict, "holds a finished run" in found.text) == ("stop", True)
+
+
+def test_data_that_are_fetched_are_shown_when_they_are_here(config, smoke):
+    asked = config(f"data_remote={smoke}/instruct", "data_local=cache")
+    found = {finding.part: finding for finding in examine(asked)}
+    assert {finding.verdict for finding in found.values()} <= {"ok", "warning"}, found
+    train, test = found["data, train"], found["data, test"]
+    assert "shards are hashed as they arrive" in train.text and "shards are hashed" in test.text
+    assert train.more and not test.more
 
 
 def test_shards_are_counted_and_how_many_ranks_they_need(config):

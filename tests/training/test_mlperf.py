@@ -63,6 +63,8 @@ def test_a_log_has_the_events_in_mlperfs_order_and_both_checkers_accept_it(logge
         "run_stop",
     ]
     assert len(evals) >= 2
+    # What is written of the weights after the last evaluation is no part of the time.
+    assert log[-1]["time_ms"] == log[-2]["time_ms"]
     facts = {event["key"]: event["value"] for event in log}
     known = {"seed": 17, "global_batch_size": 4, "gradient_accumulation_steps": 1,
              "quality_target": 6.4, "opt_base_learning_rate": 1e-2}  # fmt: skip
@@ -199,6 +201,20 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     assert "of another setting than the first: target 1.0 there, " in said
     assert not list(faults_of_set([out / "seed-17", out / "seed-18"]))
     assert any("used twice" in f for f in faults_of_set([out / "seed-17", out / "seed-17"]))
+
+
+def test_a_run_that_misses_its_target_has_a_sound_log(run):
+    missed = ("callbacks.loss_target.cross_entropy=0.1", "eval_interval=2ba", "max_duration=4ba")
+    code, folder = run(*missed, *LOGGED)
+    assert code == 3
+    assert not list(faults(folder))
+    assert events(folder / "mlperf.log")[-1]["metadata"]["status"] == "aborted"
+
+
+def test_more_permutations_than_can_be_looked_at_are_drawn():
+    ours, theirs = [1000 + n % 7 for n in range(20)], [2000 + n % 5 for n in range(20)]
+    assert "fewer" in suspicion(ours, theirs)
+    assert suspicion(ours, ours) is None
 
 
 def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):

@@ -1,6 +1,7 @@
 """What is trained is what was asked for, nothing else; adapters of every kind; conversations."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -91,6 +92,11 @@ def test_other_adapters_learn_merge_and_go_on(kind, run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", str(one), "--out", str(out), "--merge"])
     export_model.main()
     assert "a fresh process gives the same" in capsys.readouterr().out
+    shutil.copytree(one / "hf", one / "biased")
+    with_biases = json.dumps(config | {"bias": "lora_only"})
+    (one / "biased" / "adapter_config.json").write_text(with_biases)
+    with pytest.raises(ConfigError, match="biased: trains biases, which is not done here"):
+        run(*lora, "run_name=none", f"model.adapter={one}/biased")
     _, two = run(*lora, "run_name=two", f"model.adapter={one}", "max_duration=4ba")
     assert result(two)["eval_cross_entropy_before"] == pytest.approx(outcome["eval_cross_entropy"])
     assert json.loads((two / "hf" / "adapter_config.json").read_text())["r"] == 4
@@ -98,7 +104,16 @@ def test_other_adapters_learn_merge_and_go_on(kind, run, monkeypatch, capsys):
         run(*lora, "run_name=three", f"model.adapter={one}", "lora.r=4")
 
 
-def test_conversations_are_trained_and_their_last_answers_asked(smoke, tmp_path, monkeypatch):
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_conversations_are_trained_and_their_last_answers_asked(
+    template, smoke, tmp_path, monkeypatch
+):
+    base = load_tokenizer(str(smoke / "tokenizer"))
+    if template == "chatml":  # the tokenizer's own, which ends with no EOS
+        marks = ["<|im_start|>", "<|im_end|>"]
+        base.add_special_tokens({"additional_special_tokens": marks})
+        base.chat_template = chat_templates()[template]
+    base.save_pretrained(tmp_path / "tokenizer")
     rows = []
     for number in range(60):
         colour = ("red", "green", "blue")[number % 3]
@@ -106,16 +121,16 @@ def test_conversations_are_trained_and_their_last_answers_asked(smoke, tmp_path,
                  ("user", "Which colour?"), ("assistant", f"It is {colour}.")]  # fmt: skip
         rows.append({"messages": [{"role": r, "content": text} for r, text in turns]})
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"tokenizer": str(smoke / "tokenizer"), "max_seq_len": 128}
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "max_seq_len": 128}
     origins = {"train": Origin(str(tmp_path / "chat.jsonl"))}
-    more = {"test_fraction": 0.2, "prompt_template": "plain"}
+    more = {"test_fraction": 0.2, "prompt_template": None if template == "chatml" else template}
     job = Conversion(origins, "chat", str(tmp_path / "data"), **options, **more)
     convert(job, lambda _: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat.yaml").write_text(f"""
 task: chat
 max_seq_len: 128
-tokenizer_name: {smoke}/tokenizer
+tokenizer_name: {tmp_path}/tokenizer
 data_local: data
 model: {{name: llama, pretrained: false, config: {{hidden_size: 64, intermediate_size: 128,
   num_hidden_layers: 2, num_attention_heads: 4}}}}
@@ -132,17 +147,21 @@ progress_bar: false
     config = load_config(["chat.yaml"], ("chat",))
     assert train(config, command="python finetune.py chat.yaml") == 0
     given = load_tokenizer("runs/chat")  # asked, here or elsewhere, as it was trained
-    assert given.chat_template == chat_templates()["plain"]
+    assert given.chat_template == chat_templates()[template]
+    saved = json.loads((tmp_path / "runs" / "chat" / "hf" / "generation_config.json").read_text())
+    ends = [given.eos_token] if template == "plain" else ["<|im_end|>", given.eos_token]
+    assert sorted(saved["eos_token_id"]) == sorted(given.convert_tokens_to_ids(ends))
     lines = (tmp_path / "runs" / "chat" / "generations.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     answers = {row["messages"][0]["content"]: row["messages"][3]["content"] for row in rows}
     assert len(told) == 8
     for row in told:
         asked = row["prompt"]
-        assert asked.endswith("Assistant: I see.\nUser: Which colour?\nAssistant: ")
-        first = asked.split("\n")[0].removeprefix("User: ")
+        said, mine = ("User: ", "Assistant: ") if template == "plain" else ("user\n", "assistant\n")
+        assert asked.endswith(f"{mine}I see.\n{said}Which colour?\n{mine}")
+        first = asked.split(said)[1].split("\n")[0]
         assert row["expected"].strip() == answers[first]
-        assert "\nUser" not in row["after"]  # it ends where its turn does
+        assert f"\n{said.strip()}" not in row["after"]  # it ends where its turn does
     scores = result(tmp_path / "runs" / "chat")["metrics"]
     assert scores["character_f1_after"] > scores["character_f1_before"] + 0.3
 
