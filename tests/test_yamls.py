@@ -187,7 +187,7 @@ FINETUNED = {
     "dolly-llama-3.1-70b": ("llama", LLAMA, "CausalLM", "instruct"),
     "dolly-llama-3.2-1b": ("llama", LLAMA, "CausalLM", "instruct"),
     "enja": ("mbart", {}, "Seq2SeqLM", "seq2seq"),  # made by the recipe itself
-    "jsquad": ("gpt_neox", BERT, "CausalLM", "instruct"),
+    "jsquad": ("llama", BERT, "CausalLM", "instruct"),
     "oasst1": ("llama", LLAMA, "CausalLM", "chat"),
 }
 

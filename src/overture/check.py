@@ -2,12 +2,12 @@
 
 import importlib
 import math
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from overture.config.load import local_rank
 from overture.config.schema import Config
 from overture.data.integrity import verify_split
 from overture.data.labels import head_config
@@ -35,8 +35,7 @@ def check_data(config: Config, most: float = math.inf) -> None:
         folder = Path(stream.data_local) / stream.split
         ledger = check_split(folder, config.task, config.max_seq_len, batch)
         ledgers[name] = ledger
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of this node
-        verify_split(folder, ledger, most if is_first else 0)
+        verify_split(folder, ledger, most if local_rank() == 0 else 0)  # hashed once per node
     if config.task == "classify" and ledgers:
         head_config(ledgers)
 

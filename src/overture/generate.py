@@ -128,8 +128,8 @@ def read_rows(
         source = convert.open_rows(job, "train", Path(kept))
         if template is None:
             template = convert.choose_template(job, source)
-            named = (name for name, one in templates().items() if one == template)
-            print(f"{source.name}: by the prompt template {next(named, 'of its own')}")
+            for name in (name for name, one in templates().items() if one == template):
+                print(f"{source.name}: by the prompt template {name}")
         fields = convert.task_fields(job, template)
         answered = getattr(template, "response", None)  # not so of the template of a chat
         kinds = {name: kind for name, kind in fields.kinds.items() if name != answered}

@@ -15,7 +15,7 @@ PIPELINES = {
     "CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation",
     "SequenceClassification": "text-classification",
 }  # fmt: skip
-LOADED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_*", "trained_on.json"]
+LOADED = ["model*.safetensors*", "pytorch_model*.bin*", "adapter_*", "trained_on.json"]
 # What of a run folder the card shows: file, heading, content -> text.
 SHOWN = (
     ("result.json", "Figures", lambda text: "\n".join(summary_lines(json.loads(text)))),

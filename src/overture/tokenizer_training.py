@@ -212,7 +212,7 @@ def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[],
             if isinstance(record, Malformed):
                 raise ConfigError(f"{name}: {place} {record.detail}")
             texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
-            if chosen and not texts.keys() & chosen.fields().keys():
+            if chosen and not record.keys() & chosen.fields().keys():
                 fields = f"none of its fields ({', '.join(chosen.fields())})"
                 _refuse(f"--prompt_template {plan.prompt_template}: {name}: {place} has {fields}")
             seen = (chosen.prompt(texts), texts.get(chosen.response, "")) if chosen else ()

@@ -86,9 +86,9 @@ def load_trained(
         if lost := [key for key in model.made_anew if key.startswith(beside)]:
             fault = f"lacks {len(lost)} tensors of its model ({lost[0]}, ...)"
             raise ConfigError(f"{name}: {fault}, which would be drawn at random")
-        if any(p.is_meta for p in model.parameters()):
-            fault = f"{name} does not fit into the memory of the devices"
-            raise ConfigError(f"--device_map {device_map}: {fault}")
+        if adapters and any(p.is_meta for p in model.parameters()):
+            fault = "not all of the base fits on the devices, and adapters want it there"
+            raise ConfigError(f"--device_map {device_map}: {name}: {fault}")
         if not device_map and not getattr(model, "is_quantized", False):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.eval()

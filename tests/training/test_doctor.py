@@ -134,7 +134,7 @@ def test_what_a_model_holds_is_counted(config, monkeypatch):
     assert found.parts["weights"] == pytest.approx(found.parts["gradients"], rel=1e-3)
     assert found.checkpoint == pytest.approx(3 * found.parts["weights"], rel=0.01)
     lora = rehearse(config(*options, "trainable=lora", "algorithms.ema.half_life=2ba"), 1 << 40)
-    assert lora.checkpoint < 0.3 * lora.parts["weights"]  # adapters alone are saved
+    assert lora.checkpoint < 0.4 * lora.parts["weights"]  # adapters alone are saved
     assert lora.parts["moving average"] == lora.parts["gradients"] > 0
     monkeypatch.setattr("overture.training.rehearsal.AT_ONCE", 0.0)
     few = rehearse(config(*options), 1 << 40)

@@ -187,10 +187,8 @@ class Watchdog(Callback):
                 self._end()
 
     def _end(self) -> None:
-        reason = (
-            f"no batch was finished for {self.timeout:g} seconds (guards.timeout); what every "
-            f"thread and every worker of a loader was doing is in {self.path}"
-        )
+        doing = f"what every thread and every worker of a loader was doing is in {self.path}"
+        reason = f"no batch was finished for {self.timeout:g} seconds (guards.timeout); {doing}"
         children = multiprocessing.active_children()
         try:
             with self.path.open("wb", buffering=0) as file:

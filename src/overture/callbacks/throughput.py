@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -37,7 +37,9 @@ class Throughput(Callback):
             return  # how far back a gradient goes is not counted, so there is no MFU
         on_gpu, peak = state.device.name == "gpu", None
         if self.measure_peak:
-            peak = measured_peak(_plain(state).compute_dtype, "cuda" if on_gpu else "cpu")
+            half = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
+            dtype = half.get(state.precision, _plain(state).compute_dtype)
+            peak = measured_peak(dtype, "cuda" if on_gpu else "cpu")
         elif on_gpu:
             peak = peak_flops(torch.cuda.get_device_name())
         self._peak = peak and peak * dist.get_world_size()

@@ -143,6 +143,11 @@ def adopt_hub_token() -> None:
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
 
 
+def local_rank() -> int:
+    """Return which of this node's training processes this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
     """Return a config tree with every text changed, given its key; dataclasses in place."""
     if dataclasses.is_dataclass(value):

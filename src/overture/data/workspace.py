@@ -87,10 +87,9 @@ class Workspace(contextlib.AbstractContextManager):
         then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}
         other = next((name for name in facts if then.get(name, facts[name]) != facts[name]), None)
         if other:
-            raise ConfigError(
-                f"--resume: the interrupted conversion had {other} {then[other]!r:.120}, not "
-                f"{facts[other]!r:.120}; give the same, or leave --resume out to start over"
-            )
+            was, now = f"{then[other]!r:.120}", f"{facts[other]!r:.120}"
+            fault = f"--resume: the interrupted conversion had {other} {was}, not {now}"
+            raise ConfigError(f"{fault}; give the same, or leave --resume out to start over")
         write_aside(self._facts, json.dumps({**then, **facts}))
 
     def finished(self, split: str, source: Source, facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -102,8 +101,7 @@ class Workspace(contextlib.AbstractContextManager):
         if not self.job.resume:
             return None
         origin = {"name": source.name, **source.fingerprint}
-        ours = {**facts, "arguments": self.job.identity(), "source": origin}
-        ours = json.loads(json.dumps(ours))
+        ours = json.loads(json.dumps({**facts, "arguments": self.job.identity(), "source": origin}))
         for folder in (self.folder / split, self.place(split)):
             if (folder / LEDGER).is_file():
                 ledger = read_ledger(folder)

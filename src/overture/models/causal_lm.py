@@ -59,10 +59,9 @@ class CausalLM(HuggingFaceModel):
             rounding = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
             same = (ours - theirs).abs().max().item() <= rounding
         if not same:
-            raise ConfigError(
-                f"model.name: the logits of a {type(base).__name__} are not simply those of its "
-                "output head, so its loss would be another one here; this family is not supported"
-            )
+            fault = f"the logits of a {type(base).__name__} are not simply those of its output head"
+            what = "so its loss would be another one here; this family is not supported"
+            raise ConfigError(f"model.name: {fault}, {what}")
 
     def _own_logits(self, base: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return a model's own logits, and the states that enter its output head here."""
@@ -101,9 +100,8 @@ class CausalLM(HuggingFaceModel):
             count = sum(batch["num_labels"])
             places, targets = label_positions(batch["labels"], count)
             chosen = hidden.flatten(0, 1).index_select(0, places)
-            total, losses = cross_entropy_at(
-                chosen, self._parts["head"], targets, self._scale, self._softcap, count
-            )
+            rules = self._scale, self._softcap, count
+            total, losses = cross_entropy_at(chosen, self._parts["head"], targets, *rules)
         rows = places[:count] // batch["labels"].shape[1]
         return {"loss": total, "token_losses": losses, "rows": rows}
 

@@ -171,9 +171,7 @@ def f1(answer: str, expected: str) -> float:
     (Kurihara et al. 2022, "JGLUE", section 5.2; Rajpurkar et al. 2016, 1606.05250, have words), in
     small letters, without a last full stop, white space made one space.
     """
-    plain = (
-        " ".join(text.lower().strip().removesuffix("。").split()) for text in (answer, expected)
-    )
-    ours, theirs = map(Counter, plain)
+    texts = (text.lower().strip().removesuffix("。") for text in (answer, expected))
+    ours, theirs = (Counter(" ".join(text.split())) for text in texts)
     common, total = (ours & theirs).total(), ours.total() + theirs.total()
     return 2 * common / total if total else 1.0

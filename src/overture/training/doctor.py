@@ -298,7 +298,8 @@ def memory_there() -> int:
     free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])
     own = re.findall(r"^\d+:(?:memory)?:/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
     roots = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
-    for place in [root / part for root in roots for part in ("", *own)]:
+    below = [root / part for root in roots for part in ("", *own)]
+    for place in {p for path in below for p in (path, *path.parents) if "cgroup" in str(p)}:
         for limit, use in (("limit_in_bytes", "usage_in_bytes"), ("max", "current")):
             limit, use = place / f"memory.{limit}", place / f"memory.{use}"
             if limit.is_file() and (most := limit.read_text().strip()).isdigit():

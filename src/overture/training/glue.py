@@ -173,8 +173,8 @@ def _content(config: GlueConfig) -> str | None:
     """Return a sha256 over the files of the encoder that is tuned and of a tokenizer elsewhere,
     None of those of the hub.
     """
-    names = (config.finetune["model"]["name"], config.finetune.get("tokenizer_name"))
-    places = [Path(locate_model(name)) for name in names if name]
+    places = [Path(locate_model(config.finetune["model"]["name"]))]
+    places += map(Path, filter(None, [config.finetune.get("tokenizer_name")]))
     files = [p for place in places for p in sorted(place.glob("*"))
              if p.suffix in (".json", ".safetensors", ".bin")]  # fmt: skip
     named = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)

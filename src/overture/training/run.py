@@ -90,6 +90,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
+    if config.task == "chat":  # so that it is asked as it was trained, and ends so
+        asked = next(iter(ledgers.values()))["template"]
+        tokenizer.chat_template = asked or tokenizer.chat_template
+        ends = {*(end_tokens(network, tokenizer) or ()), *chat_ends(tokenizer)}
+        network.generation_config.eos_token_id = sorted(ends)
     monitors.exchange_modules(network, config, precision)
     facts = resume.on_rank_zero(lambda: _facts(config, tokenizer, network))
     if found:
@@ -254,12 +259,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         weights = sharding.whole_weights(network)
         if dist.get_global_rank() == 0:
             trained_on = base_record(vars(config.model), facts)
-            if config.task == "chat":  # so that it is asked as it was trained, and ends so
-                asked = next(iter(ledgers.values()))["template"]
-                tokenizer.chat_template = asked or tokenizer.chat_template
-                ends = sorted({*(end_tokens(network, tokenizer) or ()), *chat_ends(tokenizer)})
-                network.generation_config.eos_token_id = ends
-                trained_on["facts"] = {**facts, "use": {"generation": {"eos_token_id": ends}}}
+            if config.task == "chat":
+                use = {"generation": {"eos_token_id": network.generation_config.eos_token_id}}
+                trained_on["facts"] = {**facts, "use": use}
             save_model(network, tokenizer, run_folder / "hf", trained_on, weights)
         if answers:
             answers.after = answers.ask(network, "answers after training")
