@@ -101,6 +101,16 @@ def test_adapters_in_shards(smoke, tmp_path):
     close(parts, whole)
     files = {path.name for path in (parts / "checkpoints" / "ba4").iterdir()}
     assert files == {"state.pt", "manifest.json"}  # gathered, as any other
+    kept = ("save_interval=2ba", "save_num_checkpoints_to_keep=-1")
+    sharded = "fsdp_config.state_dict_type=sharded"
+    two = train(2, tmp_path / "two", *options, *kept, sharded)
+    close(two, whole)
+    for name, more in (("one", sharded), ("plain", "resume.allow=[fsdp_config]")):
+        folder = tmp_path / name
+        shutil.copytree(two, folder, ignore=shutil.ignore_patterns("result.json", "hf", "ba4"))
+        assert (folder / "checkpoints" / "ba2" / "__1_0.distcp").is_file()
+        train(1, folder, *options, *kept, more)
+        close(folder, whole)
 
 
 @pytest.mark.slow
