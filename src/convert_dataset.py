@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 
-from overture.config.load import adopt_hub_token
 from overture.data.conversion import OVERFLOWS, Conversion, parse_fields, parse_origins
 from overture.errors import ConfigError, exit_on_error
 
@@ -96,7 +95,6 @@ def main() -> None:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     job = Conversion(origins=parse_origins(dataset, splits), **options)
     job.check()
-    adopt_hub_token()
 
     from overture.data.convert import convert
 

@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from overture.config.load import adopt_hub_token
 from overture.errors import ConfigError, exit_on_error
 
 
@@ -36,7 +35,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.private and not args.push_to_hub:
         raise ConfigError("--private says how --push_to_hub uploads: give that too")
-    adopt_hub_token()
 
     from overture.export import check_out, encode_test_prompt, export_model, say
     from overture.hub import check_hub, model_card, push_to_hub

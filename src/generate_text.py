@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from overture.config.load import adopt_hub_token, read_options
+from overture.config.load import read_options
 from overture.data.conversion import Conversion, Origin, parse_fields
 from overture.data.prompts import chat_template, parse_template, template
 from overture.errors import ConfigError, exit_on_error
@@ -100,7 +100,6 @@ def main() -> None:
     drawn = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
     options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "stop")}
     options |= {"do_sample": True, **drawn} if set(drawn.values()) != {None} else {}
-    adopt_hub_token()
 
     from overture.generate import generate, join_ranks
     from overture.trained import load_trained

@@ -61,7 +61,6 @@ def main() -> None:
 
 
 def _tokenizer(name: str | None, split: Any) -> Any:
-    """Return the tokenizer that a split was converted with, None for raw text."""
     from overture.tokenizer import load_tokenizer, tokenizer_sha256
 
     if split.tokenizer is None and name is None:
@@ -69,6 +68,7 @@ def _tokenizer(name: str | None, split: Any) -> Any:
     tokenizer = load_tokenizer(name or split.tokenizer)
     known = split.ledger["tokenizer"] or {"sha256": "none"}
     if known.get("sha256") not in (None, tokenizer_sha256(tokenizer)):
+        name = name or split.tokenizer
         raise ConfigError(f"--tokenizer {name}: not the one that {split.folder} was converted with")
     return tokenizer
 

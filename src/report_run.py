@@ -18,16 +18,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that ended: runs/NAME")
     parser.add_argument("--out", type=Path, help="of several: the page; default: comparison.html")
     args = parser.parse_args()
-    if len(args.runs) > 1:
-        page = args.out or Path("comparison.html")
-        compare_runs(args.runs, page)
-        print(f"{'comparison':<20}{page}")
-        return
-    if args.out:
+    if args.out and len(args.runs) == 1:
         raise ConfigError("--out is of several runs; a run's page is its own report.html")
-    page = build_report(args.runs[0])
-    print("\n".join(summary_lines(load_run(args.runs[0]).result)))
-    print(f"{'report':<20}{page}")
+    several = len(args.runs) > 1
+    page = args.out or (Path("comparison.html") if several else args.runs[0] / "report.html")
+    try:
+        compare_runs(args.runs, page) if several else build_report(args.runs[0])
+    except OSError as error:
+        raise ConfigError(f"{page}: cannot be made ({error.strerror})") from None
+    if not several:
+        print("\n".join(summary_lines(load_run(args.runs[0]).result)))
+    print(f"{'comparison' if several else 'report':<20}{page}")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ def test_refusals(folders, tmp_path, run_door):
     assert (done.returncode, "no readable result.json" in done.stderr) == (2, True)
     done = run_door("src/report_run.py", folders[0], "--out", tmp_path / "p.html")
     assert (done.returncode, "--out is of several runs" in done.stderr) == (2, True)
+    done = run_door("src/report_run.py", *folders[:2], "--out", tmp_path / "no" / "p.html")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "p.html: cannot be made (No such file or directory)" in done.stderr
     assert not (tmp_path / "p.html").exists()
 
 

@@ -232,6 +232,15 @@ def children(pid: int) -> list[int]:
     return [int(number) for number in found.stdout.split()]
 
 
+def test_a_shell_of_another_name_is_no_launcher(tmp_path):
+    program = "from overture.launcher import follow_launcher as f; print(f())"
+    (tmp_path / "composer-kit").mkdir()
+    script = tmp_path / "composer-kit" / "run.sh"
+    script.write_text(f"PYTHONPATH=src {sys.executable} -c '{program}'\ntrue\n")
+    done = subprocess.run(["bash", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 @pytest.mark.dist
 def test_dead_rank_ends_the_run(smoke, tmp_path):
     process = start(2, tmp_path / "run", "max_duration=4000ba", "eval_interval=4000ba")

@@ -1,5 +1,6 @@
 """Tokenizers of every kind: trained, read back by transformers, and held to their own figures."""
 
+import errno
 import gzip
 import json
 import re
@@ -7,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.encode import Tokens
 from overture.data.shards import Split
-from overture.errors import ConfigError
+from overture.errors import ConfigError, GuardError
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.tokenizer_training import END_OF_TEXT, MASK, PADDING, Plan, train_tokenizer
 
@@ -243,6 +244,22 @@ def test_folders_in_use_stay(made, source, tmp_path):
     with pytest.raises(ConfigError, match="holds no tokenizer, so it is not replaced"):
         made(out=tmp_path / "work")
     assert (tmp_path / "work" / "thesis.tex").exists()
+
+
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(made, tmp_path, monkeypatch):
+    made()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(self, folder):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(GuardError, match=r"--out .*out: cannot be written .*No space left"):
+        made()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_broken_chat_template_is_refused(made, tmp_path):

@@ -82,33 +82,28 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         DataError: they are not, or there is no manifest of this kit.
         GuardError: they cannot be read just now, which says nothing of them.
     """
-    try:
-        return _verified(folder)
-    except OSError as error:
-        fault = f"{folder}: cannot be read ({error}); it may well be whole"
-        raise GuardError(f"{fault}: see to the disk, then run the same command again") from None
-
-
-def _verified(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
+        if not path.exists():
+            raise DataError(f"{folder}: no {MANIFEST}, so it is no checkpoint of this kit")
         manifest = unseal(path)
         recorded = {name: (row["bytes"], row["sha256"]) for name, row in manifest["files"].items()}
         int(manifest["batch"])
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no {MANIFEST}, so it is no checkpoint of this kit") from None
+        if STATE not in recorded or any(Path(name).name != name for name in recorded):
+            raise DataError(f"{path}: names files that no checkpoint has")
+        for name, (size, digest) in recorded.items():
+            file = folder / name
+            if not file.is_file():
+                raise DataError(f"{file}: is missing")
+            if file.stat().st_size != size:
+                raise DataError(f"{file}: {file.stat().st_size:,} bytes, but {size:,} were written")
+            if sha256_file(file) != digest:
+                raise DataError(f"{file}: its sha256 is not the one that was written")
+    except OSError as error:
+        fault = f"{folder}: cannot be read ({error}); it may well be whole"
+        raise GuardError(f"{fault}: see to the disk, then run the same command again") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: unreadable ({error})") from None
-    if STATE not in recorded or any(Path(name).name != name for name in recorded):
-        raise DataError(f"{path}: names files that no checkpoint has")
-    for name, (size, digest) in recorded.items():
-        file = folder / name
-        if not file.is_file():
-            raise DataError(f"{file}: is missing")
-        if file.stat().st_size != size:
-            raise DataError(f"{file}: {file.stat().st_size:,} bytes, but {size:,} were written")
-        if sha256_file(file) != digest:
-            raise DataError(f"{file}: its sha256 is not the one that was written")
     return manifest
 
 

@@ -6,6 +6,7 @@ Any other exception is a bug of ours and keeps its traceback.
 """
 
 import difflib
+import errno
 import io
 import os
 import signal
@@ -21,6 +22,8 @@ EXIT_DONE = 0
 EXIT_TARGET_MISSED = 3
 EXIT_GUARD = 5
 EXIT_PREEMPTED = 75
+# What OSError says of a disk that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class OvertureError(Exception):
@@ -81,6 +84,8 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     given += [p for p in pairs if p[0].startswith("--") and not p[0].endswith("tokens")]
     for named in given:
         learn(*named)
+    if "HUGGINGFACE_HUB_TOKEN" in os.environ:  # serves where what the hub's client reads is not set
+        os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII only is no error
             stream.reconfigure(errors="backslashreplace")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from composer.utils import dist, get_device
 from jinja2 import TemplateError
 from tqdm import tqdm
 
@@ -248,10 +248,19 @@ def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
     if not has_data or device_map:
         fault = f"{ranks} ranks share the rows of --data, each with a model of its own"
         raise ConfigError(f"{fault}; leave the launcher, or --device_map, out")
-    from composer.utils import dist as launcher
-    from composer.utils import get_device
+    dist.initialize_dist(get_device(None))
 
-    launcher.initialize_dist(get_device(None))
+
+def answer_together(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *how: Any, **options: Any
+) -> tuple[list[str], int]:
+    """Return on every rank what `answer` does of all prompts, of which each rank does a share."""
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    mine = answer(model, tokenizer, prompts[rank::ranks], *how, **options)
+    texts, parts = [""] * len(prompts), dist.all_gather_object(mine)
+    for share, (found, _) in enumerate(parts):
+        texts[share::ranks] = found
+    return texts, sum(made for _, made in parts)
 
 
 def generate(
@@ -303,17 +312,9 @@ def generate(
     options |= {"streamer": streamer} if streamed else {}
     differ = merge_where_exact(model, positions)
     begin = time.perf_counter()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    given = prompts[rank::ranks]
-    parts = [answer(model, tokenizer, given, batch, "answers", **options)]
-    if ranks > 1:
-        mine, parts = parts[0], [None] * ranks
-        dist.all_gather_object(parts, mine)
-    texts, made = [""] * len(prompts), sum(count for _, count in parts)
-    for share, (found, _) in enumerate(parts):
-        texts[share::ranks] = found
+    texts, made = answer_together(model, tokenizer, prompts, batch, "answers", **options)
     seconds = time.perf_counter() - begin
-    if rank:
+    if dist.get_global_rank():
         return
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     lines = []
@@ -340,9 +341,8 @@ def _label(
     if template or options != WRITING or not asked or getattr(asked, "task", "") == "chat":
         fault = f"{trained.name} classifies: it takes no --chat, no template and no option of text"
         raise ConfigError(f"{fault} that is written; give --prompt or --data alone")
-    rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else None
-    rows = [("--prompt", {"text": text}) for text in asked] if rows is None else rows
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else _typed(asked, ROW)
+    if dist.get_world_size() > 1:
         fault = "classifies, which one process does; leave the launcher out"
         raise ConfigError(f"{trained.name} {fault}")
     longest = [ledger["max_seq_len"] for ledger in ledgers(trained.run)]  # as in training

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,8 @@ def follow_launcher() -> bool:
     """
     parent = os.getppid()
     try:
-        launched = b"composer" in Path(f"/proc/{parent}/cmdline").read_bytes()
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        launched = any(re.fullmatch(rb"(.*/)?composer|composer\.cli(\.\w+)*", part) for part in command)
     except OSError:
         launched = False
     if launched:

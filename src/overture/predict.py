@@ -1,7 +1,7 @@
 """What a classifier makes of texts: a label with its probability, or for a regression a number."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -12,18 +12,13 @@ from overture.data.prompts import PromptTemplate
 ROW = PromptTemplate(("{text}", " | {text_pair}"), response="label", cut="text_pair")
 
 
-class Guess(NamedTuple):
-    """The likeliest label by name, or a number, and its probability (of a number: none)."""
-
-    label: str
-    probability: float | None
-
-
 @torch.no_grad()
 def predict(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch: int, room: int
-) -> list[Guess]:
-    """Return what a model with a head on whole rows makes of each, encoded as in training.
+) -> list[tuple[str, float | None]]:
+    """Return the likeliest label of each row and its probability, or a number and None.
+
+    Rows are encoded as in training.
 
     Args:
         model: of transformers, or a PeftModel over one.
@@ -44,7 +39,7 @@ def predict(
     takes = {"input_ids", "attention_mask"}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         takes.add("token_type_ids")
-    guesses: list[Guess] = [Guess("", None)] * len(rows)
+    guesses: list[tuple[str, float | None]] = [("", None)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
     for begin in range(0, len(order), batch):
         numbers = order[begin : begin + batch]
@@ -53,8 +48,8 @@ def predict(
         logits = model(**given).logits.float().cpu()
         for number, row in zip(numbers, logits, strict=True):
             if len(row) == 1:
-                guesses[number] = Guess(f"{row.item():.4f}", None)
+                guesses[number] = (f"{row.item():.4f}", None)
             else:
                 most = int(row.argmax())
-                guesses[number] = Guess(names[most], row.softmax(-1)[most].item())
+                guesses[number] = (names[most], row.softmax(-1)[most].item())
     return guesses

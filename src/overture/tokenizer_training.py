@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overture import vocabulary
+from overture.data.conversion import refuse
 from overture.data.encode import Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.prompts import PromptTemplate, chat_template, template
 from overture.data.readers import READERS, Malformed, open_bytes, reader
 from overture.data.sources import open_source
-from overture.errors import ConfigError
+from overture.errors import FULL, ConfigError, GuardError
 from overture.vocabulary import BYTES, UNKNOWN
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,38 +72,34 @@ class Plan:
 
     def chat(self) -> str | None:
         """Return the text of the chat template."""
-        try:
-            return chat_template(self.chat_template) if self.chat_template else None
-        except ConfigError as error:
-            fault = str(error).replace("--prompt_template", "--chat_template")
-            raise ConfigError(fault) from None
+        return self.chat_template and chat_template(self.chat_template, "--chat_template")
 
     def check(self) -> None:
         """Raise ConfigError for arguments that do not fit each other, or a folder in use."""
         if self.model == "wordpiece":
             for option in ("byte_fallback", "library"):
                 if getattr(self, option) != getattr(Plan, option):
-                    _refuse(f"--{option} is for --model bpe or unigram, not wordpiece")
+                    refuse(f"--{option} is for --model bpe or unigram, not wordpiece")
         elif self.lowercase:
-            _refuse("--lowercase is for --model wordpiece: the others give every text back")
+            refuse("--lowercase is for --model wordpiece: the others give every text back")
         if not 0 < self.character_coverage <= 1:
-            _refuse(f"--character_coverage {self.character_coverage}: must be above 0, at most 1")
+            refuse(f"--character_coverage {self.character_coverage}: must be above 0, at most 1")
         if self.eval_input and self.eval_fraction is not None:
-            _refuse("--eval_fraction is of --input: leave it or --eval_input out")
+            refuse("--eval_fraction is of --input: leave it or --eval_input out")
         if not 0 <= (self.eval_fraction or 0) <= 0.5:
-            _refuse(f"--eval_fraction {self.eval_fraction}: must be from 0 to 0.5")
+            refuse(f"--eval_fraction {self.eval_fraction}: must be from 0 to 0.5")
         for token in self.special_tokens:
             if token != token.strip() or not token:
-                _refuse(f"--special_tokens {token!r}: is empty, or begins or ends with a space")
+                refuse(f"--special_tokens {token!r}: is empty, or begins or ends with a space")
         count, has_bytes = len(self.specials()), self.is_byte_level or self.byte_fallback
         if self.vocab_size < count + 256 * has_bytes:
             needed = f"{'256 bytes and ' * has_bytes}{count} special tokens"
-            _refuse(f"--vocab_size {self.vocab_size}: {needed} need {count + 256 * has_bytes}")
+            refuse(f"--vocab_size {self.vocab_size}: {needed} need {count + 256 * has_bytes}")
         if self.out.exists() and not self.overwrite:
-            _refuse(f"{self.out} is there already; give --overwrite to replace it")
+            refuse(f"{self.out} is there already; give --overwrite to replace it")
         ours = [self.out / name for name in ("tokenizer_config.json", "tokenizer.json")]
         if self.out.exists() and not all(path.is_file() for path in ours):
-            _refuse(f"{self.out}: holds no tokenizer, so it is not replaced; name another folder")
+            refuse(f"{self.out}: holds no tokenizer, so it is not replaced; name another folder")
 
 
 class Figures(NamedTuple):
@@ -139,7 +136,7 @@ def train_tokenizer(plan: Plan) -> tuple[int, Figures]:
     specials, size, file = plan.specials(), plan.vocab_size, None
     corpus, held_out = _Corpus(plan.inputs, plan), _Corpus(plan.eval_input, plan)
     if not plan.is_byte_level:
-        corpus.leave_out(_needed(plan, corpus))
+        corpus.holes = dict.fromkeys(map(ord, _needed(plan, corpus)), vocabulary.HOLE)
     if plan.is_byte_level:
         made = vocabulary.byte_level(corpus.texts, size, specials)
     elif plan.model == "wordpiece":
@@ -174,12 +171,8 @@ class _Corpus:
         # What spells a special token or a byte is not to become a piece of that name.
         names = [re.escape(token) for token in plan.specials()] + ["<0x[0-9A-F]{2}>"]
         self._names = re.compile("|".join(names))
-        self._holes: dict[int, str] = {}
+        self.holes: dict[int, str] = {}  # marks in place of characters that get no piece
         self.held_out: list[str] = []
-
-    def leave_out(self, characters: Sequence[str]) -> None:
-        """Yield a mark in place of some characters from now on."""
-        self._holes = dict.fromkeys(map(ord, characters), "\ufffd")
 
     def whole(self) -> Iterator[str]:
         """Yield all texts as they are."""
@@ -194,7 +187,7 @@ class _Corpus:
                 self.held_out.append(text)
             else:
                 text = self._names.sub("\n", text)
-                yield text.translate(self._holes) if self._holes else text
+                yield text.translate(self.holes) if self.holes else text
 
 
 def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[], Iterator[str]]:
@@ -203,7 +196,7 @@ def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[],
     if path.is_file() and reader(path) in (None, READERS[".txt"]):
         for option in ("prompt_template", "data_subset"):
             if getattr(plan, option):
-                _refuse(f"--{option} {getattr(plan, option)}: {name} is text, without fields")
+                refuse(f"--{option} {getattr(plan, option)}: {name} is text, without fields")
         return lambda: _lines(path)
     source = open_source(name, subset=plan.data_subset)
 
@@ -214,7 +207,7 @@ def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[],
             texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
             if chosen and not record.keys() & chosen.fields().keys():
                 fields = f"none of its fields ({', '.join(chosen.fields())})"
-                _refuse(f"--prompt_template {plan.prompt_template}: {name}: {place} has {fields}")
+                refuse(f"--prompt_template {plan.prompt_template}: {name}: {place} has {fields}")
             seen = (chosen.prompt(texts), texts.get(chosen.response, "")) if chosen else ()
             yield from seen or texts.values()
 
@@ -270,16 +263,23 @@ def _save(made: Any, plan: Plan, file: bytes | None) -> None:
         whole.chat_template = plan.chat()
         ChatEncoder(Tokens(whole, specials=True), None, None, "truncate_prompt")  # or ConfigError
         whole.backend_tokenizer.encode_special_tokens = False
-    aside = plan.out.with_name(f".{plan.out.name}.partial")
+    aside, old = (plan.out.with_name(f".{plan.out.name}.{end}") for end in ("partial", "old"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
         whole.save_pretrained(aside)
         if file is not None:
             (aside / "tokenizer.model").write_bytes(file)
-        shutil.rmtree(plan.out, ignore_errors=True)
+        if plan.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            plan.out.rename(old)
         aside.rename(plan.out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise ConfigError(f"--out {plan.out}: cannot be written ({error})") from None
+        if old.exists() and not plan.out.exists():
+            old.rename(plan.out)
+        shutil.rmtree(aside, ignore_errors=True)
+        kind = GuardError if error.errno in FULL else ConfigError
+        raise kind(f"--out {plan.out}: cannot be written ({error})") from None
 
 
 def measure(made: Any, texts: list[str], plan: Plan) -> Figures:
@@ -301,7 +301,3 @@ def measure(made: Any, texts: list[str], plan: Plan) -> Figures:
     words = sum(len(text.split()) for text in texts)
     size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
     return Figures(len(texts), words, size, tokens, unknowns, changed)
-
-
-def _refuse(message: str) -> None:
-    raise ConfigError(message)

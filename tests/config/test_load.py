@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -209,14 +211,20 @@ def test_command_line_redacts_and_quotes(monkeypatch):
     assert command_line(["main.py", "x.yaml"]) == "composer -n 2 main.py x.yaml"
 
 
-def test_other_name_of_the_hub_token(yaml, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("HUGGINGFACE_HUB_TOKEN", "hf_x")
-    load(yaml)
-    assert os.environ["HF_TOKEN"] == "hf_x"
-    monkeypatch.setenv("HF_TOKEN", "hf_y")
-    load(yaml)
-    assert os.environ["HF_TOKEN"] == "hf_y"
+@pytest.mark.parametrize(("own", "used"), [({}, "hf_x"), ({"HF_TOKEN": "hf_y"}, "hf_y")])
+def test_other_name_of_the_hub_token(own, used):
+    program = "import os; from overture.errors import exit_on_error as door\n"
+    program += f"door(lambda: print(os.environ['HF_TOKEN'] == '{used}'))"
+    known = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    known |= {"HUGGINGFACE_HUB_TOKEN": "hf_x", "PYTHONPATH": "src", **own}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=known,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_answer_comes_within_a_second_and_without_torch(yaml, run_door):

@@ -250,6 +250,15 @@ def test_findings_are_said(job):
     assert said.count("sample ") == 3
 
 
+def test_a_field_of_the_template_is_counted_once(job, tmp_path):
+    text = 'sections: ["{category}: {instruction} "]\nresponse: response\ncut: instruction\n'
+    (tmp_path / "own.yaml").write_text(text)
+    records = rows(12)
+    records[3]["category"] = ""
+    _, _, said = job(records, prompt_template=str(tmp_path / "own.yaml"), max_rejected=1)
+    assert "empty category     1" in said
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -350,6 +359,10 @@ def test_lone_surrogate_names_its_line(job, tmp_path):
         (["--splits", "a.jsonl"], "--splits is written SPLIT=DATASET"),
         (["--splits", "dev=a", "--test_fraction", "0.1"], "give no other names"),
         (["--dataset", "embedded", "--prompt_template", "text"], "is not for --task instruct"),
+        (
+            ["--dataset", "a", "--task", "chat", "--test_fraction", "0.1", "--stratify", "x"],
+            "--stratify is for --task text or instruct",
+        ),
     ],
 )
 def test_door_refuses_with_one_sentence(run_door, tmp_path, options, words):

@@ -15,7 +15,7 @@ from streaming import StreamingDataset
 import convert_dataset
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.data.merge import Merge, merge_splits
+from overture.data.merge import merge_parts
 from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.data.verify import verify
@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def join(parts, out, overwrite=False) -> list[str]:
     said = []
-    merge_splits(Merge(parts, str(out), overwrite), said.append)
+    merge_parts([*map(str, parts)], str(out), overwrite, said.append)
     return said
 
 

@@ -17,6 +17,7 @@ from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.loaders import build_loader
 from overture.data.streams import TokenStream
+from overture.data.workspace import Workspace
 from overture.errors import ConfigError
 
 
@@ -88,6 +89,15 @@ def test_there_and_back(bucket, job, tmp_path):
         np.testing.assert_array_equal(mine["input_ids"], theirs["input_ids"])
     with pytest.raises(ConfigError, match="s3://data/corpus/train is there already"):
         convert(job, lambda _: None)
+
+
+def test_two_conversions_to_one_place_of_a_store(job):
+    refused = pytest.raises(ConfigError, match="another conversion is writing there")
+    with Workspace(job) as work:
+        (work.folder / "train").mkdir()
+        with refused:
+            Workspace(job)
+        assert (work.folder / "train").is_dir()
 
 
 def test_a_store_that_refuses_keeps_the_split_for_resume(bucket, job, tmp_path):

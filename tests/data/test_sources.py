@@ -1,6 +1,7 @@
 """Every kind of file, read back as records: the same rows in each, by an independent count."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -10,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from overture.data.conversations import as_threads
-from overture.data.conversion import Origin, parse_origins
+from overture.data.conversion import Conversion, Origin, parse_origins
+from overture.data.convert import convert
 from overture.data.readers import MAX_ROW_BYTES, Format, Malformed
 from overture.data.sources import _hub_source, open_source
 from overture.errors import ConfigError
@@ -48,6 +50,23 @@ CONTENT = {
     "csv": "\ufeff" + as_csv(),
     "tsv": "\ufeff" + as_tsv().replace("\n", "\r\n"),
 }
+
+
+def test_jsonl_is_written_of_what_json_has_no_word_for(tmp_path):
+    row = {"instruction": "a", "response": "b", "day": datetime.date(2026, 11, 29)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "day.parquet")
+    half = {"instruction": "a", "context": "", "response": "b", "tags": ["\ud800"]}
+    (tmp_path / "half.jsonl").write_text(json.dumps(half) + "\n")
+    origins = {n: Origin(str(tmp_path / n)) for n in ("day.parquet", "half.jsonl")}
+    convert(Conversion(origins, "jsonl", str(tmp_path / "out")), lambda _: None)
+    day, again = (json.loads((tmp_path / "out" / f"{n}.jsonl").read_text()) for n in origins)
+    assert (day["day"], again) == ("2026-11-29", half)
+
+
+def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):
+    (tmp_path / "data[v2]").mkdir()
+    (tmp_path / "data[v2]" / "rows.jsonl").write_text(CONTENT["jsonl"])
+    assert records(tmp_path / "data[v2]") == ROWS
 
 
 @pytest.mark.parametrize("kind", CONTENT)

@@ -340,3 +340,12 @@ def test_a_slow_or_endless_tokenizer_is_refused(run, tmp_path, tokenizer):
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="has no EOS token"):
         run([pair(1)], "instruct", tokenizer=str(tmp_path / "bare"))
+
+
+# ---- text
+
+
+def test_ends_longer_than_a_row_are_refused(run):
+    options = {"overflow": "truncate", "max_seq_len": 4, "eos_text": "one two three four five"}
+    with pytest.raises(ConfigError, match=r"--bos_text and --eos_text alone are .*raise --max_seq"):
+        run([{"text": "the cat"}], "text", **options)

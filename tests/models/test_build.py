@@ -108,8 +108,11 @@ def test_a_model_that_sees_what_comes_is_refused(tokenizer):
 
 def test_logits_that_are_not_those_of_the_head_are_refused(tokenizer):
     network = build("llama", tokenizer)
-    network.lm_head.register_forward_hook(lambda module, args, out: 1.1 * out)
-    CausalLM(network, tokenizer, None)  # a part of the head, wherever it is called
+    more = network.lm_head.register_forward_hook(lambda module, args, out: 1.1 * out)
+    with pytest.raises(ConfigError, match="are not simply those of its output head"):
+        CausalLM(network, tokenizer, None)  # the loss reads its weights alone
+    more.remove()
+    CausalLM(network, tokenizer, None)
 
     def shift(module, args, out):
         out.logits = out.logits + 1

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import resource
 import shutil
@@ -9,10 +10,12 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from composer import Callback
+from composer.core import Timestamp
 from moto.server import ThreadedMotoServer
 
 from outages import RESUMED
@@ -236,6 +239,15 @@ def test_save_folder_is_one_run_s_alone(run, tmp_path):
             run("run_name=second", f"save_folder={tmp_path}/saved")
     assert not Path("runs/second").exists()
     assert run("run_name=second", f"save_folder={tmp_path}/saved")[0] == 0
+
+
+def test_a_first_evaluation_without_a_number_is_not_the_best_one(tmp_path):
+    log = SimpleNamespace(last_eval=math.nan, scores={})
+    stop = EarlyStop(3, 0.0, False, tmp_path / "best", log)
+    for step, loss in enumerate((math.nan, math.nan, 3.0, 4.0)):
+        log.last_eval = loss
+        stop.eval_end(SimpleNamespace(timestamp=Timestamp(batch=step)), None)
+    assert (stop.best[:2], stop.waited) == ((2, 3.0), 1)
 
 
 def test_flipped_bit_in_the_best_weights_is_found(run, monkeypatch):

@@ -1,12 +1,15 @@
 """mlperf.log before MLPerf's own checker and ours; time to train over seeds; odd convergence."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from composer.core import Callback
 
 import benchmark_runs
 from overture.benchmark import (
@@ -21,7 +24,8 @@ from overture.benchmark import (
 )
 from overture.callbacks.mlperf_log import PREFIX
 from overture.config.load import load_config
-from overture.errors import ConfigError
+from overture.errors import ConfigError, Preempted
+from overture.training import run as recipe
 from runs import records, result
 
 YAMLS = Path(__file__).parents[2] / "yamls" / "finetune"
@@ -215,6 +219,28 @@ def test_more_permutations_than_can_be_looked_at_are_drawn():
     ours, theirs = [1000 + n % 7 for n in range(20)], [2000 + n % 5 for n in range(20)]
     assert "fewer" in suspicion(ours, theirs)
     assert suspicion(ours, ours) is None
+
+
+def test_an_evaluation_that_a_stop_breaks_off_is_logged_once(run, monkeypatch):
+    build = recipe.build_callbacks
+
+    class Ask(Callback):
+        def eval_batch_start(self, state, logger):
+            if state.timestamp.batch.value == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(recipe, "build_callbacks", lambda config: [*build(config), Ask()])
+    with pytest.raises(Preempted, match="saved at step 2"):
+        run(*TARGET, *LOGGED)
+    monkeypatch.setattr(recipe, "build_callbacks", build)
+    code, folder = run(*TARGET, *LOGGED)
+    keys = [event["key"] for event in events(folder / "mlperf.log")]
+    begun = [number for number, key in enumerate(keys) if key == "eval_start"]
+    assert code == 0 and len(begun) >= 2
+    assert all(keys[n + 1 : n + 3] == ["eval_accuracy", "eval_stop"] for n in begun)
+    assert keys.count("block_start") == keys.count("block_stop") == len(begun) - 1
+    assert not accepted(folder / "mlperf.log", "--config", RULES)
+    assert not list(faults(folder))
 
 
 def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):

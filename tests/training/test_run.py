@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import Callback
+from safetensors.torch import load_file
 from streaming import StreamingDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from overture.callbacks import run_log
 from overture.errors import ConfigError, DataError
-from runs import records, result
+from overture.training import run as recipe
+from runs import curve, records, result
 
 
 def test_completed_run_leaves_everything_another_tool_needs(run, smoke):
@@ -90,6 +94,34 @@ def test_loss_does_not_depend_on_the_microbatch(run):
     assert curves[2] == pytest.approx(curves[0], abs=1e-5)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_run_learns_and_saves_the_same(run):
+    curves, weights = [], []
+    for on in ("false", "true"):
+        _, folder = run(f"compile={on}", f"run_name=compile-{on}", "eval_interval=8ba")
+        curves.append(curve(folder))
+        weights.append(load_file(folder / "hf" / "model.safetensors"))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+    assert weights[1].keys() == weights[0].keys()
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=0)
+
+
+def test_steps_are_logged_in_batches_and_none_before_a_checkpoint_waits(run, monkeypatch):
+    log, seen, build = Path("runs/batches/metrics.jsonl"), {}, recipe.build_callbacks
+
+    class Look(Callback):
+        def batch_start(self, state, logger):
+            text = log.read_text() if log.exists() else ""
+            seen[state.timestamp.batch.value] = text.count('"train"')
+
+    monkeypatch.setattr(recipe, "build_callbacks", lambda config: [*build(config), Look()])
+    monkeypatch.setattr(run_log, "SECONDS", math.inf)
+    options = ("save_interval=3ba", "eval_interval=5ba")
+    _, folder = run("run_name=batches", "max_duration=7ba", "eval_first=false", *options)
+    assert seen == {0: 0, 1: 0, 2: 0, 3: 3, 4: 3, 5: 5, 6: 6}
+    assert [r["step"] for r in records(folder, "train")] == list(range(1, 8))
+
+
 def test_target_stops_the_run_at_the_first_evaluation_below(run):
     code, folder = run("callbacks.loss_target.cross_entropy=6.5", "max_duration=40ba")
     outcome, evals = result(folder), records(folder, "eval")
@@ -128,8 +160,6 @@ def test_lora_saves_adapters_only(run):
     assert code == 0
     assert (folder / "hf" / "adapter_model.safetensors").is_file()
     assert not (folder / "hf" / "model.safetensors").exists()
-    from safetensors.torch import load_file
-
     saved = load_file(folder / "hf" / "adapter_model.safetensors")
     assert saved
     assert all("lora_" in name for name in saved)

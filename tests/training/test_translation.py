@@ -14,13 +14,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import export_model
 import generate_text
+from overture import generate
 from overture.config.load import load_config
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.errors import ConfigError, DataError, Preempted
 from overture.tokenizer import load_tokenizer
 from overture.trained import load_trained
-from overture.training import answers
 from overture.training import run as recipe
 from runs import assert_same, records, result
 
@@ -185,7 +185,7 @@ def test_a_cold_cache_is_filled_and_positions_are_asked_for(translate, data, tmp
 
 
 def test_asked_to_stop_while_it_translates(translate, monkeypatch):
-    made, calls, real = [], [], answers.answer
+    made, calls, real = [], [], generate.answer
 
     def asked(*arguments, **options):
         calls.append(1)
@@ -195,12 +195,12 @@ def test_asked_to_stop_while_it_translates(translate, monkeypatch):
         made.append(sum(map(bool, texts[0])))
         return texts
 
-    monkeypatch.setattr(answers, "answer", asked)
+    monkeypatch.setattr(generate, "answer", asked)
     options = ("max_duration=80ba", "generation.batch_size=5")
     with pytest.raises(Preempted, match="saved at step 40"):
         translate(*options, "run_name=asked")
     assert made[1] == 0  # not one batch more
-    monkeypatch.setattr(answers, "answer", real)
+    monkeypatch.setattr(generate, "answer", real)
     parts = translate(*options, "run_name=asked")
     assert_same(translate(*options, "run_name=whole"), parts)
     assert [r["step"] for r in records(parts, "eval")] == [40, 80]

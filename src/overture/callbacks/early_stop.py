@@ -1,17 +1,16 @@
 """Stop when evaluations get no better, and keep the weights of the best one."""
 
 import hashlib
-import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from overture.callbacks.run_log import RunLog
+from overture.data.schema import sha256_file, write_aside
 from overture.errors import DataError
 
 
@@ -32,6 +31,7 @@ class EarlyStop(Callback):
         # Step, cross-entropy and other scores of the best evaluation so far.
         self.best: tuple[int, float, dict[str, float]] | None = None
         self.waited = 0
+        self.digest: str | None = None  # of the file
 
     @property
     def is_over(self) -> bool:
@@ -47,7 +47,8 @@ class EarlyStop(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         step, loss = state.timestamp.batch.value, self.log.last_eval
-        if self.best is None or loss < self.best[1] - self.min_delta:
+        first = self.best is None or (math.isnan(self.best[1]) and not math.isnan(loss))
+        if first or loss < self.best[1] - self.min_delta:
             self.best, self.waited = (step, loss, self.log.scores), 0
             if self.keep_best and dist.get_global_rank() == 0:
                 self._write(state)
@@ -61,15 +62,11 @@ class EarlyStop(Callback):
     def _write(self, state: State) -> None:
         from safetensors.torch import save
 
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         kept = {name: p.detach().cpu().contiguous() for name, p in _trained(state).items()}
-        about = {"step": str(self.best[0]), "sha256": _digest(kept)}
-        try:
-            # Not its own save_file, whose error on a full disk is none of the system's.
-            aside.write_bytes(save(kept, about))
-            os.replace(aside, self.path)
-        finally:
-            aside.unlink(missing_ok=True)
+        # Not its own save_file, whose error on a full disk is none of the system's.
+        content = save(kept)
+        self.digest = hashlib.sha256(content).hexdigest()
+        write_aside(self.path, content)
 
     def restore(self, state: State) -> None:
         """Give the model the weights, and the log the scores, of the best evaluation.
@@ -81,7 +78,7 @@ class EarlyStop(Callback):
         step, self.log.last_eval, self.log.scores = self.best
         if step == state.timestamp.batch.value:
             return
-        fault = self._read(state, step) if dist.get_global_rank() == 0 else None
+        fault = self._read(state) if dist.get_global_rank() == 0 else None
         (fault, *_) = dist.all_gather_object(fault)
         if fault:
             remedy = "callbacks.early_stop.keep_best=false resume.allow=[callbacks]"
@@ -94,37 +91,24 @@ class EarlyStop(Callback):
         """Remove the file, once what the run gives is written: until then it may be needed."""
         self.path.unlink(missing_ok=True)
 
-    def _read(self, state: State, step: int) -> str | None:
-        from safetensors import SafetensorError, safe_open
+    def _read(self, state: State) -> str | None:
+        from safetensors.torch import load_file
 
         try:
-            with safe_open(self.path, "pt") as file:
-                about, trained = file.metadata(), _trained(state)
-                if about.get("step") != str(step):
-                    return f"is not of step {step}, {json.dumps(about)}"
-                kept = {name: file.get_tensor(name) for name in trained}
-                if about.get("sha256") != _digest(kept):
-                    return "its weights are not what was written"
-                for name, p in trained.items():
-                    p.data.copy_(kept[name])
-        except (OSError, SafetensorError) as error:
+            if sha256_file(self.path) != self.digest:
+                return "its weights are not what was written"
+            kept = load_file(self.path)
+            for name, p in _trained(state).items():
+                p.data.copy_(kept[name])
+        except (OSError, KeyError) as error:
             return f"the weights of the best evaluation cannot be read ({error})"
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-
-
-def _digest(weights: dict[str, torch.Tensor]) -> str:
-    """Return a sha256 over contiguous tensors on the CPU, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _trained(state: State) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class MLPerfLog(Callback):
         """Take the time of the run's start, in milliseconds of time.time()."""
         self.path, self.facts, self.started, self.resumed = path, facts, started, resumed
         self._in_block, self._joules, self._evaluated = False, None, None
+        self._before: dict[str, Any] | None = None  # the evaluation that is under way
 
     def init(self, state: State, logger: Logger) -> None:
-        """Write what comes before the run."""
         if self.resumed:
             return
         if dist.get_global_rank() == 0:
@@ -70,6 +70,7 @@ class MLPerfLog(Callback):
             self._block("start", state)
 
     def eval_start(self, state: State, logger: Logger) -> None:
+        self._before = self.state_dict()
         if self._in_block:
             self._block("stop", state)
         self._write("eval_start", samples_count=state.timestamp.sample.value)
@@ -77,7 +78,7 @@ class MLPerfLog(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         samples = state.timestamp.sample.value
         self._write("eval_accuracy", eval_cross_entropy(state), samples_count=samples)
-        self._evaluated = self._write("eval_stop", samples_count=samples)
+        self._evaluated, self._before = self._write("eval_stop", samples_count=samples), None
 
     def stop(self, state: State, reached: bool) -> None:
         """End the log of a run that came to its end, a `reached` target with its evaluation: what
@@ -96,6 +97,9 @@ class MLPerfLog(Callback):
         self._write("run_stop", at=at, samples_count=state.timestamp.sample.value, **more)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return where to go on: an evaluation that a stop breaks off is begun anew."""
+        if self._before:
+            return self._before
         size = self.path.stat().st_size if self.path.exists() else 0
         return {"size": size, "in_block": self._in_block}
 

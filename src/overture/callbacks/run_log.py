@@ -15,6 +15,7 @@ from overture.callbacks.throughput import Throughput
 from overture.config.secrets import redact
 
 METRIC = "TokenCrossEntropy"
+SECONDS = 0.2  # train records of fewer are written together
 
 
 class RunClock(Callback):
@@ -43,6 +44,7 @@ class RunLog(Callback):
 
     A train record is written per step, an eval record per evaluation, an event record for what
     guards did or a resume met. After a resume steps may occur twice: the last record of one holds.
+    A kill may lose the train records since the last write, but none before a checkpoint.
     """
 
     def __init__(self, run_folder: Path, clock: RunClock, throughput: Throughput) -> None:
@@ -55,6 +57,8 @@ class RunLog(Callback):
         self.scores: dict[str, float] = {}  # of the last evaluation, where the model has others
         self.more: Callable[[], dict[str, float]] = dict  # asked for more of them
         self._writes = dist.get_global_rank() == 0
+        self._lines: list[str] = []
+        self._written = 0.0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         loss = _finite(state.total_loss_dict["loss/train/total"])
@@ -79,7 +83,11 @@ class RunLog(Callback):
         """Record an event."""
         self._append("event", step, {"what": redact(what)})
 
+    def close(self, state: State, logger: Logger) -> None:
+        self.flush()
+
     def state_dict(self) -> dict[str, Any]:
+        self.flush()
         return {n: getattr(self, n) for n in ("first_eval", "last_eval", "scores")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -89,9 +97,16 @@ class RunLog(Callback):
         if self._writes:
             seconds = round(self.clock.seconds(), 3)
             record = {"kind": kind, "step": step, "seconds": seconds, **more}
-            # Opened anew each time: a kill then loses no line, and a step takes far longer.
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._lines.append(json.dumps(record) + "\n")
+            if kind != "train" or time.monotonic() - self._written >= SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, all at once: no kill then leaves half a line."""
+        lines, self._lines, self._written = self._lines, [], time.monotonic()
+        if lines:
+            with self.path.open("ab") as file:
+                file.write("".join(lines).encode())
 
 
 def eval_cross_entropy(state: State) -> float:

@@ -80,7 +80,6 @@ def _raise(problems: list[Problem], place: Callable[[str], str]) -> None:
 
 def _read(arguments: list[str], door: str) -> tuple[dict[str, Any], Callable[[str], str]]:
     """Return what a YAML and its overrides say, and a function from a key to where it was set."""
-    adopt_hub_token()
     for named in os.environ.items():
         learn(*named)
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
@@ -135,12 +134,6 @@ def read_options(
         given = (v for v in values if v is not None and v is not False)
         flags += [f"--{name}" if v is True else f"--{name}={v}" for v in given]
     return flags, others
-
-
-def adopt_hub_token() -> None:
-    """Let HUGGINGFACE_HUB_TOKEN serve where HF_TOKEN, which the hub's client reads, is not set."""
-    if "HUGGINGFACE_HUB_TOKEN" in os.environ:
-        os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
 
 
 def local_rank() -> int:

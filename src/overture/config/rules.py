@@ -179,19 +179,14 @@ def _trainable(config: Config) -> Iterator[Problem]:
 
 
 def _sharded(config: Config) -> Iterator[Problem]:
-    early, clipping = config.callbacks.early_stop, config.algorithms.gradient_clipping
+    clipping = config.algorithms.gradient_clipping
     whole = "needs the whole model on each rank, so it cannot be used with fsdp_config"
-    refused = {
-        "compile": config.compile,
-        "generation": config.generation is not None,
-        "model.adapter": config.model.adapter is not None,
-        "model.load_in_4bit": config.model.load_in_4bit,
-        "model.load_in_8bit": config.model.load_in_8bit,
-        "algorithms.ema": config.algorithms.ema is not None,
-        "callbacks.early_stop.keep_best": early is not None and early.keep_best,
-    }
-    for key in [key for key, is_set in refused.items() if is_set]:
-        yield key, whole
+    for key in (
+        "compile", "generation", "model.adapter", "model.load_in_4bit", "model.load_in_8bit",
+        "algorithms.ema", "callbacks.early_stop.keep_best",
+    ):  # fmt: skip
+        if _at(config, key):
+            yield key, whole
     if clipping is not None and clipping.clipping_type == "adaptive":
         yield "algorithms.gradient_clipping.clipping_type", f"adaptive {whole}"
     if config.model.dtype != "float32":

@@ -24,6 +24,7 @@ TASKS = {
     **dict.fromkeys(("bos_text", "eos_text", "wrap"), ("text",)),
     **dict.fromkeys(("labels", "regression"), ("classify",)),
     "threads": ("chat",),
+    "stratify": tuple(task for task in OVERFLOWS if task != "chat"),  # it divides by beginnings
 }
 OPTIONS = {"wrap": "--no_wrap", "packing": "--packing or --concat_tokens"}  # otherwise as named
 _SLICE = re.compile(r"^(?P<name>.+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
@@ -112,33 +113,33 @@ class Conversion:
     def check(self) -> None:
         """Raise ConfigError for arguments that do not fit each other; reads no file."""
         if not 0 <= self.test_fraction < 1:
-            _refuse(f"--test_fraction {self.test_fraction}: must be at least 0 and below 1")
+            refuse(f"--test_fraction {self.test_fraction}: must be at least 0 and below 1")
         if self.test_fraction and list(self.origins) != ["train"]:
-            _refuse("--test_fraction names its splits train and test: give no other names")
+            refuse("--test_fraction names its splits train and test: give no other names")
         if self.seed != 17 and not self.test_fraction:
-            _refuse("--seed is that of --test_fraction: give that too")
+            refuse("--seed is that of --test_fraction: give that too")
         if self.stratify and not self.test_fraction:
-            _refuse("--stratify says how --test_fraction divides: give that too")
+            refuse("--stratify says how --test_fraction divides: give that too")
         if not 0 <= self.max_rejected <= 1:
-            _refuse(f"--max_rejected {self.max_rejected}: is a share, from 0 to 1")
+            refuse(f"--max_rejected {self.max_rejected}: is a share, from 0 to 1")
         least = {"max_seq_len": 2, "processes": 1, "size_limit": 1, "max_rows": 1}
         for name, given in ((name, getattr(self, name)) for name in least):
             if given is not None and given < least[name]:
-                _refuse(f"--{name} {given}: must be at least {least[name]}")
+                refuse(f"--{name} {given}: must be at least {least[name]}")
         if self.size_limit >= 1 << 32:
-            _refuse(f"--size_limit {self.size_limit}: must be below 4 GiB, the offsets' range")
+            refuse(f"--size_limit {self.size_limit}: must be below 4 GiB, the offsets' range")
         if _repeated(self.columns):
-            _refuse(f"--columns: {_repeated(self.columns)} is there twice")
+            refuse(f"--columns: {_repeated(self.columns)} is there twice")
         bad = next((s for s in self.splits() if not re.fullmatch(r"\w[\w.-]*", s)), None)
         if bad is not None:
-            _refuse(f"--splits {bad}: a split's name is a folder's: letters, digits, _ . -")
+            refuse(f"--splits {bad}: a split's name is a folder's: letters, digits, _ . -")
         self._check_task()
         if self.engine == "spark" and self.packing == "concat":
-            _refuse("--concat_tokens goes on from row to row: it is for --engine local")
+            refuse("--concat_tokens goes on from row to row: it is for --engine local")
         if self.engine == "spark" and self.remote:
-            _refuse("--engine spark: --out_root is a folder that all machines see; upload it then")
+            refuse("--engine spark: --out_root is a folder that all machines see; upload it then")
         if self.task == "jsonl" and self.remote:
-            _refuse("--task jsonl writes local files: give a folder as --out_root")
+            refuse("--task jsonl writes local files: give a folder as --out_root")
 
     def _check_task(self) -> None:
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -146,31 +147,32 @@ class Conversion:
             tasks = TASKS.get(name, tuple(OVERFLOWS))
             if self.task not in tasks:
                 option = OPTIONS.get(name, f"--{name}")
-                _refuse(f"{option} is for --task {' or '.join(tasks)}, not {self.task}")
+                refuse(f"{option} is for --task {' or '.join(tasks)}, not {self.task}")
         if self.packing == "concat" and self.task != "text":
-            _refuse(f"--concat_tokens is for --task text, not {self.task}")
+            refuse(f"--concat_tokens is for --task text, not {self.task}")
         if self.packing == "best_fit" and self.task not in PACKED:
-            _refuse(f"--packing best_fit is for --task {' or '.join(PACKED)}, not {self.task}")
+            refuse(f"--packing best_fit is for --task {' or '.join(PACKED)}, not {self.task}")
         if self.packing == "concat" and self.overflow:
-            _refuse("--overflow has nothing to do with --concat_tokens, which cuts where it must")
+            refuse("--overflow has nothing to do with --concat_tokens, which cuts where it must")
         allowed = OVERFLOWS[self.task]
         if self.overflow and self.overflow not in allowed:
             takes = f"--task {self.task} takes {', '.join(allowed)}"
-            _refuse(f"--overflow {self.overflow}: {takes}; an answer or its end is never cut")
+            refuse(f"--overflow {self.overflow}: {takes}; an answer or its end is never cut")
         if self.tokenizer is None and self.task not in ("text", "jsonl"):
-            _refuse("--tokenizer is missing: a folder in Hugging Face format or a hub name")
+            refuse("--tokenizer is missing: a folder in Hugging Face format or a hub name")
         for name in ("packing", "overflow", "max_seq_len", "bos_text", "eos_text"):
             if self.tokenizer is None and name in given:
-                _refuse(f"{OPTIONS.get(name, f'--{name}')} needs a --tokenizer")
+                refuse(f"{OPTIONS.get(name, f'--{name}')} needs a --tokenizer")
         if not self.wrap and self.packing != "concat":
-            _refuse("--no_wrap says how --concat_tokens goes on: give that too")
+            refuse("--no_wrap says how --concat_tokens goes on: give that too")
         if self.labels and self.regression:
-            _refuse("--labels name classes, --regression has none: give one of them")
+            refuse("--labels name classes, --regression has none: give one of them")
         if self.prompt_template and self.task == "classify":
-            _refuse("--prompt_template is not for --task classify, which reads text and text_pair")
+            refuse("--prompt_template is not for --task classify, which reads text and text_pair")
 
 
-def _refuse(message: str) -> None:
+def refuse(message: str) -> None:
+    """Raise ConfigError."""
     raise ConfigError(message)
 
 
@@ -186,17 +188,17 @@ def parse_origins(dataset: str | None, splits: list[str]) -> dict[str, Origin]:
     for item in splits:
         name, equals, value = item.partition("=")
         if not equals and dataset is None:
-            _refuse("--splits is written SPLIT=DATASET, as in --splits train=a.jsonl")
+            refuse("--splits is written SPLIT=DATASET, as in --splits train=a.jsonl")
         parts = _SLICE.match(value or name)
         if not name or parts is None:
-            _refuse(f"--splits {item}: is written NAME=SPLIT or NAME=SPLIT[0:1000]")
+            refuse(f"--splits {item}: is written NAME=SPLIT or NAME=SPLIT[0:1000]")
         if dataset is not None and "[" in parts["name"]:
-            _refuse(f"--splits {item}: a slice is written in rows, as in NAME=SPLIT[0:1000]")
+            refuse(f"--splits {item}: a slice is written in rows, as in NAME=SPLIT[0:1000]")
         if name in origins:
-            _refuse(f"--splits {item}: there are two of the name {name!r}")
+            refuse(f"--splits {item}: there are two of the name {name!r}")
         start, stop = int(parts["start"] or 0), int(parts["stop"]) if parts["stop"] else None
         if stop is not None and stop <= start:
-            _refuse(f"--splits {item}: the slice is empty")
+            refuse(f"--splits {item}: the slice is empty")
         what = (dataset, parts["name"]) if dataset else (parts["name"], "train")
         origins[name] = Origin(*what, start, stop)
     return origins
@@ -205,10 +207,10 @@ def parse_origins(dataset: str | None, splits: list[str]) -> dict[str, Origin]:
 def parse_fields(pairs: list[str]) -> dict[str, str]:
     """Return `--field OURS=THEIRS ...` as a dict; raise ConfigError if one is not written so."""
     if any("=" not in pair for pair in pairs):
-        _refuse("--field is written OURS=THEIRS, as in --field response=output")
+        refuse("--field is written OURS=THEIRS, as in --field response=output")
     found = [pair.split("=", 1) for pair in pairs]
     if twice := _repeated(ours for ours, _ in found):
-        _refuse(f"--field {twice}=...: is there twice")
+        refuse(f"--field {twice}=...: is there twice")
     return dict(found)
 
 

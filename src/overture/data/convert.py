@@ -264,11 +264,12 @@ def _write_jsonl(job: Conversion, work: Workspace, rows: Selected, say: Say) -> 
     kept, lost = 0, Counter()
     aside = work.folder / f"rejected-{rows.split}.jsonl"  # no name that reads as the split's own
     place = work.folder / f"{rows.split}.jsonl"
-    with place.open("w", encoding="utf-8") as file, aside.open("w") as rejects:
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a pair is no UTF-8
+    with place.open("w", **how) as file, aside.open("w") as rejects:
         for (_, _, rejected), records in rows.batches(whole=True):
             kept += len(records)
             lost.update(entry["reason"] for entry in rejected)
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            file.writelines(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
             rejects.writelines(json.dumps(entry) + "\n" for entry in rejected)
     (work.home / aside.name).unlink(missing_ok=True)
     if lost:

@@ -32,15 +32,13 @@ class Encoded(NamedTuple):
 
 
 class Tokens:
-    """A Hugging Face tokenizer as the encoders need it; ConfigError if not fast or without EOS.
+    """A Hugging Face tokenizer as the encoders need it; ConfigError if it has no EOS.
 
     With `specials`, what spells a special token in a text is one, rather than plain text.
     """
 
     def __init__(self, tokenizer: Any, specials: bool = False) -> None:
         name = tokenizer.name_or_path
-        if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"{name}: only fast tokenizers are supported")
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # BERT's kind has CLS and SEP
         self.eos = ends[0] if ends[0] is not None else ends[1]
         if self.eos is None:
@@ -84,16 +82,12 @@ class Tokens:
         """Return what the tokenizer makes of texts with its own ends, as transformers has it."""
         return self.tokenizer(*texts, split_special_tokens=not self.specials, **options)
 
-    def pairs(self, texts: list[str], others: list[str], **options: Any) -> Any:
-        """Return what the tokenizer makes of pairs of texts, with a border between the two.
-
-        BERT's kind has one of its own; others would run two texts together as if they were one.
-        """
-        return self.call(texts, [self.border + other for other in others], **options)
-
     @cached_property
     def border(self) -> str:
-        """What stands between two texts of a pair, nothing where the tokenizer puts in its own."""
+        """What stands between two texts of a pair, nothing where the tokenizer puts in its own.
+
+        BERT's kind does; others would run two texts together as if they were one.
+        """
         owners = self.call(["a"], ["b"]).encodings[0].sequence_ids
         if None in owners[owners.index(0) : owners.index(1)]:
             return ""
@@ -163,6 +157,10 @@ class TextEncoder(Encoder):
         tokens = self.tokens
         self.bos = tokens.bos if bos_text is None else tokens.marker(bos_text)
         self.eos = np.uint32([tokens.eos]) if eos_text is None else tokens.marker(eos_text)
+        ends = len(self.bos) + len(self.eos)
+        if self.overflow == "truncate" and self.max_seq_len and ends > self.max_seq_len:
+            fault = f"--bos_text and --eos_text alone are {ends} tokens: raise --max_seq_len"
+            raise ConfigError(f"{fault} ({self.max_seq_len})")
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
         texts = self.tokens.ids([self.template.prompt(record) for record in records])

@@ -90,9 +90,8 @@ class ClassifyEncoder(Encoder):
         if any(pairs) and not all(pairs):  # a batch takes pairs or single texts, not both
             return [row for record in records for row in self._rows([record], **options)]
         texts = [record["text"] for record in records]
-        if all(pairs):
-            return self.tokens.pairs(texts, pairs, **options).encodings
-        return self.tokens.call(texts, **options).encodings
+        others = [[self.tokens.border + other for other in pairs]] if all(pairs) else []
+        return self.tokens.call(texts, *others, **options).encodings
 
 
 def class_names(found: Counter[str], given: Sequence[str], regression: bool) -> list[str] | None:

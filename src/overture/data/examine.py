@@ -171,7 +171,7 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
 
 
 def _count(found: Examination, fields: Fields, record: Record) -> None:
-    shown = [*fields.kinds, *(["category"] if "category" in record else [])]
+    shown = list(dict.fromkeys([*fields.kinds, *(record.keys() & {"category"})]))
     unfilled = [n for n in shown if not record[n] or str(record[n]).isspace()]
     found.empty.update(dict.fromkeys(shown, 0))
     found.empty.update(unfilled)

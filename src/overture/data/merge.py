@@ -4,16 +4,15 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overture.data.conversion import OPTIONS, share_rows
+from overture.data.conversion import OPTIONS, Conversion, share_rows
 from overture.data.integrity import verify_split
 from overture.data.schema import LEDGER, read_ledger
 from overture.data.shard_writer import REJECTED, join_shards, seal_split
 from overture.data.workspace import Workspace, refuse_drawn_twice
-from overture.errors import ConfigError
+from overture.errors import ConfigError, GuardError
 
 # What the rows of all parts must have in common, beside the options, to be rows of one dataset.
 ALIKE = ("columns", "labels", "template")
@@ -21,61 +20,47 @@ APART = ("origins", "max_rows", "max_rejected", "size_limit")  # options that ea
 SUMMED = ("rows", "documents", "label_counts", "samples")
 
 
-@dataclass
-class Merge:
-    """What to merge and where to, as a `Workspace` wants to know it."""
-
-    folders: Sequence[Path]
-    out_root: str
-    overwrite: bool = False
-    remote: bool = field(default=False, init=False)
-    resume: bool = field(default=False, init=False)
-
-    def place(self, split: str) -> str:
-        return f"{self.out_root.rstrip('/')}/{split}"
-
-
 def merge_parts(
-    merge: list[str], out_root: str = "", overwrite: bool = False, **others: Any
-) -> None:
-    """Do what `--merge` asks for; ConfigError for an option that says how to convert."""
+    merge: list[str], out_root: str = "", overwrite: bool = False,
+    say: Callable[[str], Any] = print, **others: Any,
+) -> None:  # fmt: skip
+    """Write the splits of some conversions, one after the other in the order given, as one.
+
+    Shards are linked, or copied from another disk. Raises ConfigError: the parts are not alike, one
+    of them was drawn from rows that another or a split beside has too, a split is there already, or
+    an option says how to convert. DataError: files of a part are not what its ledger says.
+    GuardError: the disk is full. Nothing is left of what could not be finished.
+    """
     if others:
         option = OPTIONS.get(next(iter(others)), f"--{next(iter(others))}")
         fault = f"--merge takes --out_root and --overwrite, not {option}"
         raise ConfigError(f"{fault}: the parts are converted already")
     if not out_root or "://" in out_root:
         raise ConfigError("--merge: name a folder as --out_root")
-    merge_splits(Merge(list(map(Path, merge)), out_root, overwrite))
-
-
-def merge_splits(job: Merge, say: Callable[[str], Any] = print) -> None:
-    """Write the splits of some conversions, one after the other in the order given, as one.
-
-    Shards are linked, or copied from another disk. Raises ConfigError: the parts are not alike, one
-    of them was drawn from rows that another or a split beside has too, or a split is there already.
-    DataError: files of a part are not what its ledger says. GuardError: the disk is full. Nothing
-    is left of what could not be finished.
-    """
-    for folder in job.folders:
-        if Path(job.out_root).resolve() == folder.resolve():
+    folders, job = [*map(Path, merge)], Conversion({}, "text", out_root, overwrite=overwrite)
+    for folder in folders:
+        if Path(out_root).resolve() == folder.resolve():
             raise ConfigError(f"--merge: {folder} is a part and the --out_root too; name another")
-    names = _splits(job.folders)
-    ledgers = {name: [read_ledger(folder / name) for folder in job.folders] for name in names}
+    names = _splits(folders)
+    ledgers = {name: [read_ledger(folder / name) for folder in folders] for name in names}
     for name, parts in ledgers.items():
-        for line in _check(name, job.folders, parts):
+        for line in _check(name, folders, parts):
             say(line)
-        if Path(job.place(name)).exists() and not job.overwrite:
+        if Path(job.place(name)).exists() and not overwrite:
             raise ConfigError(f"{job.place(name)} is there already; give --overwrite to replace it")
     drawn = [origin for parts in ledgers.values() for part in parts for origin in _origins(part)]
-    refuse_drawn_twice(Path(job.out_root), names, drawn)
+    refuse_drawn_twice(Path(out_root), names, drawn)
     with Workspace(job) as work:
         try:
             for name, parts in ledgers.items():
-                _write(job.folders, name, parts, work.folder / name)
-        except BaseException:
+                _write(folders, name, parts, work.folder / name)
+        except BaseException as error:
             shutil.rmtree(work.folder)  # there is nothing to go on with
             with suppress(OSError):
                 work.home.rmdir()  # if nothing is in it
+            if isinstance(error, OSError):
+                fault = f"--merge into {out_root}: {error}"
+                raise GuardError(f"{fault}; see to the disk, then run it again") from None
             raise
         for name in names:
             work.move_into_place(name)

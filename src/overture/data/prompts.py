@@ -71,17 +71,17 @@ def template(name: str) -> PromptTemplate:
     raise ConfigError(f"--prompt_template {name}: unknown template{hint}")
 
 
-def chat_template(name: str) -> str:
+def chat_template(name: str, option: str = "--prompt_template") -> str:
     """Return a built-in chat template, or the content of a Jinja file; else raise ConfigError."""
     if name in chat_templates():
         return chat_templates()[name]
     try:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"--prompt_template {name}: is no text in UTF-8") from None
+        raise ConfigError(f"{option} {name}: is no text in UTF-8") from None
     except OSError:
         known = f"there are: {', '.join(chat_templates())}, or a Jinja file"
-        raise ConfigError(f"--prompt_template {name}: unknown chat template ({known})") from None
+        raise ConfigError(f"{option} {name}: unknown chat template ({known})") from None
 
 
 def _from_file(path: Path) -> PromptTemplate:

@@ -47,12 +47,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that at any moment either the old or the new content is there."""
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file so that at any moment either the old or the new content is there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     # A file name may be no UTF-8; its escape is JSON's own, so it reads back as the same name.
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     try:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        aside.write_bytes(content)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -96,13 +98,6 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     return ledger
 
 
-# What a training task reads, by the task that the data was converted for.
-CONVERTED_FOR = {
-    "causal_lm": "text", "masked_lm": "text", "instruct": "instruct", "chat": "chat",
-    "seq2seq": "seq2seq", "classify": "classify",
-}  # fmt: skip
-
-
 def check_split(
     folder: Path, task: str, max_seq_len: int, batch: int, tokenizer_sha256: str | None = None
 ) -> dict[str, Any]:
@@ -112,7 +107,7 @@ def check_split(
     made by the tokenizer that it uses, where that is known.
     """
     ledger = read_ledger(folder)
-    wanted, known = CONVERTED_FOR[task], ledger["tokenizer"]
+    wanted, known = "text" if task.endswith("_lm") else task, ledger["tokenizer"]
     if ledger["task"] != wanted:
         theirs = f"was converted with --task {ledger['task']}"
         raise ConfigError(f"{folder}: {theirs}, but task {task} reads --task {wanted}")

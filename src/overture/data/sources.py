@@ -107,7 +107,7 @@ def _refuse_choice(name: str, split: str, subset: str | None, revision: str | No
 
 def _local_files(name: str, split: str) -> list[Path]:
     path = Path(name)
-    if path.is_file() or glob.has_magic(name):
+    if path.is_file() or (glob.has_magic(name) and not path.is_dir()):
         _refuse_choice(name, split, None, None)
         found = [path] if path.is_file() else map(Path, sorted(glob.glob(name, recursive=True)))
         return [p for p in found if p.is_file()]

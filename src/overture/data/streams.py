@@ -20,7 +20,7 @@ from streaming.base.dataset import _ShardState
 
 from overture.config.schema import StreamConfig
 from overture.data.cache import claim_cache
-from overture.data.integrity import REMEDY, ShardFile, find_fault, read_index
+from overture.data.integrity import REMEDY, find_fault, read_index
 from overture.data.remote import fetch
 from overture.data.schema import INDEX
 from overture.errors import ConfigError, DataError
@@ -37,10 +37,8 @@ class CheckedStream(Stream):
                 self._download_file(INDEX)
             read_index(index)
         shards = super().get_shards(world, allow_unsafe_types=False)
-        files = [file for shard in shards for pair in shard.file_pairs for file in pair if file]
-        self._recorded = {
-            f.basename: ShardFile(f.basename, f.bytes, f.hashes["xxh64"]) for f in files
-        }
+        files = (file for shard in read_index(index) for file in shard if file)
+        self._recorded = {file.name: file for file in files}
         return shards
 
     def prepare_shard(self, shard: Any) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overture.data.conversion import share_rows
+from overture.data.conversion import Conversion, share_rows
 from overture.data.schema import LEDGER, read_ledger, write_aside
 from overture.data.sources import Source
 from overture.errors import ConfigError, GuardError
@@ -36,13 +36,11 @@ def refuse_drawn_twice(home: Path, splits: list[str], origins: Sequence[Any]) ->
 class Workspace(contextlib.AbstractContextManager):
     """`OUT/.partial/`, held by one job at a time; left behind only by one that was killed.
 
-    `job` is a `Conversion`, or has its out_root, remote, resume, overwrite and place.
-
     For an object store the folder is in the temporary directory, the same one for the same target.
     ConfigError if another conversion is at work there; on leaving GuardError if the disk failed.
     """
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, job: Conversion) -> None:
         self.job = job
         self.home = Path(job.out_root)
         if job.remote:  # made here, then uploaded; found again by --resume
@@ -62,8 +60,9 @@ class Workspace(contextlib.AbstractContextManager):
             raise ConfigError(f"{fault}; wait for it, or choose another --out_root") from None
         self.folder = self.home / PARTIAL
         if not job.resume:
-            shutil.rmtree(self.home if job.remote else self.folder, ignore_errors=True)
-            self.home.mkdir(exist_ok=True)
+            # Not the folder itself: the lock is on it.
+            for path in [*self.home.iterdir()] if job.remote else [self.folder]:
+                shutil.rmtree(path, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
         self._facts = self.folder / "facts.json"
         self._goes_on = self._facts.exists()

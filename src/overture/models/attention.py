@@ -361,7 +361,6 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
         rows, heads, tokens, size = query.shape
         groups = key.shape[1]

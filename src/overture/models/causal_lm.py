@@ -5,6 +5,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from composer.models import HuggingFaceModel, huggingface
 from torch import Tensor
 from torchmetrics import Metric
@@ -69,7 +70,8 @@ class CausalLM(HuggingFaceModel):
         return theirs, self._parts["backbone"](input_ids=ids, use_cache=False)[0]
 
     def _our_logits(self, hidden: Tensor) -> Tensor:
-        ours = self._parts["head"](hidden) * self._scale
+        head = self._parts["head"]  # whose own forward may do more than the loss will
+        ours = F.linear(hidden, head.weight, head.bias) * self._scale
         return self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
 
     def compile_backbone(self) -> None:
@@ -122,9 +124,6 @@ class CausalLM(HuggingFaceModel):
 
             loss.register_hook(let_go)
         return loss
-
-    def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
-        return outputs if outputs is not None else self.forward(batch)
 
     def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
         """Add the losses of an eval batch to a metric."""

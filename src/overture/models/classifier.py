@@ -80,9 +80,6 @@ class Classifier(HuggingFaceModel):
         """Return the mean over the rows of a microbatch."""
         return outputs["losses"].mean()
 
-    def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Tensor]:
-        return outputs if outputs is not None else self.forward(batch)
-
     def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
         """Add an eval batch to a metric."""
         if isinstance(metric, TokenCrossEntropy):  # a row has one label

@@ -103,6 +103,5 @@ class EvalScore(Metric):
         self.seen.index_add_(0, sample_ids, torch.ones_like(targets, dtype=self.seen.dtype))
 
     def compute(self) -> Tensor:
-        """Return the score, a scalar."""
         times = self.seen.clamp(min=1)
         return self.score(self.outputs / times[:, None], self.targets / times)

@@ -41,7 +41,6 @@ def freeze_others(model: Any, trainable: str | list[str], head: str) -> None:
 
 
 def _last_layer(model: Any, head: str) -> set[str]:
-    """Return the names of the parameters of a model's last layer."""
     within = {id(p) for p in model.base_model.parameters()}
     behind = {name for name, p in model.named_parameters() if id(p) not in within}
     if head == "SequenceClassification":

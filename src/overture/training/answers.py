@@ -1,5 +1,6 @@
 """Answers to held-out prompts before and after training, and how good they are."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -7,15 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from composer.utils import dist
 
 from overture.callbacks.run_log import RunLog
 from overture.config.schema import GenerationConfig
 from overture.data.schema import write_aside
 from overture.errors import ConfigError
-from overture.generate import answer, end_tokens
+from overture.generate import answer_together, end_tokens
 
 Pairs = list[tuple[list[int], list[int]]]  # ids of a prompt, and of the answer with its end
+
+
+def held_out_prompts(dataset: Any, count: int, longest: int = 2**31) -> Pairs:
+    """Return the pairs of an instruct or chat split, of prompts of up to `longest` tokens.
+
+    The answer is the last stretch that is learned; all before it is the prompt.
+    """
+    pairs: Pairs = []
+    for index in range(dataset.num_samples):
+        row = dataset[index]
+        borders = row["document_ends"][:-1]
+        documents = (np.split(row[name], borders) for name in ("input_ids", "loss_mask"))
+        for ids, mask in zip(*documents, strict=True):
+            if not mask.any():
+                continue
+            end = int(np.flatnonzero(mask)[-1]) + 1
+            begin = end - int((mask[:end][::-1] == 0).argmax() or end)
+            if 0 < begin <= longest:
+                pairs.append((ids[:begin].tolist(), ids[begin:end].tolist()))
+            if len(pairs) == count:
+                return pairs
+    return pairs
 
 
 class HeldOutAnswers:
@@ -26,45 +48,32 @@ class HeldOutAnswers:
     """
 
     COUNT = "exact_match_prompts"
+    pairs = staticmethod(held_out_prompts)
 
     def __init__(
         self, dataset: Any, tokenizer: Any, config: GenerationConfig, positions: int
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        pairs = self.pairs(dataset, positions - config.max_new_tokens)
+        pairs = self.pairs(dataset, config.num_prompts, positions - config.max_new_tokens)
         if not pairs:
             fault = f"{config.max_new_tokens} leave no room for a prompt in the model's {positions}"
             raise ConfigError(f"generation.max_new_tokens: {fault} positions")
         self._ids = [prompt for prompt, _ in pairs]
         self._ends = {expected[-1] for _, expected in pairs}  # of a chat it is no EOS
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
-        self.expected = [self.text(expected) for _, expected in pairs]
+        texts = [expected[:-1] for _, expected in pairs]  # a chat's turn may end in two specials
+        self.expected = tokenizer.batch_decode(texts, skip_special_tokens=True)
         self.enough: Callable[[], bool] = bool  # asked before each batch; bool() is False
         self.before: list[str] = []
         self.after: list[str] = []
 
-    def pairs(self, dataset: Any, longest: int) -> Pairs:
-        """Return the pairs of a split whose prompts have up to `longest` tokens, up to those that
-        the config wants.
-        """
-        return held_out_prompts(dataset, self.config.num_prompts, longest)
-
-    def text(self, expected: list[int]) -> str:
-        """Return an expected answer as text."""
-        return self.tokenizer.decode(expected[:-1])
-
     def ask(self, model: Any, title: str) -> list[str]:
         """Return the model's answers, in the order of the prompts, on every rank."""
-        rank, ranks = dist.get_global_rank(), dist.get_world_size()
-        mine, config = self._ids[rank::ranks], self.config
+        config = self.config
         options = {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams}
         options["eos_token_id"] = sorted({*(end_tokens(model, self.tokenizer) or ()), *self._ends})
-        answers = [""] * len(self._ids)
-        batch = config.batch_size, title
-        found, _ = answer(model, self.tokenizer, mine, *batch, enough=self.enough, **options)
-        for share, part in enumerate(dist.all_gather_object(found)):
-            answers[share::ranks] = part
-        return answers
+        how = self._ids, config.batch_size, title
+        return answer_together(model, self.tokenizer, *how, enough=self.enough, **options)[0]
 
     def write(self, path: Path) -> dict[str, float]:
         """Write one line per prompt and return the scores, before and after training."""
@@ -74,10 +83,8 @@ class HeldOutAnswers:
         for row in rows:
             row |= {f"exact_{when}": is_exact(row[when], row["expected"]) for when in names[2:]}
         write_aside(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        scores: dict[str, float] = {}
-        for name in self.scores(self.after):
-            for when in names[2:]:
-                scores[f"{name}_{when}"] = self.scores(getattr(self, when))[name]
+        told = {when: self.scores(getattr(self, when)) for when in names[2:]}
+        scores = {f"{name}_{when}": told[when][name] for name in told["after"] for when in told}
         return {**scores, self.COUNT: len(rows)}
 
     def scores(self, answers: list[str]) -> dict[str, float]:
@@ -106,14 +113,11 @@ class Translations(HeldOutAnswers):
             reason = " ".join(str(error).split())[:160]
             raise ConfigError(f"generation.bleu_tokenize: {name}: {reason}") from None
 
-    def pairs(self, dataset: Any, longest: int) -> Pairs:
+    @staticmethod
+    def pairs(dataset: Any, count: int, longest: int) -> Pairs:
         rows = (dataset[index] for index in range(dataset.num_samples))
         pairs = ((row["input_ids"].tolist(), row["labels"].tolist()) for row in rows)
-        count = self.config.num_prompts if longest > 0 else 0
-        return [pair for pair, _ in zip(pairs, range(count), strict=False)]
-
-    def text(self, expected: list[int]) -> str:
-        return self.tokenizer.decode(expected, skip_special_tokens=True)
+        return list(itertools.islice(pairs, count if longest > 0 else 0))
 
     def scores(self, answers: list[str]) -> dict[str, float]:
         texts, expected = [a.strip() for a in answers], [[e.strip() for e in self.expected]]
@@ -128,28 +132,6 @@ class Translations(HeldOutAnswers):
         for prompt, text, truth in list(rows)[:count]:
             log.note(step, f"{prompt} -> {text} (expected: {truth})")
         return self.scores(answers)
-
-
-def held_out_prompts(dataset: Any, count: int, longest: int = 2**31) -> Pairs:
-    """Return the pairs of an instruct or chat split, of prompts of up to `longest` tokens.
-
-    The answer is the last stretch that is learned; all before it is the prompt.
-    """
-    pairs: Pairs = []
-    for index in range(dataset.num_samples):
-        row = dataset[index]
-        borders = row["document_ends"][:-1]
-        documents = (np.split(row[name], borders) for name in ("input_ids", "loss_mask"))
-        for ids, mask in zip(*documents, strict=True):
-            if not mask.any():
-                continue
-            end = int(np.flatnonzero(mask)[-1]) + 1
-            begin = end - int((mask[:end][::-1] == 0).argmax() or end)
-            if 0 < begin <= longest:
-                pairs.append((ids[:begin].tolist(), ids[begin:end].tolist()))
-            if len(pairs) == count:
-                return pairs
-    return pairs
 
 
 def _has_no_spaces(texts: list[str]) -> bool:

@@ -268,10 +268,7 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     steps = found.samples // batch if config.train_loader.drop_last else -(-found.samples // batch)
     asked = Time.from_timestring(config.max_duration)
     per = {"ep": steps, "ba": 1, "sp": 1 / batch, "tok": 1 / (batch * found.tokens)}
-    unit = asked.unit.value
-    if unit not in per:
-        return Finding("time", "ok", f"until {config.max_duration}")
-    count = max(round(asked.value * per[unit]), 1)
+    count = max(round(asked.value * per[asked.unit.value]), 1)
     seconds = count * batch / found.rows * found.seconds
     tokens = count * batch * found.tokens
     hours = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"

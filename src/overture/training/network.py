@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from composer.utils import dist
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from overture.config.schema import Config
@@ -17,7 +18,6 @@ from overture.models.lora import add_lora, continue_adapters
 from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
 from overture.models.trainable import freeze_others
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
-from overture.training.sharding import is_hollow
 from overture.training.tasks import TASKS
 
 
@@ -50,7 +50,8 @@ def build_network(
     labels = head_config(ledgers) if config.task == "classify" else None
     packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
     known = config.model, tokenizer, config.max_seq_len, task.head, labels
-    network = load_network(*known, hollow=is_hollow(config))
+    hollow = config.fsdp_config is not None and dist.get_global_rank() != 0  # is sent its shards
+    network = load_network(*known, hollow=hollow)
     if config.task == "seq2seq":
         refuse_unknown_family(network)
     # Quantised, it is where it belongs already. peft's preparation of such models is left out: it

@@ -187,7 +187,6 @@ class Meter:
             Path("/proc/self/clear_refs").write_text("5")  # see proc(5): VmHWM begins anew
 
     def peak(self) -> int:
-        """Return the peak since the last reset."""
         if self.on_gpu:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated()

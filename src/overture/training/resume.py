@@ -262,7 +262,6 @@ class Checkpointer(Callback):
         self._saved = -1
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save if it is time, or if the run is to stop."""
         due, stop = self._is_due(state, Event.BATCH_CHECKPOINT), self.request.agreed()
         if due or stop:
             self.save(state)

@@ -27,7 +27,7 @@ from overture.config.schema import Config, LoaderConfig
 from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, sha256_file
-from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, GuardError, Preempted
+from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, FULL, ConfigError, GuardError, Preempted
 from overture.export import save_model
 from overture.generate import chat_ends, end_tokens
 from overture.models.attention import describe_attention
@@ -54,7 +54,6 @@ LOST = {
     r"(reset|closed) by peer|likely closed|Broken pipe|NCCL|process exited": "another rank ended",
 }
 BEST = "best.safetensors"  # the trained weights of the best evaluation, until the end
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def train(config: Config, command: str) -> int:
@@ -170,7 +169,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log.note(found[1]["batch"], event)
     saver = resume.Checkpointer(config, facts, request)
     exact, stacks = resume.ExactResume(), run_folder / f"stacks-{os.getpid()}.txt"
-    fail = partial(runs.write_failure, run_folder, config)
+
+    def fail(why: str, preempted: bool = False) -> None:
+        with suppress(OSError):
+            log.flush()
+        runs.write_failure(run_folder, config, why, preempted)
+
     watchdog = Watchdog(config.guards.timeout, stacks, workers, fail)
     if isinstance(answers, Translations):
         answers.enough = lambda: request.asked

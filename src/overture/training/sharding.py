@@ -25,11 +25,6 @@ PREFIX = "model."  # of weights in the shards
 METADATA = ".metadata"  # of torch's distributed checkpoints: which shard is in which file
 
 
-def is_hollow(config: Config) -> bool:
-    """Return whether this rank makes its model of nothing, to be sent its shards."""
-    return config.fsdp_config is not None and dist.get_global_rank() != 0
-
-
 def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
     """Return how Composer is to shard a network, by its layers, whose list is marked in it.
 

@@ -55,20 +55,18 @@ def _pairs(config: Config, tokenizer: Any, training: bool) -> PairCollator:
     return PairCollator(tokenizer.pad_token_id, together)
 
 
-def _classifier(config: Config, *parts: Any) -> Classifier:
-    return Classifier(*parts, config.metrics)
-
-
-def _seq2seq_model(config: Config, *parts: Any) -> Seq2SeqLM:
-    return Seq2SeqLM(*parts, smoothing=config.label_smoothing)
-
-
 _CAUSAL = Task("CausalLM", prove_isolation, lambda _, *parts: CausalLM(*parts), _causal_rows)
 TASKS: dict[str, Task] = {
     "causal_lm": _CAUSAL,
     "masked_lm": Task("MaskedLM", prove_encoder, lambda _, *parts: MaskedLM(*parts), _masked_rows),
     "instruct": _CAUSAL,
     "chat": _CAUSAL,
-    "seq2seq": Task("Seq2SeqLM", prove_padding, _seq2seq_model, _pairs),
-    "classify": Task("SequenceClassification", prove_padding, _classifier, _whole_rows),
-}
+    "seq2seq": Task(
+        "Seq2SeqLM", prove_padding,
+        lambda config, *parts: Seq2SeqLM(*parts, smoothing=config.label_smoothing), _pairs,
+    ),
+    "classify": Task(
+        "SequenceClassification", prove_padding,
+        lambda config, *parts: Classifier(*parts, config.metrics), _whole_rows,
+    ),
+}  # fmt: skip
