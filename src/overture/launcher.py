@@ -20,7 +20,8 @@ def follow_launcher() -> bool:
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-        launched = any(re.fullmatch(rb"(.*/)?composer|composer\.cli(\.\w+)*", part) for part in command)
+        named = re.compile(rb"(.*/)?composer|composer\.cli(\.\w+)*")
+        launched = any(map(named.fullmatch, command))
     except OSError:
         launched = False
     if launched:
