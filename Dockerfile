@@ -1,7 +1,7 @@
 # Build: docker build -t overture .
-# Run:   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -e USER -e HOME=/tmp -e HF_TOKEN \
-#          -e HF_HOME=/hf -v "$HOME/.cache/huggingface:/hf" -v "$PWD/data:/overture/data" \
-#          -v "$PWD/runs:/overture/runs" \
+# Run:   docker run --rm --name overture-run --gpus all --shm-size 8g \
+#          --user "$(id -u):$(id -g)" -e USER -e HOME=/tmp -e HF_TOKEN -e HF_HOME=/hf \
+#          -v "$HOME/.cache/huggingface:/hf" -v "$PWD/data:/overture/data" -v "$PWD/runs:/overture/runs" \
 #          overture composer finetune.py yamls/finetune/dolly-llama-3.2-1b.yaml
 # torch's wheels carry CUDA 12.6 themselves; the base gives the driver hooks and the compilers that
 # flash-attn (where no wheel fits) and torch.compile need. --build-arg GPU=0 leaves out flash-attn,

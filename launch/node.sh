@@ -50,7 +50,9 @@ run_node() { # number of the node, from 0
     load_modules "${modules[@]}" || return 2
   fi
   if [ -n "$scratch" ]; then
-    export HF_HOME=${HF_HOME:-$scratch/huggingface} TMPDIR=$scratch/tmp-$job-$node
+    # A login that was saved stays where it is; the words are expanded before HF_HOME changes.
+    export HF_TOKEN_PATH=${HF_TOKEN_PATH:-${HF_HOME:-$HOME/.cache/huggingface}/token} \
+      HF_HOME=${HF_HOME:-$scratch/huggingface} TMPDIR=$scratch/tmp-$job-$node
     mkdir -p "$HF_HOME" "$TMPDIR" || return 2
   fi
   (

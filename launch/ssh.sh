@@ -14,7 +14,8 @@ master_port=$((20000 + RANDOM % 12000))
 script=$(
   as_script
   declare -p job "${!HF_@}" "${!HUGGINGFACE_@}" "${!WANDB_@}" "${!MLFLOW_@}" "${!AWS_@}" \
-    "${!NCCL_@}" "${!GLOO_@}" "${!OMP_@}" "${!APPTAINER_@}"
+    "${!NCCL_@}" "${!GLOO_@}" "${!OMP_@}" "${!APPTAINER_@}" "${!OVERTURE_@}" "${!SCRATCH@}" \
+    "${!S3_@}" "${!GOOGLE_@}" "${!AZURE_@}" "${!http@}" "${!no_proxy@}"
 )
 
 on_node() { # number of the node, what to do there

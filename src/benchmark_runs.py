@@ -4,7 +4,7 @@
     python src/benchmark_runs.py --compare runs/benchmark-a runs/benchmark-b
 
 Runs that are finished are kept, so that the same command goes on. Exit codes: 0 the figure holds,
-2 config, 3 it does not (said why), 5 a run broke off, 75 asked to stop.
+2 config, 3 it does not (said why), 4 a log is damaged, 5 a run broke off, 75 asked to stop.
 """
 
 import argparse
@@ -34,9 +34,7 @@ def main() -> int:
     if bool(args.config) == bool(args.compare):
         raise ConfigError("give a config to run, or --compare and folders")
     if args.compare and (args.out or args.reference or args.price is not None):
-        raise ConfigError(
-            "--compare takes folders alone; --out, --reference and --price are of runs"
-        )
+        raise ConfigError("--compare takes folders alone, and no --out, --reference or --price")
     if args.seeds < 3:
         raise ConfigError(f"--seeds: {args.seeds}, but the fastest and the slowest are dropped: 3")
     config = load_config(args.config, tuple(DOORS)) if args.config else None

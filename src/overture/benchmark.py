@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from overture.callbacks.mlperf_log import PREFIX
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, Preempted
+from overture.training.jobs import ended, is_finished
 
 SLACK = 2.0  # seconds between the end of an evaluation and what is written of it
 SEEDED = ("seed", "run_name", "run_folder", "save_folder")  # what runs of a benchmark may differ in
@@ -94,10 +96,8 @@ def faults(folder: Path) -> Iterator[str]:
     }:
         yield f"ended {result['status']} with {last:.4f}, the target being {target}"
     resumed = any('"what": "resumed"' in line for line in lines)
-    seconds, said = (
-        (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000,
-        result["time_to_train_seconds"],
-    )
+    seconds = (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000
+    said = result["time_to_train_seconds"]
     if said is not None and not resumed and abs(seconds - said) > SLACK:
         yield f"{said:.1f} s to train, but {seconds:.1f} in the log"
 
@@ -180,7 +180,14 @@ def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
 
 
 def setting(config: Config) -> dict[str, Any]:
-    """Return the target and what else samples to it are counted by; others are not comparable."""
+    """Return the target and what else samples to it are counted by; others are not comparable.
+
+    Raises ConfigError where they could not be counted.
+    """
+    every = config.eval_interval + config.max_duration * config.eval_interval.endswith("dur")
+    if "tok" in every or not config.train_loader.drop_last:
+        fault = "samples to the target are counted: set train_loader.drop_last=true"
+        raise ConfigError(f"{fault}, and no eval_interval or its max_duration in tok")
     target = config.callbacks.loss_target
     return {"target": target and target.cross_entropy} | {k: getattr(config, k) for k in SETTING}
 
@@ -200,16 +207,21 @@ def run_seeds(
     """Run a `command` that trains once for each seed, one after the other, as they are timed; yield
     each seed and its run folder. Those that are finished are kept.
 
-    Raises GuardError if a run breaks off, Preempted if it was asked to stop.
+    Raises ConfigError if there is no such program, GuardError if a run breaks off, Preempted if it
+    was asked to stop.
     """
+    if not shutil.which(command[0]):
+        raise ConfigError(f"--launch {command[0]}: no such program")
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         folder = out / f"seed-{seed}"
         options = [f"seed={seed}", f"run_name={name}-seed-{seed}", f"run_folder={folder}"]
         options += [f"callbacks.mlperf_log.benchmark=overture_{name}", "progress_bar=false"]
-        if not (folder / "result.json").is_file() or not (folder / "hf").is_dir():
-            with folder.with_suffix(".log").open("ab") as log:
-                code = subprocess.run([*command, *options], stdout=log, stderr=log).returncode
+        if not is_finished(folder):
+            with folder.with_suffix(".log").open("ab") as log, ended(running := {}):
+                process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+                running[process] = None
+                code = process.wait()
             if code == errors.EXIT_PREEMPTED:
                 raise Preempted(None, "what was running has saved")
             if code not in (errors.EXIT_DONE, errors.EXIT_TARGET_MISSED):
@@ -236,7 +248,6 @@ def machine_of(folder: Path) -> dict[str, Any]:
 
 
 def outcome(seed: int, folder: Path, batch: int) -> dict[str, Any]:
-    """Return what counts of a finished run."""
     result = json.loads((folder / "result.json").read_text("utf-8"))
     reached, stop = result["status"] == "target_reached", events(folder / "mlperf.log")[-1]
     return {

@@ -35,11 +35,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder; nothing is left of one that could not be written.
 
-    Args:
-        parent: folder of the checkpoints of a run.
-        batch: steps done so far, which names it.
-        write: writes the files into the folder that it is given.
-        facts: for the manifest, what must hold for it to be of use, as JSON.
+    `batch`, the steps done so far, names it; `write` writes the files into the folder that it is
+    given; the manifest has the `facts` (JSON) that must hold for it to be of use.
     """
     place = parent / f"ba{batch}"
     aside = parent / f".{place.name}.{os.getpid()}"

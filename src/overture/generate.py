@@ -337,7 +337,6 @@ def _label(
     trained: Trained, asked: Conversion | list[str], template: Any, drawn: tuple, batch: int,
     out: Path | None, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Say what a classifier makes of texts or the rows of a dataset."""
     if template or options != WRITING or not asked or getattr(asked, "task", "") == "chat":
         fault = f"{trained.name} classifies: it takes no --chat, no template and no option of text"
         raise ConfigError(f"{fault} that is written; give --prompt or --data alone")

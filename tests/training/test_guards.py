@@ -375,3 +375,19 @@ def test_dead_worker_of_the_loader(smoke, tmp_path):
     assert process.returncode == 5, said
     assert b"a worker of the loader died" in said
     assert b"Traceback" not in said, said[-6000:].decode()
+
+
+def test_a_signal_to_stop_that_comes_again_spares_the_workers(smoke, tmp_path):
+    options = ("max_duration=2000ba", "eval_interval=2000ba", "save_interval=2000ba")
+    process = start(tmp_path / "run", *options, "train_loader.num_workers=2")
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "finetune.py"], capture_output=True, text=True
+    )
+    workers = [int(number) for number in found.stdout.split()]
+    assert len(workers) == 2
+    for number in workers * 3:  # as long as a job takes to save, it comes again
+        os.kill(number, signal.SIGUSR1)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from overture.benchmark import (
     faults,
     faults_of_set,
     other_setting,
+    run_seeds,
     score,
     setting,
     stored,
@@ -24,7 +26,7 @@ from overture.benchmark import (
 )
 from overture.callbacks.mlperf_log import PREFIX
 from overture.config.load import load_config
-from overture.errors import ConfigError, Preempted
+from overture.errors import ConfigError, GuardError, Preempted
 from overture.training import run as recipe
 from runs import records, result
 
@@ -205,6 +207,31 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     assert "of another setting than the first: target 1.0 there, " in said
     assert not list(faults_of_set([out / "seed-17", out / "seed-18"]))
     assert any("used twice" in f for f in faults_of_set([out / "seed-17", out / "seed-17"]))
+
+
+@pytest.mark.parametrize(
+    "override", ["train_loader.drop_last=false", "eval_interval=4096tok", "eval_interval=0.1dur"]
+)
+def test_what_cannot_be_counted_in_samples_is_refused(override):
+    options = [str(YAMLS / "quickstart.yaml"), "max_duration=90000tok", "eval_interval=2ba"]
+    config = load_config([*options, override], ("instruct",))
+    with pytest.raises(ConfigError, match=r"drop_last=true, and no eval_interval or its max_dur"):
+        setting(config)
+
+
+def test_runs_that_do_not_end_are_no_result(tmp_path):
+    (tmp_path / "seed-1" / "hf").mkdir(parents=True)  # of one that was stopped on its last metres
+    (tmp_path / "seed-1" / "result.json").write_text('{"status": "preempted"}')
+    with pytest.raises(ConfigError, match="--launch nowhere: no such program"):
+        list(run_seeds(["nowhere"], "x", [1], tmp_path))
+    with pytest.raises(GuardError, match="seed 1 ended with exit code 7"):
+        list(run_seeds([sys.executable, "-c", "raise SystemExit(7)"], "x", [1], tmp_path))
+    saves = f"import signal, time; signal.signal(15, lambda *_: open('{tmp_path}/saved', 'w'))"
+    asked = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1))
+    asked.start()
+    with pytest.raises(Preempted, match="what was running has saved"):
+        list(run_seeds([sys.executable, "-c", f"{saves}; time.sleep(4)"], "x", [1], tmp_path))
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_run_that_misses_its_target_has_a_sound_log(run):

@@ -98,6 +98,6 @@ def _begin_worker(stacks: IO[bytes] | None, worker: int) -> None:
 
     sys.excepthook = show
     faulthandler.register(signal.SIGUSR2, stacks or sys.stderr, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all of a job
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    for number in (signal.SIGINT, signal.SIGUSR1):  # USR1 comes to all of a job until it has saved
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))

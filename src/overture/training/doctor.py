@@ -179,9 +179,15 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
         fault = f"{count:,} parameters: {what} take {need}"
         ways = ["model.dtype=bfloat16"] * (config.trainable == "lora" and wanted.dtype == "float32")
-        ways += ["trainable=lora"] * (config.trainable == "all")
-        yield Finding("memory", "stop", "; ".join([fault, *ways, "or a larger device"]))
+        ways += ["trainable=lora"] * _may_be_lora(config)
+        larger = "or a larger device; or several, with fsdp_config={}"
+        yield Finding("memory", "stop", "; ".join([fault, *ways, larger]))
     return held, besides
+
+
+def _may_be_lora(config: Config) -> bool:
+    given = config.model.pretrained and config.task != "masked_lm"
+    return config.trainable == "all" and given
 
 
 def _gathered(config: Config, network: torch.nn.Module) -> int:
@@ -199,7 +205,6 @@ def _gathered(config: Config, network: torch.nn.Module) -> int:
 
 
 def _shards(config: Config, besides: int, held: int, room: int) -> Finding:
-    """Say what the shards take on each of some numbers of ranks."""
     shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in RANKS[1:])
     what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     text = f"{what} in shards: GiB on each of so many ranks: {shown}; besides {besides / GIB:.1f}"
@@ -252,10 +257,11 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
         ways.append(f"device_train_microbatch_size={fitting[-1]}, at no other cost")
     if not config.model.activation_checkpointing:
         ways.append("model.activation_checkpointing=true, a third more time")
-    if config.trainable == "lora" and config.model.dtype == "float32":
+    half = config.model.dtype != "float32" or config.fsdp_config is not None
+    if config.trainable == "lora" and not half:
         saved = found.parts["weights"] / 2 / GIB
         ways.append(f"model.dtype=bfloat16, {saved:.1f} GiB less")
-    if config.trainable == "all":
+    if _may_be_lora(config):
         saved = (found.parts["gradients"] + found.parts["optimizer"]) / GIB
         ways.append(f"trainable=lora, about {saved:.1f} GiB less")
     verdict = "warning" if predicted <= room else "stop"

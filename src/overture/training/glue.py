@@ -129,7 +129,6 @@ def _mismatched(config: GlueConfig) -> Job:
 
 
 def _encoding(config: GlueConfig, task: str) -> tuple[str, int]:
-    """Return the tokenizer and the length that a task is converted for."""
     own = OmegaConf.merge(config.finetune, config.overrides.get(task, {}))
     return own.get("tokenizer_name") or own.model.name, own.max_seq_len
 

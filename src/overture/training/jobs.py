@@ -54,7 +54,7 @@ def run_jobs(
     bar = tqdm(total=len(jobs), initial=len(done), unit=" jobs", disable=None)  # on a terminal
     if done:
         bar.write(f"{len(done)} of {len(jobs)} jobs are finished and kept")
-    with bar, _ended(running):
+    with bar, ended(running):
         while waiting or running:
             for job in list(waiting):
                 if job.needs in failed:
@@ -111,7 +111,7 @@ def _private() -> str:
 
 
 @contextmanager
-def _ended(running: dict[subprocess.Popen, Any]) -> Iterator[None]:
+def ended(running: dict[subprocess.Popen, Any]) -> Iterator[None]:
     """Leave no process behind; on a signal to stop they save, and Preempted is raised."""
 
     def stop(number: int, frame: Any) -> None:

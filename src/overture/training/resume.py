@@ -103,36 +103,30 @@ def find_load_path(config: Config, model: str) -> Path:
 
 def on_rank_zero(function: Any) -> Any:
     """Return on every rank what a function returns on rank zero, or raise its error on all."""
-    answer: list[Any] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            answer = [function()]
-        except OvertureError as error:
-            answer = [error]
-        except Exception as error:  # a bug of ours, or an object store's own kind
-            dist.broadcast_object_list([GuardError(f"rank zero failed: {error}")])
-            raise
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], OvertureError):
-        raise answer[0]
-    return answer[0]
+    return _shared(function, dist.get_global_rank(), 0)
 
 
 def on_every_node(function: Any) -> Any:
     """Return on every rank what the first rank of its node returns, or raise an error of any."""
+    rank = dist.get_local_rank()
+    return _shared(function, rank, dist.get_global_rank() - rank)
+
+
+def _shared(function: Any, rank: int, first: int) -> Any:
     answer = None
-    if dist.get_local_rank() == 0:
+    if rank == 0:
         try:
             answer = function()
         except OvertureError as error:
             answer = error
-        except Exception as error:  # a bug of ours
-            answer = GuardError(f"rank {dist.get_global_rank()} failed: {error!r}")
+        except Exception as error:  # a bug of ours, or an object store's own kind
+            dist.all_gather_object(GuardError(f"rank {dist.get_global_rank()} failed: {error!r}"))
+            raise
     answers = dist.all_gather_object(answer)
     for error in answers:
         if isinstance(error, OvertureError):
             raise error
-    return answers[dist.get_global_rank() - dist.get_local_rank()]
+    return answers[first]
 
 
 def changed_keys(before: str, now: str) -> list[str]:

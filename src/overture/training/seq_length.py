@@ -16,13 +16,8 @@ from composer.loggers import Logger
 class LengthWarmup(Algorithm):
     """Cuts the documents of training batches into pieces of a length that grows in even steps.
 
-    It follows from the place in the run alone, so that a resumed run goes on exactly.
-
-    Args:
-        duration: share of the run after which documents are whole.
-        min_seq_length: tokens of a piece at the start.
-        step_size: pieces grow by multiples of it.
-        max_seq_length: tokens of a row.
+    It follows from the place in the run alone, so that a resumed run goes on exactly. Lengths are
+    tokens; `duration` is the share of the run after which documents are whole.
     """
 
     def __init__(
