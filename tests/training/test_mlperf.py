@@ -213,8 +213,8 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     "override", ["train_loader.drop_last=false", "eval_interval=4096tok", "eval_interval=0.1dur"]
 )
 def test_what_cannot_be_counted_in_samples_is_refused(override):
-    options = [str(YAMLS / "quickstart.yaml"), "max_duration=90000tok", "eval_interval=2ba"]
-    config = load_config([*options, override], ("instruct",))
+    options = ["max_duration=90000tok", "eval_interval=2ba", "scheduler.t_warmup=0.03dur"]
+    config = load_config([str(YAMLS / "quickstart.yaml"), *options, override], ("instruct",))
     with pytest.raises(ConfigError, match=r"drop_last=true, and no eval_interval or its max_dur"):
         setting(config)
 
@@ -226,11 +226,11 @@ def test_runs_that_do_not_end_are_no_result(tmp_path):
         list(run_seeds(["nowhere"], "x", [1], tmp_path))
     with pytest.raises(GuardError, match="seed 1 ended with exit code 7"):
         list(run_seeds([sys.executable, "-c", "raise SystemExit(7)"], "x", [1], tmp_path))
-    saves = f"import signal, time; signal.signal(15, lambda *_: open('{tmp_path}/saved', 'w'))"
+    saves = f"import signal; signal.signal(15, lambda *_: exit(open('{tmp_path}/saved', 'w')))"
     asked = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1))
     asked.start()
     with pytest.raises(Preempted, match="what was running has saved"):
-        list(run_seeds([sys.executable, "-c", f"{saves}; time.sleep(4)"], "x", [1], tmp_path))
+        list(run_seeds([sys.executable, "-c", f"{saves}; signal.pause()"], "x", [1], tmp_path))
     assert (tmp_path / "saved").exists()
 
 

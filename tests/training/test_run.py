@@ -94,6 +94,7 @@ def test_loss_does_not_depend_on_the_microbatch(run):
     assert curves[2] == pytest.approx(curves[0], abs=1e-5)
 
 
+@pytest.mark.slow  # a minute of compilation
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_learns_and_saves_the_same(run):
     curves, weights = [], []
