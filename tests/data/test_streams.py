@@ -4,6 +4,7 @@ import inspect
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
