@@ -6,7 +6,7 @@
 #
 #   job=$(sbatch --parsable --array=0-9 launch/convert_array.sh 10 100000 corpus.jsonl data/parts \
 #     --task text --tokenizer gpt2 --max_seq_len 2048)
-#   sbatch --dependency=afterok:$job --wrap \
+#   sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes --wrap \
 #     ".venv/bin/python src/convert_dataset.py --merge data/parts/* --out_root data/corpus"
 #
 # TASKS ROWS FILE PARTS OPTIONS...: task n, from 0, converts the n-th ROWS rows of FILE into PARTS/n,

@@ -3,8 +3,8 @@
     python src/benchmark_runs.py yamls/finetune/quickstart.yaml [a.b=c ...] --seeds 5
     python src/benchmark_runs.py --compare runs/benchmark-a runs/benchmark-b
 
-Runs that are finished are kept, so that the same command goes on. Exit codes: 0 the figure holds,
-2 config, 3 it does not (said why), 4 a log is damaged, 5 a run broke off, 75 asked to stop.
+The same command keeps finished runs and goes on with the others. Exit codes: 0 the figure holds, 2
+config, 3 it does not (said why), 4 a log is damaged, 5 a run broke off, 75 asked to stop.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from overture.config.schema import DOORS
 from overture.data.schema import write_aside
 from overture.errors import EXIT_TARGET_MISSED, ConfigError, exit_on_error
 
-REFERENCES = Path(__file__).parents[1] / "benchmarks" / "reference"
+ROOT = Path(__file__).parents[1]
+REFERENCES = ROOT / "benchmarks" / "reference"
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("--launch", default=sys.executable, help="such as 'composer -n 8'")
     parser.add_argument("--reference", type=Path, help="benchmark.json to hold convergence against")
     parser.add_argument("--price", type=float, help="of an hour of the machine")
-    parser.add_argument("--compare", type=Path, nargs="+", help="folders of earlier benchmarks")
+    parser.add_argument("--compare", type=Path, nargs="+", help="earlier ones: folders, files")
     args = parser.parse_intermixed_args()
     if bool(args.config) == bool(args.compare):
         raise ConfigError("give a config to run, or --compare and folders")
@@ -43,8 +44,7 @@ def main() -> int:
     from overture import benchmark  # with torch, once the config is known good
 
     if not config:
-        found = [benchmark.stored(folder / "benchmark.json") for folder in args.compare]
-        print("\n".join(benchmark.table(found)))
+        print("\n".join(benchmark.table([benchmark.stored_in(place) for place in args.compare])))
         return 0
     name, how = config.run_name, benchmark.setting(config)
     stored = args.reference or REFERENCES / f"{name}.json"
@@ -55,8 +55,10 @@ def main() -> int:
     if other:  # of those that are shipped
         print(f"convergence is held against no reference: {other}")
         reference = None
+    if reference:
+        benchmark.check_reference(reference, args.seeds)
     out, runs = args.out or Path("runs") / f"benchmark-{name}", []
-    command = [*shlex.split(args.launch), DOORS[config.task], *args.config]
+    command = [*shlex.split(args.launch), str(ROOT / DOORS[config.task]), *args.config]
     seeds = range(config.seed, config.seed + args.seeds)
     for seed in seeds:
         benchmark.check_kept(out / f"seed-{seed}", config)
@@ -66,8 +68,8 @@ def main() -> int:
         said = f"target in {seconds:.1f} s" if seconds else "target missed"
         print(f"seed {seed}: {said}, {runs[-1]['samples']:,} samples", flush=True)
     folders = [out / f"seed-{seed}" for seed in seeds]
-    wrong, machine = [*benchmark.faults_of_set(folders)], benchmark.machine_of(folders[0])
-    result = benchmark.summary(name, how, runs, wrong, machine, reference, args.price)
+    wrong = [*benchmark.faults_of_set(folders)]
+    result = benchmark.summary(name, how, runs, wrong, folders[0], reference, args.price)
     write_aside(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     print("\n".join([*benchmark.table([result]), *result["faults"], f"in {out}/benchmark.json"]))
     return 0 if result["valid"] else EXIT_TARGET_MISSED

@@ -16,17 +16,13 @@ from overture.errors import ConfigError, exit_on_error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # the defaults are those of Conversion
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.argument_default = argparse.SUPPRESS  # the defaults are those of Conversion
     add = parser.add_argument
     add("--dataset", help="what to convert")
-    add(
-        "--splits", nargs="+", metavar="NAME=SPLIT[a:b]",
-        help="splits to write: of --dataset, or without it NAME=DATASET[a:b]; default: train",
-    )  # fmt: skip
+    written = "splits to write: of --dataset, or without it NAME=DATASET[a:b]; default: train"
+    add("--splits", nargs="+", metavar="NAME=SPLIT[a:b]", help=written)
     add("--task", choices=list(OVERFLOWS))
     add("--out_root", help="a folder, or s3://bucket/path, gs://...")
     add("--tokenizer", help="a folder or hub name; --task text without one keeps raw text")
@@ -47,11 +43,8 @@ def main() -> None:
     add("--dedupe", action="store_true", help="drop rows that repeat an earlier one")
     add("--max_seq_len", type=int, help="tokens; default: 2048")
     too_long = "rows of more than max_seq_len tokens; default: split for text, else truncate_prompt"
-    add(
-        "--overflow",
-        choices=["truncate_prompt", "truncate", "drop", "split", "error"],
-        help=too_long,
-    )
+    cuts = ["truncate_prompt", "truncate", "drop", "split", "error"]
+    add("--overflow", choices=cuts, help=too_long)
     add("--packing", choices=["best_fit", "none"], help="default: best_fit, where a task can")
     add("--concat_tokens", type=int, metavar="N", help="text end to end, cut into rows of N tokens")
     add("--no_wrap", dest="wrap", action="store_false", help="with it: rows begin with documents")

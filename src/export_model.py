@@ -7,6 +7,7 @@ MODEL is a run, a checkpoint, a folder of transformers' or of peft's, or a hub n
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -23,11 +24,8 @@ def main() -> None:
     add("--merge", action="store_true", help="adapters into their base")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as trained")
     add("--license", default="unknown", help="for the card: a name of the hub's, as cc-by-sa-3.0")
-    add(
-        "--test_prompt",
-        metavar="TEXT",
-        help="print what it then says to it, downloaded if it was uploaded",
-    )
+    asking = "print what it then says to it, downloaded if it was uploaded"
+    add("--test_prompt", metavar="TEXT", help=asking)
     add("--push_to_hub", metavar="NAME", help="upload it, with the token in HF_TOKEN")
     add("--private", action="store_true")
     add("--trust_remote_code", action="store_true", help="run a hub model's code; read it before")
@@ -40,11 +38,14 @@ def main() -> None:
     from overture.hub import check_hub, model_card, push_to_hub
     from overture.trained import load_trained
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no part
     check_out(args.out, args.model, args.overwrite)
     if args.push_to_hub:
         check_hub(args.push_to_hub)
     trained = load_trained(args.model, None, args.trust_remote_code, args.load_unverified)
     base = trained.base
+    if base:  # which may be an earlier export, that adapters are over
+        check_out(args.out, base, args.overwrite)
     if args.push_to_hub and base and not args.merge and Path(base).exists():
         fault = f"the adapters are over {base}, which is on this machine alone"
         raise ConfigError(f"--push_to_hub: {fault}; give --merge")

@@ -22,9 +22,8 @@ def _folder(text: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("config", nargs="+", help="FILE.yaml and overrides a.b=c")
     add("--scheduler", choices=list(SCHEDULERS), required=True)

@@ -15,7 +15,7 @@ from overture.report import build_report, load_run, summary_lines
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that ended: runs/NAME")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs: runs/NAME")
     parser.add_argument("--out", type=Path, help="of several: the page; default: comparison.html")
     args = parser.parse_args()
     if args.out and len(args.runs) == 1:

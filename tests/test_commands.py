@@ -1,4 +1,4 @@
-"""Every command of README, two guides and YAML headers: its door, options and files."""
+"""Every command of README, guides and YAML headers: its door, options and files."""
 
 import re
 import shlex
@@ -20,6 +20,9 @@ def commands() -> list[str]:
     found = []
     for block in re.findall(r"```\n(.*?)```", README + GUIDES, re.DOTALL):
         found += [line.split("   #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
+    for path in ROOT.glob("docs/*.md"):
+        text = path.read_text().replace("\\\n", " ")
+        found += re.findall(r"^    (python src/.*)$", text, re.MULTILINE)
     for path in ROOT.glob("yamls/**/*.yaml"):
         lines = [x[2:] for x in path.read_text().splitlines() if x.startswith("# ")]
         text = "\n".join(lines).replace("\\\n", " ")

@@ -21,7 +21,7 @@ from overture.models.build import load_network
 from overture.predict import ROW
 from overture.tokenizer import load_tokenizer
 from overture.trained import ledgers
-from overture.training.answers import _has_no_spaces, f1, held_out_prompts, is_exact
+from overture.training.answers import _has_no_spaces, held_out_prompts, score
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def test_prompts_and_answers_are_those_of_the_records(smoke, pair):
     dataset = TokenStream(local=str(smoke / "instruct"), split="test", batch_size=1)
     pairs = held_out_prompts(dataset, 1000)
     assert len(pairs) == 40  # every document of the split
-    for prompt, response in pairs:
+    for prompt, response, right in pairs:
+        assert right is None
         text = tokenizer.decode(prompt)
         assert text.startswith("### Instruction:\n")
         assert text.endswith("### Response:\n")
@@ -74,15 +75,49 @@ def test_model_goes_back_to_training(pair):
 
 
 def test_exact_match_ignores_space_at_the_ends_only():
-    assert is_exact(" In Oslo\n", "In Oslo")
-    assert not is_exact("in Oslo", "In Oslo")
+    assert score(" In Oslo\n", "In Oslo")[0]
+    assert not score("in Oslo", "In Oslo")[0]
 
 
 def test_f1_counts_characters_as_jglue_does():
-    assert f1("東京 タワー。", " 東京  タワー") == 1.0
-    assert f1("OSLO", "oslo") == 1.0
-    assert f1("abc", "abd") == pytest.approx(2 / 3)
-    assert f1("", "a") == 0.0
+    assert score("東京 タワー。", " 東京  タワー")[1] == 1.0
+    assert score("OSLO", "oslo")[1] == 1.0
+    assert score("abc", "abd")[1] == pytest.approx(2 / 3)
+    assert score("", "a")[1] == 0.0
+
+
+def test_the_best_of_all_right_answers_counts_as_jglue_has_it():
+    right = ["東京タワー", "東京 TOWER。", "港区"]
+    assert score("東京  tower。。", right[0], right) == (True, 1.0)
+    assert score("東京", right[0], right) == (False, pytest.approx(2 * 2 / (2 + 5)))
+    assert score("港", right[0], right) == (False, pytest.approx(2 / 3))
+    assert score("東京 tower", right[0])[0] is False
+    assert score("", right[0], right) == (False, 0.0)
+
+
+@pytest.mark.parametrize("form", ["nested", "flat"])
+def test_all_answers_of_a_question_reach_its_score(smoke, pair, tmp_path, form):
+    _, tokenizer = pair
+    texts = {f"Which {n}?": ["Oslo", "oslo city", f"{n} Oslo"][: 1 + n % 3] for n in range(9)}
+    if form == "nested":
+        told = [{"question": q, "answers": [{"text": t} for t in all]} for q, all in texts.items()]
+        paragraph = {"context": "Oslo is in Norway.", "qas": told}
+        content = json.dumps({"data": [{"title": "Oslo", "paragraphs": [paragraph]}]})
+    else:
+        fixed = {"title": "Oslo", "context": "Oslo is in Norway."}
+        told = [fixed | {"question": q, "answers": {"text": all}} for q, all in texts.items()]
+        content = "".join(json.dumps(row) + "\n" for row in told)
+    (path := tmp_path / "squad.json").write_text(content)
+    common = {"max_seq_len": 128, "tokenizer": str(smoke / "tokenizer")}
+    job = Conversion({"train": Origin(str(path))}, "instruct", str(tmp_path / "out"), **common)
+    convert(job, say=lambda _: None)
+    dataset = TokenStream(local=str(tmp_path / "out"), split="train", batch_size=1)
+    assert dataset.num_samples < 9  # some rows hold several
+    found = {tokenizer.decode(prompt): right for prompt, _, right in held_out_prompts(dataset, 99)}
+    named = {re.search(r"Which \d\?", text).group(): right for text, right in found.items()}
+    assert named == texts
+    rows = [Split(tmp_path / "out" / "train").row(number) for number in range(dataset.num_samples)]
+    assert sum(len(row["document_ends"]) for row in rows) == 9
 
 
 def test_an_answer_ends_before_a_stop_text_whatever_is_beside_it(pair):
@@ -122,6 +157,40 @@ def documents(folder):
             found.append((ids[mask == 0].tolist(), ids[mask == 1].tolist()))
             start = end
     return found
+
+
+class Bytes:
+    """A tokenizer of bytes, of which a Japanese letter takes three, over the fixture's ids."""
+
+    def __init__(self, tokenizer, text):
+        self.inner, self.text = tokenizer, text.encode()
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def batch_decode(self, rows, **_):
+        return [self.text[: len(row)].decode(errors="replace") for row in rows]
+
+
+def test_an_answer_ends_at_a_text_of_several_tokens_and_not_at_one_in_the_prompt(pair):
+    model, tokenizer = pair
+    made = Bytes(tokenizer, "東京答大阪")
+    found, count = answer(model, made, [[5, 6, 7]], 1, max_new_tokens=15, stop=["答"])
+    assert found == ["東京"] and count <= 9
+    # What stands at the end of a prompt is no part of the answer.
+    given = tokenizer("a\n")["input_ids"]
+    first, _ = answer(model, tokenizer, [given], 1, max_new_tokens=3)
+    stop = tokenizer.decode(given)[-1] + first[0][:1]
+    cut, _ = answer(model, tokenizer, [given], 1, max_new_tokens=3, stop=[stop])
+    assert cut == [text.split(stop)[0] for text in first]
+
+
+def test_a_models_own_settings_do_not_bend_greedy_answers(pair):
+    model, tokenizer = pair
+    plain, _ = answer(model, tokenizer, [[5, 6, 7]], 1, max_new_tokens=12)
+    bent = copy.deepcopy(model)
+    bent.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_length=9)
+    assert answer(bent, tokenizer, [[5, 6, 7]], 1, max_new_tokens=12)[0] == plain
 
 
 def job(path, **changes):

@@ -145,7 +145,13 @@ def test_container_is_told_what_it_sees(tmp_path, monkeypatch):
     assert words[:3] == ["apptainer", "exec", "--nv"]
     bound = {words[i + 1] for i, word in enumerate(words) if word == "--bind"}
     assert bound == {str(tmp_path), str(ROOT), "/scratch/me"}
-    assert words[-4:] == ["--pwd", str(tmp_path), str(tmp_path / "over ture.sif"), "composer"]
+    image = words.index(str(tmp_path / "over ture.sif"))
+    assert words[image - 2 : image] == ["--pwd", str(tmp_path)]
+    # What is started in it is as deaf as it has to be, though apptainer undoes that.
+    say = 'kill -TERM $$; kill -USR1 $$; echo "$@"'
+    inside = [*words[image + 1 : -1], "bash", "-c", say, "x", "still", "here"]
+    done = subprocess.run(inside, capture_output=True, text=True, timeout=30)
+    assert (words[-1], done.stdout) == ("composer", "still here\n")
 
 
 def test_directives_say_what_was_asked_for():

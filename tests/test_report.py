@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from overture.errors import ConfigError
 from overture.report import build_report, load_run, summary_lines
@@ -294,6 +295,12 @@ def test_a_folder_without_a_result_is_a_config_error(tmp_path, text):
     assert not list(tmp_path.glob("report*"))
 
 
+def test_a_run_that_was_killed_has_a_page(tmp_path):
+    line = {"kind": "train", "step": 3, "seconds": 1.0, "loss": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "unfinished" in build_report(tmp_path).read_text()
+
+
 def test_the_door(folder, tmp_path_factory):
     done = subprocess.run([sys.executable, DOOR, folder], capture_output=True, text=True)
     assert done.returncode == 0 and str(folder / "report.html") in done.stdout
@@ -320,3 +327,15 @@ def test_a_browser_shows_and_prints_it_without_an_error(folder):
         )  # fmt: skip
         assert "CONSOLE" not in done.stderr
         assert made.stat().st_size > least[name[-3:]]
+        if name.endswith("png"):
+            corner = Image.open(made).convert("L").getpixel((2, 2))
+            assert corner < 60 if name == "dark.png" else corner > 200
+    # Drawn wider, as a reader chooses: another picture of the same page.
+    wider = page.with_name("wider.html")
+    text = page.read_text().replace('value="1" checked>', 'value="1">')
+    wider.write_text(text.replace('value="8">', 'value="8" checked>'))
+    assert wider.read_text() != page.read_text()
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,1200"]
+    subprocess.run([*command, f"--screenshot={folder / 'wider.png'}", f"file://{wider}"],
+                   capture_output=True, timeout=120, check=True)  # fmt: skip
+    assert (folder / "wider.png").read_bytes() != (folder / "phone.png").read_bytes()

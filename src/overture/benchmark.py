@@ -1,5 +1,6 @@
 """Time to train over seeds, by MLPerf's rule, and what makes such a figure believable."""
 
+import fcntl
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import yaml
 
 from overture import errors
 from overture.callbacks.mlperf_log import PREFIX
+from overture.compare import differences
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, Preempted
@@ -22,7 +25,7 @@ from overture.training.jobs import ended, is_finished
 
 SLACK = 2.0  # seconds between the end of an evaluation and what is written of it
 SEEDED = ("seed", "run_name", "run_folder", "save_folder")  # what runs of a benchmark may differ in
-SUSPICIOUS, PERMUTATIONS = 0.05, 200_000  # p-value, and the most that are looked at for it
+SUSPICIOUS, PERMUTATIONS = 0.05, 200_000  # p of both sides, and the most looked at for it
 SETTING = ("task", "max_seq_len", "global_train_batch_size", "eval_interval")
 
 
@@ -30,7 +33,7 @@ def events(path: Path) -> list[dict[str, Any]]:
     """Return the events of an mlperf.log; DataError if a line is none."""
     try:
         lines = path.read_text("utf-8").splitlines()
-        return [json.loads(line.removeprefix(PREFIX)) for line in lines]
+        return [json.loads(line.removeprefix(PREFIX)) for line in lines or [""]]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no log of a run ({error})") from None
 
@@ -65,9 +68,13 @@ def faults(folder: Path) -> Iterator[str]:
     if times != sorted(times):
         yield "time runs backwards"
     samples = [event["metadata"]["samples_count"] for event in log[first + 1 :]]
-    if samples != sorted(samples):
-        yield "the count of samples falls"
     batch = config["global_train_batch_size"]
+    if samples != sorted(samples) or any(count % batch for count in samples):
+        yield f"the count of samples falls, or is that of no whole batches of {batch}"
+    target = config["callbacks"]["loss_target"]["cross_entropy"]
+    told = {"seed": config["seed"], "global_batch_size": batch, "quality_target": target}
+    for key in [key for key, value in told.items() if facts.get(key) != value]:
+        yield f"{key} is {facts.get(key)} in the log and {told[key]} in config.yaml"
     if samples and samples[-1] != result["steps"] * batch:
         yield f"{samples[-1]} samples were logged, but {result['steps']} steps of {batch} were done"
     evals = [event for event in log if event["key"] == "eval_accuracy"]
@@ -78,8 +85,11 @@ def faults(folder: Path) -> Iterator[str]:
     places = [event["metadata"]["samples_count"] for event in evals]
     if result["status"] != "target_reached" and places[-1] != samples[-1]:
         yield f"the last evaluation came after {places[-1]} of {samples[-1]} samples"
+    end = _interval(config["max_duration"], config, facts["train_samples"])
+    missed = result["status"] != "target_reached"
     for before, after in itertools.pairwise([-every if config["eval_first"] else 0, *places]):
-        is_last = after == places[-1] and result["status"] != "target_reached"
+        # Composer evaluates at the end of training too.
+        is_last = after == places[-1] and (missed or (end and after >= end // batch * batch))
         if abs(after - before - every) >= batch and not (is_last and after - before < every):
             yield f"evaluations after {before} and {after} samples, but one is due every {every}"
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -87,7 +97,7 @@ def faults(folder: Path) -> Iterator[str]:
     for event, place in zip(evals, places, strict=True):
         if records.get(place // batch, {}).get("cross_entropy") != event["value"]:
             yield f"the evaluation after {place} samples is another one in metrics.jsonl"
-    target, last = config["callbacks"]["loss_target"]["cross_entropy"], evals[-1]["value"]
+    last = evals[-1]["value"]
     reached = last <= target
     if any(event["value"] <= target for event in evals[:-1]):
         yield "training went on after the target"
@@ -95,19 +105,22 @@ def faults(folder: Path) -> Iterator[str]:
         result["status"] == "target_reached"
     }:
         yield f"ended {result['status']} with {last:.4f}, the target being {target}"
-    resumed = any('"what": "resumed"' in line for line in lines)
     seconds = (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000
     said = result["time_to_train_seconds"]
-    if said is not None and not resumed and abs(seconds - said) > SLACK:
+    if any('"what": "resumed"' in line for line in lines):
+        yield "it went on after an interruption, which its time leaves out"
+    elif said is not None and abs(seconds - said) > SLACK:
         yield f"{said:.1f} s to train, but {seconds:.1f} in the log"
 
 
 def _interval(wanted: str, config: dict[str, Any], train_samples: int) -> int | None:
     """Return a time of the config's in samples, None if it is in another unit."""
-    if wanted.endswith("dur"):
-        whole = _interval(config["max_duration"], config, train_samples)
-        return whole and int(float(wanted.removesuffix("dur")) * whole)
     batch = config["global_train_batch_size"]
+    if wanted.endswith("dur"):  # as Composer rounds it
+        whole = config["max_duration"]
+        of = {"ba": 1, "sp": 1, "ep": train_samples // batch}.get(whole[-2:])
+        count = of and math.ceil(int(whole[:-2]) * float(wanted.removesuffix("dur")) * of)
+        return count and count * (1 if whole.endswith("sp") else batch)
     sizes = {"ba": batch, "sp": 1, "ep": train_samples // batch * batch}
     return int(wanted[:-2]) * sizes[wanted[-2:]] if wanted[-2:] in sizes else None
 
@@ -119,9 +132,12 @@ def faults_of_set(folders: Sequence[Path]) -> Iterator[str]:
     if len({*seeds}) < len(seeds):
         yield f"seeds {seeds}: one was used twice"
     machines = [machine_of(folder) for folder in folders]
-    for folder, config, machine in zip(folders, configs, machines, strict=True):
-        for key in _differences(config, configs[0]) + _differences(machine, machines[0]):
+    known = [c | m | made_of(f) for c, m, f in zip(configs, machines, folders, strict=True)]
+    for folder, found in zip(folders, known, strict=True):
+        for key in _differences(found, known[0]):
             yield f"{folder.name}: {key} is another one than in {folders[0].name}"
+        if folder.name != f"seed-{found['seed']}":
+            yield f"{folder.name} holds a run of seed {found['seed']}"
 
 
 def check_kept(folder: Path, config: Config) -> None:
@@ -172,9 +188,9 @@ def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
     for word, as_far in {
         "fewer": sum(s <= sum(ours) for s in sums), "more": sum(s >= sum(ours) for s in sums)
     }.items():  # fmt: skip
-        if as_far / len(sums) <= SUSPICIOUS:
+        if (p := 2 * as_far / len(sums)) <= SUSPICIOUS:
             figures = f"{means[0]:,.0f} on average, the reference {means[1]:,.0f}"
-            chance = f"p {as_far / len(sums):.3f}"
+            chance = f"p {p:.3f}"
             return f"{word} samples to the target than chance allows: {figures} ({chance})"
     return None
 
@@ -205,10 +221,10 @@ def run_seeds(
     command: Sequence[str], name: str, seeds: Sequence[int], out: Path
 ) -> Iterator[tuple[int, Path]]:
     """Run a `command` that trains once for each seed, one after the other, as they are timed; yield
-    each seed and its run folder. Those that are finished are kept.
+    each seed and its run folder. Those that are finished are kept, others begun anew.
 
-    Raises ConfigError if there is no such program, GuardError if a run breaks off, Preempted if it
-    was asked to stop.
+    Raises ConfigError if there is no such program or a run finds its config wrong, GuardError if a
+    run breaks off, Preempted if it was asked to stop.
     """
     if not shutil.which(command[0]):
         raise ConfigError(f"--launch {command[0]}: no such program")
@@ -217,7 +233,9 @@ def run_seeds(
         folder = out / f"seed-{seed}"
         options = [f"seed={seed}", f"run_name={name}-seed-{seed}", f"run_folder={folder}"]
         options += [f"callbacks.mlperf_log.benchmark=overture_{name}", "progress_bar=false"]
+        options.append("save_folder=null")  # nothing is to be gone on from
         if not is_finished(folder):
+            _clear(folder)
             with folder.with_suffix(".log").open("ab") as log, ended(running := {}):
                 process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
                 running[process] = None
@@ -225,9 +243,34 @@ def run_seeds(
             if code == errors.EXIT_PREEMPTED:
                 raise Preempted(None, "what was running has saved")
             if code not in (errors.EXIT_DONE, errors.EXIT_TARGET_MISSED):
-                fault = f"seed {seed} ended with exit code {code}"
-                raise GuardError(f"{fault}; see {folder.with_suffix('.log')}")
+                path = folder.with_suffix(".log")
+                said = path.read_text("utf-8", "replace").strip().split("\n")[-1][-500:]
+                kind = ConfigError if code == ConfigError.exit_code else GuardError
+                raise kind(f"seed {seed} ended with exit code {code}; see {path}: {said}")
         yield seed, folder
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an interrupted run has left, as a time to train is of one piece; ConfigError if
+    it is under way, or is no run.
+    """
+    if not folder.exists():
+        return
+    if not (folder / "environment.json").is_file():
+        raise ConfigError(f"{folder}: is there, and no run of a benchmark; name another --out")
+    with (folder / ".lock").open("w") as file, suppress(OSError):  # of file systems without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process trains into it") from None
+    shutil.rmtree(folder)
+
+
+def stored_in(place: Path) -> dict[str, Any]:
+    """Return the result in a folder, or of a file, under the name of that."""
+    path = place if place.is_file() else place / "benchmark.json"
+    own = path.resolve()
+    return {**stored(path), "name": own.stem if own.stem != "benchmark" else own.parent.name}
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -244,7 +287,15 @@ def stored(path: Path) -> dict[str, Any]:
 def machine_of(folder: Path) -> dict[str, Any]:
     """Return what a run ran on."""
     known = json.loads((folder / "environment.json").read_text("utf-8"))
-    return {key: known[key] for key in ("devices", "ranks", "versions", "platform")}
+    return {key: known[key] for key in ("devices", "ranks", "cpu_threads", "versions", "platform")}
+
+
+def made_of(folder: Path) -> dict[str, Any]:
+    """Return by content what a run was made of: data, tokenizer, and the weights that stay."""
+    checkpoints = sorted(folder.glob("checkpoints/ba*/manifest.json"))
+    facts = json.loads(checkpoints[-1].read_text("utf-8"))["facts"] if checkpoints else {}
+    keys = ("dataset", "tokenizer", "model")[: 2 + _config(folder)["model"]["pretrained"]]
+    return {f"{key} (contents)": facts.get(key) for key in keys}  # random ones are a seed's own
 
 
 def outcome(seed: int, folder: Path, batch: int) -> dict[str, Any]:
@@ -260,10 +311,12 @@ def outcome(seed: int, folder: Path, batch: int) -> dict[str, Any]:
 
 def summary(
     name: str, setting: dict[str, Any], runs: Sequence[dict[str, Any]], set_faults: Sequence[str],
-    machine: dict[str, Any], reference: dict[str, Any] | None = None,
-    price: float | None = None,
+    folder: Path, reference: dict[str, Any] | None = None, price: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the content of benchmark.json: the score, whether it is valid, and why it is not."""
+    """Return the content of benchmark.json: the score, whether it is valid, and why it is not.
+
+    Machine and config are those of a run's `folder`.
+    """
     seconds = score([run["seconds"] for run in runs])
     wrong = [f"seed {run['seed']}: {fault}" for run in runs for fault in run["faults"]]
     wrong += set_faults
@@ -275,12 +328,21 @@ def summary(
     reached = [run["samples"] for run in runs if run["seconds"] is not None]
     theirs = [run["samples"] for run in (reference or {}).get("runs", []) if run["seconds"]]
     odd = suspicion(reached, theirs) if theirs and reached else None
+    config = {k: v for k, v in _config(folder).items() if k not in SEEDED}
     return {
         "name": name, "setting": setting, "seconds": seconds, "valid": not wrong and not odd,
-        "faults": wrong + ([odd] if odd else []), "runs": list(runs), "machine": machine,
+        "faults": wrong + ([odd] if odd else []), "runs": list(runs), "machine": machine_of(folder),
         "tokens": statistics.mean(run["tokens"] for run in runs), "price_per_hour": price,
-        "cost": seconds * price / 3600 if seconds and price is not None else None,
+        "cost": seconds * price / 3600 if seconds and price is not None else None, "config": config,
     }  # fmt: skip
+
+
+def check_reference(reference: dict[str, Any], seeds: int) -> None:
+    """Raise ConfigError if a reference is no measure for so many runs."""
+    count = sum(run["seconds"] is not None for run in reference["runs"])
+    if not reference["valid"] or 2 / math.comb(seeds + count, count) > SUSPICIOUS:
+        fault = f"the reference is not valid, or its {count} runs to the target tell nothing of"
+        raise ConfigError(f"{fault} {seeds}; name another by --reference, or give more --seeds")
 
 
 def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
@@ -303,4 +365,7 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
         )
         if other := other_setting(one, benchmarks[0].get("setting", {})):
             lines.append(f"  of another setting than the first: {other}")
+    configs = [json.dumps(one["config"]) for one in benchmarks if "config" in one]
+    if len(configs) == len(benchmarks):  # those of before have none
+        lines += [f"  {key}: {' | '.join(found)}" for key, *found in differences(configs)]
     return lines

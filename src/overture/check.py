@@ -33,8 +33,7 @@ def check_data(config: Config, most: float = math.inf) -> None:
         if stream.data_remote is not None:
             continue  # what lies there is checked when it arrives
         folder = Path(stream.data_local) / stream.split
-        ledger = check_split(folder, config.task, config.max_seq_len, batch)
-        ledgers[name] = ledger
+        ledgers[name] = ledger = check_split(folder, config.task, config.max_seq_len, batch)
         verify_split(folder, ledger, most if local_rank() == 0 else 0)  # hashed once per node
     if config.task == "classify" and ledgers:
         head_config(ledgers)
@@ -42,8 +41,7 @@ def check_data(config: Config, most: float = math.inf) -> None:
 
 def check_environment() -> Iterator[tuple[str, bool, str]]:
     """Yield (what, whether it is fine, finding) for this machine and its packages."""
-    version = platform.python_version_tuple()
-    supported = ("3", "10") <= version[:2] <= ("3", "12")
+    supported = ("3", "10") <= platform.python_version_tuple()[:2] <= ("3", "12")
     yield "Python", supported, f"{platform.python_version()} (3.10 to 3.12 are supported)"
     found = {name: _import(name) for name in NEEDED}
     yield from ((name, *finding) for name, finding in found.items())

@@ -75,9 +75,8 @@ def change_manifest(folder: Path, **facts: Any) -> None:
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose files are what was written.
 
-    Raises:
-        DataError: they are not, or there is no manifest of this kit.
-        GuardError: they cannot be read just now, which says nothing of them.
+    Raises DataError: they are not, or there is no manifest of this kit. GuardError: they cannot be
+    read just now, which says nothing of them.
     """
     path = folder / MANIFEST
     try:
@@ -108,17 +107,15 @@ def newest_checkpoint(parent: Path, ours: bool = True) -> tuple[Path, dict[str, 
     """Return the newest whole checkpoint and its manifest, None if there never was one.
 
     Broken ones are named, in `set_aside` of the manifest too, and set aside if they are `ours`.
-
-    Raises:
-        DataError: there were some, and none is whole: to begin anew is the user's to say.
-        GuardError: one cannot be read.
+    Raises DataError: there were some, and none is whole: to begin anew is the user's to say.
+    GuardError: one cannot be read.
     """
     broken = []
     for old in parent.glob(f"{OLD}ba*") if ours else ():  # killed between two renames
         place = old.with_name(old.name.removeprefix(OLD))
         if not place.exists():
             old.rename(place)
-    for folder in sorted(numbered(parent), key=_batch, reverse=True):
+    for folder in reversed(numbered(parent)):
         try:
             return folder, {**read_checkpoint(folder), "set_aside": broken}
         except DataError as error:
@@ -140,28 +137,24 @@ def set_aside(folder: Path, error: DataError) -> str:
 
 
 def numbered(parent: Path) -> list[Path]:
-    """Return the checkpoints of a run, whole or not, in no order."""
-    return [p for p in parent.glob("ba*") if p.is_dir() and p.name[2:].isdigit()]
+    """Return the checkpoints of a run, whole or not, the oldest first."""
+    found = [p for p in parent.glob("ba*") if p.is_dir() and p.name[2:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[2:]))
 
 
 def keep_newest(parent: Path, count: int) -> None:
     """Delete all but the newest checkpoints; -1 keeps all."""
-    for folder in sorted(numbered(parent), key=_batch)[: -count if count > 0 else 0]:
+    for folder in numbered(parent)[: -count if count > 0 else 0]:
         shutil.rmtree(folder)
 
 
 def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
     """Return the state file that a user's load_path means.
 
-    Args:
-        load_path: a checkpoint, a run folder, or a folder of checkpoints; may be s3:// and the
-            like. With `unverified` also a file here that this kit did not write.
-        unverified: load without a manifest, with a warning.
-        cache: folder to download to.
-
-    Raises:
-        ConfigError: nothing is there, or it has no manifest and `unverified` is not set.
-        DataError: it is not what was written.
+    That is a checkpoint, a run folder, or a folder of checkpoints; may be s3:// and the like, which
+    is downloaded to `cache`. With `unverified` also a file here that this kit did not write.
+    Raises ConfigError: nothing is there, or it has no manifest and `unverified` is not set.
+    DataError: it is not what was written.
     """
     if "://" in load_path:
         for uri in (load_path, f"{load_path.rstrip('/')}/checkpoints"):
@@ -189,20 +182,17 @@ def checkpoint_to_load(load_path: str, unverified: bool, cache: Path) -> Path:
     elif unverified:
         print(f"warning: {path} is loaded unverified: a pickle, which runs its maker's code")
     else:
-        raise ConfigError(
-            f"load_path: {load_path}: no manifest of this kit is beside it; a checkpoint is a "
-            "pickle, which can run any code as it is loaded: set load_unverified=true if you "
-            "trust its maker"
-        )
+        fault = "no manifest of this kit is beside it; a checkpoint is a pickle, which can run any"
+        remedy = "code as it is loaded: set load_unverified=true if you trust its maker"
+        raise ConfigError(f"load_path: {load_path}: {fault} {remedy}")
     return path
 
 
 class RemoteFolder:
     """Checkpoints in an object store, through Composer's clients; the manifest is stored last.
 
-    Args:
-        uri: `s3://bucket/folder` or another scheme that Composer knows; of a checkpoint alone it
-            ends in `ba<step>`.
+    `uri` is `s3://bucket/folder` or of another scheme that Composer knows; of a checkpoint alone it
+    ends in `ba<step>`.
     """
 
     def __init__(self, uri: str) -> None:
@@ -232,13 +222,11 @@ class RemoteFolder:
             self._store.upload_object(name, str(path))
 
     def fetch_newest(self, into: Path) -> Path | None:
-        """Return the newest checkpoint that is whole, as a folder in `into`, or None.
+        """Return the newest checkpoint that is whole, as a folder in `into`, or None; ConfigError
+        if the store cannot be read.
 
         One that lies there broken is set aside, and fetched again; so is one that comes broken
         twice, so that whoever looks there knows that there was one.
-
-        Raises:
-            ConfigError: the store cannot be read.
         """
         found = {}
         with self._named():
@@ -297,10 +285,6 @@ class RemoteFolder:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file()]
-
-
-def _batch(folder: Path) -> int:
-    return int(folder.name[2:])
 
 
 def _to_disk(path: Path) -> None:

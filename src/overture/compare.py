@@ -9,7 +9,7 @@ import yaml
 
 from overture.data.page import write_page
 from overture.errors import ConfigError
-from overture.report import Run, chart, load_run, points, summary_rows
+from overture.report import UNIT, Run, chart, load_run, points, summary_rows
 
 MOST = 6  # runs, for which there are colours
 OWN = {"run_name", "run_folder", "save_folder"}  # differ between any two runs
@@ -19,7 +19,7 @@ MAX_ANSWERS = 60
 def compare_runs(folders: list[Path], page: Path) -> None:
     """Write `page`: curves of all runs in one chart, outcomes, configs where they differ, answers.
 
-    Raises ConfigError for a folder without a result.json, one named twice or more than six.
+    Raises ConfigError for a folder that is no run's, one named twice or more than six.
     """
     if len(folders) > MOST:
         raise ConfigError(f"{len(folders)} runs, but a page has room for {MOST}; name fewer")
@@ -43,7 +43,7 @@ def differences(configs: list[str]) -> Iterator[list[str]]:
     """Yield [dotted key, value in each config] where they differ; "" where one has none."""
     flat = [dict(_flat(yaml.safe_load(text) or {})) for text in configs]
     for key in sorted(set().union(*flat)):
-        values = ["" if key not in one else json.dumps(one[key]) for one in flat]
+        values = [json.dumps(one[key], ensure_ascii=False) if key in one else "" for one in flat]
         if len(set(values)) > 1 and key not in OWN:
             yield [key, *values]
 
@@ -64,8 +64,8 @@ def _charts(runs: dict[str, Run]) -> Iterator[dict | None]:
     targets = {run.result.get("target") for run in runs.values()}
     target = targets.pop() if len(targets) == 1 else None
     held_out = curves("evals", "cross_entropy", "dots")
-    yield chart("Held-out loss", "cross-entropy (nats per label)", held_out, target)
-    yield chart("Training loss", "cross-entropy (nats per label)", curves("train", "loss"))
+    yield chart("Held-out loss", UNIT, held_out, target)
+    yield chart("Training loss", UNIT, curves("train", "loss"))
     yield chart("Throughput", "tokens per second", curves("train", "tokens_per_second"),
                 from_zero=True)  # fmt: skip
 

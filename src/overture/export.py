@@ -122,7 +122,10 @@ def export_model(
         again = (_logits(model, a.prompt, a.ids) for a in asked)
         _compare(again, asked, kind, f"in {kind}, against float32")
     if merge or dtype:  # of what is written, which rounding has made another model
-        asked = [_ask(model, ids) for ids in prompts]
+        before, asked = asked, [_ask(model, ids) for ids in prompts]
+        changed = sum(one.ids != other.ids for one, other in zip(before, asked, strict=True))
+        if changed:
+            print(f"greedy text of {changed} of {len(asked)} prompts is another one by that")
     with _aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -202,7 +205,12 @@ def _write(
     model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any], weights: Any = None
 ) -> None:
     model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # what tokenizers raise on a full disk is of no kind of its own
+        raise OSError(str(error)) from None
     if trained_on and (folder / "adapter_config.json").is_file():
         (folder / RECORD).write_text(json.dumps(trained_on, indent=1) + "\n")
 
@@ -272,7 +280,7 @@ def _fresh_answers(
     place: str | Path, loading: Loading, prompts: list[list[int]], within: str | None = None
 ) -> list[tuple]:
     """Return the (ids, text) that plain transformers give for each prompt."""
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
+    options = {"max_new_tokens": NEW_TOKENS, **GREEDY}
     asked = json.dumps([str(place), *loading, options, prompts])
     # -I: neither this folder nor PYTHONPATH, through which it could meet this kit.
     command = [sys.executable, "-I", "-c", FRESH]

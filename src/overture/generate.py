@@ -29,10 +29,13 @@ from overture.errors import ConfigError, GuardError
 from overture.models.build import position_limit
 from overture.models.isolation import in_evaluation
 from overture.models.lora import merge_where_exact
+from overture.models.seq2seq import UNBENT
 from overture.predict import ROW, predict
 from overture.trained import Trained, ledgers
 
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, **UNBENT,
+}  # fmt: skip
 WRITING = {"max_new_tokens": 64, "num_beams": 1, "stop": []}  # what the door gives by itself
 AS_IT_IS = PromptTemplate(("{text}",))  # of a --prompt; what spells a special token in it is one
 Rows = list[tuple[Any, dict[str, Any]]]  # where each stands, and the record
@@ -57,16 +60,16 @@ def answer(
         options: of transformers' `generate`; greedy where they do not say otherwise.
     """
     known = {"eos_token_id": end_tokens(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    options = {**GREEDY, **known, **options}
+    drawn = UNBENT if options.get("do_sample") else {}  # then its own settings hold
+    options = {**{k: v for k, v in GREEDY.items() if k not in drawn}, **known, **options}
     over = torch.tensor([*(options["eos_token_id"] or []), tokenizer.pad_token_id])
-    if stop:
-        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     texts, made = [""] * len(prompts), 0
     # On the left, so that answers start together; a decoder of its own starts anew.
     apart = model.config.is_encoder_decoder
     side = {"padding_side": "right" if apart else "left", "return_tensors": "pt"}
     # Prompts of like length together: less padding, and the answers go back to their places.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # The longest first, as they are what memory may not suffice for.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     for numbers in tqdm(batches, desc=title, unit=" batches", delay=2, leave=False):
         if enough():
@@ -74,6 +77,7 @@ def answer(
         ids = {"input_ids": [prompts[i] for i in numbers]}
         given = tokenizer.pad(ids, return_attention_mask=True, **side).to(model.device)
         begin = 1 if apart else given["input_ids"].shape[1]
+        options |= {"stopping_criteria": _stopping(tokenizer, stop, begin)} if stop else {}
         new = model.generate(**given, **options)[:, begin:].cpu()
         is_over = torch.isin(new, over).long()
         made += int((is_over.cumsum(1) == is_over).sum())  # up to the first end of each
@@ -83,6 +87,19 @@ def answer(
                 text = text.split(end)[0]
             texts[i] = text
     return texts, made
+
+
+def _stopping(tokenizer: Any, stop: Sequence[str], begin: int) -> Any:
+    """Return what ends a row once a text stands in what was made of it: transformers' own looks at
+    the prompt too, and knows no text whose last character is several tokens.
+    """
+    from transformers import StoppingCriteriaList
+
+    def has_one(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        made = tokenizer.batch_decode(ids[:, begin:], skip_special_tokens=True)
+        return torch.tensor([any(x in text for x in stop) for text in made], device=ids.device)
+
+    return StoppingCriteriaList([has_one])
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
@@ -137,7 +154,7 @@ def read_rows(
             kinds["label"] = "optional label"
         fields = replace(fields, kinds=kinds, learned=())
         found = examine(source, fields, job.max_rejected)
-        convert.check_names(job, found)
+        convert.check_names(job, fields, found)
         sound = np.flatnonzero(found.fates == 0).tolist()
         if sample is not None:
             sound = random.Random(seed).sample(sound, min(sample, len(sound)))
@@ -248,7 +265,7 @@ def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
     if not has_data or device_map:
         fault = f"{ranks} ranks share the rows of --data, each with a model of its own"
         raise ConfigError(f"{fault}; leave the launcher, or --device_map, out")
-    dist.initialize_dist(get_device(None))
+    dist.initialize_dist(get_device(None), timeout=7 * 86_400)  # one rank's share may take longer
 
 
 def answer_together(
@@ -277,9 +294,9 @@ def generate(
         return _label(trained, asked, template, (sample, seed), batch, out, options)
     torch.manual_seed(seed)
     positions, longest = position_limit(model), options["max_new_tokens"]
-    if positions <= longest:
-        raise ConfigError(f"--max_new_tokens {longest}: the model has {positions:,} positions")
     pairs = model.config.is_encoder_decoder
+    if positions + pairs <= longest:  # a decoder of its own has them for the answer alone
+        raise ConfigError(f"--max_new_tokens {longest}: the model has {positions:,} positions")
     room = positions if pairs else positions - longest
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     of_data = isinstance(asked, Conversion)
@@ -298,6 +315,9 @@ def generate(
     if of_data:
         if template is None and isinstance(learned, dict):
             template = parse_template(learned, f"{trained.run}: the template of its data")
+        if trained.run and not (known or template or talks):
+            fault = f"the data of {trained.run} is not where it was, so its template is not known"
+            raise ConfigError(f"--data: {fault}; name it by --prompt_template")
         rows, template = read_rows(asked, template, sample, seed)
     else:
         template = template or AS_IT_IS

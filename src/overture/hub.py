@@ -15,7 +15,7 @@ PIPELINES = {
     "CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation",
     "SequenceClassification": "text-classification",
 }  # fmt: skip
-LOADED = ["model*.safetensors*", "pytorch_model*.bin*", "adapter_*", "trained_on.json"]
+LOADED = ["model*.safetensors*", "pytorch_model*.bin*", "adapter_*", "trained_on.json", "*.jinja"]
 # What of a run folder the card shows: file, heading, content -> text.
 SHOWN = (
     ("result.json", "Figures", lambda text: "\n".join(summary_lines(json.loads(text)))),
@@ -36,16 +36,16 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     beside = ("lora_", ".original_module.") if merged else ()
     named = trained.model.named_parameters()
     count = sum(numbers(p) for name, p in named if not any(part in name for part in beside))
+    about = what[is_adapter] if base else f"A model of {trained.head}"
     parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
-    parts.append(
-        f"{what[is_adapter] if base else 'A model of ' + trained.head}; {count:,} parameters."
-    )
+    parts.append(f"{about}; {count:,} parameters.")
     if rows := json.loads((run / "environment.json").read_text("utf-8")).get("data") if run else []:
         table = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
         lines = [f"| {' | '.join(str(x or '') for x in row)} |" for row in table]
         parts.append("## Data\n\n" + "\n".join(lines))
     for file, heading, form in SHOWN if run else ():
-        if (run / file).is_file():
+        # The figures are those of the end.
+        if (run / file).is_file() and (trained.at_end or heading != "Figures"):
             text = form((run / file).read_text(encoding="utf-8")).strip()
             parts.append(f"## {heading}\n\n```\n{text}\n```")
     return "\n\n".join([*parts, WRITER]) + "\n"
@@ -65,9 +65,7 @@ def check_hub(name: str) -> None:
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> tuple[str, str]:
-    """Upload a folder as a model of the hub's and return its whole name and its address;
-    ConfigError if it cannot.
-    """
+    """Upload a folder as a hub model; return its whole name and address, or raise ConfigError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

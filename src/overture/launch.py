@@ -24,13 +24,10 @@ NOTICE = 300  # seconds before the time limit at which the ranks are asked to sa
 # What each option becomes; where a scheduler has no form of it, it is refused.
 _DIRECTIVES = {
     "time": {"slurm": "--time={}", "sge": "-l h_rt={}"},
-    "partition": {"slurm": "--partition={}"},
-    "account": {"slurm": "--account={}"},
-    "queue": {"sge": "-q {}"},
-    "resource": {"sge": "-l {}={nodes}"},
-    "group": {"sge": ""},  # of qsub, not of the script
-    "hosts": {"ssh": ""},
-}
+    "partition": {"slurm": "--partition={}"}, "account": {"slurm": "--account={}"},
+    "queue": {"sge": "-q {}"}, "resource": {"sge": "-l {}={nodes}"},
+    "group": {"sge": ""}, "hosts": {"ssh": ""},  # the group is of qsub, not of the script
+}  # fmt: skip
 _WORD = re.compile(r"[\w.,:=/+%*@~^-]+")
 
 
@@ -146,30 +143,24 @@ def _variables(arguments: list[str], config: Config, job: Job, notice: int) -> s
         binds = [word for path in dict.fromkeys(seen) for word in ("--bind", str(path))]
         is_file = "://" not in job.container
         image = str(Path(job.container).absolute()) if is_file else job.container
-        launcher = ["apptainer", "exec", "--nv", *binds, "--pwd", str(here), image, "composer"]
+        launcher = ["apptainer", "exec", "--nv", *binds, "--pwd", str(here), image]
+        # Apptainer hands signals on, and undoes that its child is deaf to them (node.sh).
+        launcher += ["bash", "-c", 'trap "" USR1 USR2 TERM INT; exec "$@"', "composer", "composer"]
     values: dict[str, Any] = {
-        "directory": here,
-        "logs": logs,
+        "directory": here, "logs": logs,
         # Composer fills in {rank}; other braces are the path's own.
         "rank_logs": logs.replace("{", "{{").replace("}", "}}") + "/rank{rank}",
-        "nodes": job.nodes,
-        "gpus": job.gpus,
-        "launcher": launcher,
-        "command": [door, *arguments],
-        "modules": job.modules,
+        "nodes": job.nodes, "gpus": job.gpus, "launcher": launcher,
+        "command": [door, *arguments], "modules": job.modules,
         "scratch": job.scratch.absolute() if job.scratch else "",
-    }
+    }  # fmt: skip
     if job.scheduler == "sge":  # seconds until the ranks are asked, if there is a limit
         values |= {"patience": _seconds(job.time) - notice if job.time else 0, "deleted": ""}
     if job.scheduler == "ssh":
         values["hosts"] = job.hosts
-    return "\n".join(f"{name}={_quoted(value)}" for name, value in values.items())
-
-
-def _quoted(value: Any) -> str:
-    if isinstance(value, list):
-        return f"({shlex.join(map(str, value))})"
-    return shlex.quote(str(value))
+    lists = {n: f"({shlex.join(map(str, v))})" for n, v in values.items() if isinstance(v, list)}
+    quoted = {name: shlex.quote(str(value)) for name, value in values.items()} | lists
+    return "\n".join(f"{name}={value}" for name, value in quoted.items())
 
 
 def _seconds(time: str) -> int:

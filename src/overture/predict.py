@@ -18,12 +18,9 @@ def predict(
 ) -> list[tuple[str, float | None]]:
     """Return the likeliest label of each row and its probability, or a number and None.
 
-    Rows are encoded as in training.
-
-    Args:
-        model: of transformers, or a PeftModel over one.
-        rows: with `text`, and perhaps `text_pair`; what is longer than `room` tokens is cut.
-        batch: how many rows at once; what is made of one does not depend on it.
+    `rows` have `text`, and perhaps `text_pair`; they are encoded as in training, and cut to `room`
+    tokens. `model` is of transformers, or a PeftModel over one. What is made of a row does not
+    depend on `batch`, how many are asked at once.
     """
     tokens, names = Tokens(tokenizer), model.config.id2label
     encoded, long = [], 0

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from overture.checkpoint import STATE
 from overture.config.schema import DOORS, Config
@@ -70,22 +69,14 @@ def _exported(folder: Path, _: int) -> dict[str, str]:
 def _saved(folder: Path, step: int) -> dict[str, bytes]:
     """Return the tensors of a checkpoint, its model's and its optimizer's, by their places."""
     import torch
+    from torch.utils import _pytree as trees
 
     path = folder / "checkpoints" / f"ba{step}" / STATE
     state = torch.load(path, map_location="cpu", weights_only=False)["state"]
-    found: dict[str, bytes] = {}
-
-    def gather(place: str, tree: Any) -> None:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                gather(f"{place}/{key}", value)
-        elif torch.is_tensor(tree):
-            content = tree.contiguous().flatten().view(torch.uint8).numpy()
-            found[place] = hashlib.sha256(content).digest()
-
-    for part in ("model", "optimizers"):
-        gather(part, state[part])
-    return found
+    leaves, _ = trees.tree_flatten_with_path([state["model"], state["optimizers"]])
+    found = {trees.keystr(path): t for path, t in leaves if torch.is_tensor(t)}
+    raw = {place: t.contiguous().flatten().view(torch.uint8) for place, t in found.items()}
+    return {place: hashlib.sha256(t.numpy()).digest() for place, t in raw.items()}
 
 
 def _finish(command: list[str]) -> None:

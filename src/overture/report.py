@@ -10,6 +10,7 @@ from overture.data.page import write_page
 from overture.errors import ConfigError
 
 TOKEN_LOSSES = "token_losses.jsonl"
+UNIT = "cross-entropy (nats per label)"
 MAX_CURVE_POINTS = 2000  # a longer curve is drawn through the extremes of each stretch of it
 SPECS = {
     "eval_perplexity": ",.2f", "steps": ",.0f", "tokens_seen": ",.0f", "label_tokens_seen": ",.0f",
@@ -77,8 +78,10 @@ def summary_rows(result: dict) -> dict[str, str]:
 
 
 def load_run(folder: Path) -> Run:
-    """Returns the run in `folder`; raises ConfigError without a readable result.json."""
+    """Returns the run in `folder`, one that did not end too; ConfigError if there is none."""
     result = _parse(_read(folder / "result.json"))
+    if result is None and (folder / "metrics.jsonl").is_file():  # it was killed, or is under way
+        result = {"run_name": folder.name, "status": "unfinished"}
     if result is None:
         raise ConfigError(f"{folder}: no readable result.json; give the folder of a run that ended")
     environment = _parse(_read(folder / "environment.json")) or {}
@@ -166,25 +169,20 @@ def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fal
     values += (0.0,) * from_zero + (target,) * _finite(target)
     rows = _ticks(min(values), max(values))
     low, high = rows[0][0], rows[-1][0]
-
-    def within(parts: int) -> list[tuple[float, str]]:
-        return [tick for tick in _ticks(left, right, 1.0, parts) if left <= tick[0] <= right]
-
+    every = (_ticks(left, right, 1.0, parts) for parts in (5, 20))  # 20 where it is drawn wider
+    columns, fine = ([tick for tick in ticks if left <= tick[0] <= right] for ticks in every)
     return {
-        "title": title,
-        "unit": unit,
-        "curves": curves,
-        "rows": rows,
-        "columns": within(5),
-        "fine": within(20),  # of one that is drawn wider
-        "target": target if _finite(target) else None,
+        "title": title, "unit": unit, "curves": curves, "rows": rows, "columns": columns,
+        "fine": fine, "target": target if _finite(target) else None,
         "events": [event for event in events if left <= event[0] <= right],
         "x": lambda step: f"{100 * (step - left) / (right - left):.3f}",
         "y": lambda value: f"{100 * (high - value) / (high - low):.3f}",
-    }
+    }  # fmt: skip
 
 
 def _charts(run: Run) -> list[dict | None]:
+    scores = run.result.get("metrics") or {}
+    unit = "squared error" if {"pearson", "spearman"} & {*scores} else UNIT
     loss = ("train loss", "faint", points(run.train, "loss"))
     held = ("eval cross-entropy", "strong dots", points(run.evals, "cross_entropy"))
     every = ("all tokens", "strong", points(run.train, "tokens_per_second"))
@@ -192,7 +190,7 @@ def _charts(run: Run) -> list[dict | None]:
     rate = ("learning rate", "strong", points(run.train, "learning_rate"))
     marks = {"target": run.result.get("target"), "events": run.events}
     return [
-        chart("Loss", "cross-entropy (nats per label)", [loss, held], **marks),
+        chart("Loss", unit, [loss, held], **marks),
         chart("Throughput", "tokens per second", [every, label], from_zero=True),
         chart("Schedule", "learning rate", [rate], from_zero=True),
     ]

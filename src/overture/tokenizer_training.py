@@ -137,16 +137,15 @@ def train_tokenizer(plan: Plan) -> tuple[int, Figures]:
     corpus, held_out = _Corpus(plan.inputs, plan), _Corpus(plan.eval_input, plan)
     if not plan.is_byte_level:
         corpus.holes = dict.fromkeys(map(ord, _needed(plan, corpus)), vocabulary.HOLE)
+    how = (corpus.texts, size, specials, plan.model, plan.byte_fallback)
     if plan.is_byte_level:
         made = vocabulary.byte_level(corpus.texts, size, specials)
     elif plan.model == "wordpiece":
         made = vocabulary.word_piece(corpus.texts, size, specials, plan.lowercase)
+    elif plan.library == "sentencepiece":
+        made, file = vocabulary.sentence_piece(*how)
     else:
-        how = (corpus.texts, size, specials, plan.model, plan.byte_fallback)
-        if plan.library == "sentencepiece":
-            made, file = vocabulary.sentence_piece(*how)
-        else:
-            made = vocabulary.over_characters(*how)
+        made = vocabulary.over_characters(*how)
     found = made.get_vocab_size()
     if found > size:
         fault = f"--vocab_size {size}: characters and special tokens alone take {found}"

@@ -1,6 +1,4 @@
-"""A trained model by any of its names: a run, a checkpoint, a folder of transformers' or of peft's,
-or a name on the hub.
-"""
+"""A trained model by any of its names: run, checkpoint, folder of transformers' or peft's, hub."""
 
 import json
 import tempfile
@@ -28,6 +26,7 @@ TYPES = ("float32", "bfloat16", "float16")
 _OPTIONS = {
     "model.name: ": "", "load_path: ": "", "set load_unverified=true": "give --load_unverified",
     "set model.trust_remote_code=true": "give --trust_remote_code",
+    "; on a CPU model.dtype=bfloat16 halves the weights": ", as it was trained",
 }  # fmt: skip
 
 
@@ -41,6 +40,7 @@ class Trained(NamedTuple):
     base: str | None  # what adapters, if it has some, are over
     record: dict[str, Any]  # what they keep of it, where they are ours
     run: Path | None  # the run folder that it comes from
+    at_end: bool = True  # rather than one of its checkpoints
 
 
 def load_trained(
@@ -50,12 +50,9 @@ def load_trained(
     """Return a model, on the accelerator if there is one, with the adapters that it has.
 
     `unverified` allows for a checkpoint without our manifest, `trust` for code of its maker's;
-    a `device_map` of accelerate's, as "auto", spreads it over several devices.
-
-    Raises:
-        ConfigError: nothing of the kind is there, it neither writes nor classifies, or the
-            adapters are for another one, by its content.
-        DataError: a checkpoint is not what was written.
+    a `device_map` of accelerate's, as "auto", spreads it over several devices. Raises ConfigError:
+    nothing of the kind is there, it neither writes nor classifies, or the adapters are for another
+    one, by its content. DataError: a checkpoint is not what was written.
     """
     with tempfile.TemporaryDirectory() as aside, _options_named():
         place = _place(name, Path(aside) / "model", unverified)
@@ -99,7 +96,10 @@ def load_trained(
         if record:
             lora.check_base(adapters / lora.RECORD, lora.model_fingerprint(model))
         run = _run_folder(adapter or name)
-        return Trained(name, head, model, tokenizer, base if adapters else None, record, run)
+        within = Path(adapter or name).absolute().relative_to(run.absolute()) if run else Path()
+        at_end = "checkpoints" not in within.parts
+        base = base if adapters else None
+        return Trained(name, head, model, tokenizer, base, record, run, at_end)
 
 
 def ledgers(run: Path | None) -> list[dict[str, Any]]:
@@ -194,8 +194,7 @@ def _labels(use: dict[str, Any], adapters: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content}
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
@@ -222,11 +221,8 @@ def _unpack(file: Path, into: Path) -> Path:
     except Exception as error:  # unpickling can run into anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise ConfigError(f"{file}: holds no model of transformers' ({reason})") from None
-    if has_adapters:
-        weights = {
-            name.replace(".modules_to_save", "").replace(".default", ""): tensor
-            for name, tensor in weights.items()
-        }
+    for part in (".modules_to_save", ".default") if has_adapters else ():  # which peft puts in
+        weights = {name.replace(part, ""): tensor for name, tensor in weights.items()}
     name = "adapter_model" if has_adapters else "model"
     save_file(weights, into / f"{name}.safetensors", {"format": "pt"})
     place = into / (ADAPTERS if has_adapters else "config.json")

@@ -58,12 +58,10 @@ def over_characters(
     """Return BPE or unigram (Kudo 2018, 1804.10959) over characters; HOLE gets no piece."""
     added = BYTES if byte_fallback else []
     options = {
-        "vocab_size": size - len(added),
-        "special_tokens": list(specials),
+        "vocab_size": size - len(added), "special_tokens": list(specials), "show_progress": False,
         # So that what spells a byte or a special token can always be put together from letters.
         "initial_alphabet": sorted({*"".join([*specials, *added])}),
-        "show_progress": False,
-    }
+    }  # fmt: skip
     if model == "bpe":
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**options)
     else:
@@ -91,12 +89,6 @@ def over_characters(
     return _assembled([*apart, *found], specials, byte_fallback)
 
 
-def _sentences(text: str) -> Iterator[str]:
-    """Yield a text in parts of at most SENTENCE bytes; longer ones the library drops unsaid."""
-    for part in text.split(HOLE):
-        yield from (part[i : i + SENTENCE // 4] for i in range(0, len(part), SENTENCE // 4))
-
-
 def sentence_piece(
     texts: Texts, size: int, specials: Sequence[str], model: str, byte_fallback: bool
 ) -> tuple[Tokenizer, bytes]:
@@ -107,10 +99,11 @@ def sentence_piece(
         fault = "--library sentencepiece: the package is missing; `pip install sentencepiece`"
         raise ConfigError(f"{fault}, or leave the option out: tokenizers has both models") from None
     end, padding, unknown, *others = specials
-    file = io.BytesIO()
+    file, most = io.BytesIO(), SENTENCE // 4  # characters: longer texts the library drops unsaid
+    parts = (part for text in texts() for part in text.split(HOLE))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for text in texts() for part in _sentences(text)),
+            sentence_iterator=(p[i : i + most] for p in parts for i in range(0, len(p), most)),
             model_writer=file, model_type=model, vocab_size=size, byte_fallback=byte_fallback,
             character_coverage=1.0, required_chars="".join(BYTES) if byte_fallback else "",
             normalization_rule_name="identity", add_dummy_prefix=False,

@@ -349,3 +349,18 @@ def test_ends_longer_than_a_row_are_refused(run):
     options = {"overflow": "truncate", "max_seq_len": 4, "eos_text": "one two three four five"}
     with pytest.raises(ConfigError, match=r"--bos_text and --eos_text alone are .*raise --max_seq"):
         run([{"text": "the cat"}], "text", **options)
+
+
+def test_a_field_that_may_be_left_out_is_not_overlooked(smoke, tmp_path):
+    records = [{"instruction": f"say {n}", "input": "x", "response": "b"} for n in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+
+    def tokens(name, **fields):
+        known = {"tokenizer": str(smoke / "tokenizer"), "max_seq_len": 64, "fields": fields}
+        origin = {"train": Origin(str(tmp_path / "a.jsonl"))}
+        job = Conversion(origin, "instruct", str(tmp_path / name), **known)
+        return convert(job, say=lambda _: None)["train"]["tokens"]["total"]
+
+    with pytest.raises(ConfigError, match="no row has 'context', but 'input'; say --field cont"):
+        tokens("none")
+    assert tokens("with", context="input") > tokens("without", context="")

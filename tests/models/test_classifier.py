@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from overture.config.schema import ModelConfig
-from overture.data.collate_classify import ClassifyCollator
+from overture.data.collate import ClassifyCollator
 from overture.errors import ConfigError
 from overture.models import scores
 from overture.models.build import load_network

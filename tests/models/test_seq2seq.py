@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from composer.core.data_spec import _default_split_batch
 
 from overture.config.schema import ModelConfig
-from overture.data.collate_pairs import PairCollator
+from overture.data.collate import PairCollator
 from overture.errors import ConfigError
 from overture.models.build import load_network
 from overture.models.isolation import prove_padding
@@ -117,6 +117,11 @@ def test_generation_begins_as_training_does(family, tokenizer):
     begins = network.prepare_decoder_input_ids_from_labels(labels=torch.tensor([targets[0]]))
     assert made[0] == begins[0, 0]
     assert network.generation_config.forced_bos_token_id is None
+    # What bends greedy answers, as bart-base's config does, stays out of it.
+    network.generation_config.update(no_repeat_ngram_size=3, min_length=9)
+    begin_as_trained(network, targets, {*tokenizer.all_special_ids})
+    assert network.generation_config.no_repeat_ngram_size == 0
+    assert network.generation_config.min_length == 0
     # A language code that all targets begin with is not left to the model.
     code = tokenizer.all_special_ids[0]
     begin_as_trained(network, [[code, *ids] for ids in targets], {*tokenizer.all_special_ids})

@@ -250,6 +250,15 @@ def test_a_first_evaluation_without_a_number_is_not_the_best_one(tmp_path):
     assert (stop.best[:2], stop.waited) == ((2, 3.0), 1)
 
 
+def test_the_best_evaluation_is_kept_though_its_fall_is_too_small_to_wait_on(tmp_path):
+    log, seen = SimpleNamespace(last_eval=0.0, scores={}), []
+    stop = EarlyStop(9, 0.01, False, tmp_path / "best", log)
+    for step, log.last_eval in enumerate((2.0, 1.995, 1.991, 1.993, 1.98)):
+        stop.eval_end(SimpleNamespace(timestamp=Timestamp(batch=step)), None)
+        seen.append((stop.best[0], stop.waited))
+    assert seen == [(0, 0), (1, 1), (2, 2), (2, 3), (4, 0)]
+
+
 def test_flipped_bit_in_the_best_weights_is_found(run, monkeypatch):
     options = ("run_name=best", "callbacks.early_stop.patience=2", "optimizer.lr=1.0",
                "max_duration=12ba", "eval_interval=2ba")  # fmt: skip

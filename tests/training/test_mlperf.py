@@ -1,5 +1,6 @@
 """mlperf.log before MLPerf's own checker and ours; time to train over seeds; odd convergence."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from composer.core import Callback
 
 import benchmark_runs
 from overture.benchmark import (
+    _interval,
+    check_reference,
     events,
     faults,
     faults_of_set,
@@ -22,11 +25,12 @@ from overture.benchmark import (
     score,
     setting,
     stored,
+    summary,
     suspicion,
 )
 from overture.callbacks.mlperf_log import PREFIX
 from overture.config.load import load_config
-from overture.errors import ConfigError, GuardError, Preempted
+from overture.errors import ConfigError, DataError, GuardError, Preempted
 from overture.training import run as recipe
 from runs import records, result
 
@@ -35,6 +39,7 @@ YAMLS = Path(__file__).parents[2] / "yamls" / "finetune"
 RULES = Path(__file__).parents[2] / "src" / "overture" / "callbacks" / "mlperf_rules.yaml"
 TARGET = ("callbacks.loss_target.cross_entropy=6.4", "eval_interval=2ba", "max_duration=20ba")
 LOGGED = ("callbacks.mlperf_log.benchmark=overture_tiny",)
+INTERRUPTED = "it went on after an interruption, which its time leaves out"
 
 
 def accepted(log: Path, *rules: object) -> str:
@@ -102,6 +107,12 @@ def test_a_log_that_was_touched_is_found_out(logged):
         ([*log[:place], *log[place + 1 :]], "stands where"),
         (without("run_start", log), "the log has no run_start"),
         ([*log[:-1], last], "the count of samples falls"),
+        ([{**e, "metadata": {**e["metadata"], "samples_count": 5}}
+          if e["metadata"].get("samples_count") == 4 * 2 else e for e in log],
+         "that of no whole batches of 4"),
+        ([{**e, "value": 1.0} if e["key"] == "quality_target" else e for e in log],
+         "quality_target is 1.0 in the log and 6.4 in config.yaml"),
+        ([{**e, "value": 3} if e["key"] == "seed" else e for e in log], "seed is 3 in the log"),
         (lower, "is another one in metrics.jsonl"),
         (late, "in the log"),
         ([*log[:3], {**log[3], "time_ms": 0}, *log[4:-1], {**log[-1], "time_ms": 1}], "backwards"),
@@ -138,7 +149,11 @@ def test_what_a_kill_cut_off_is_taken_back(run):
     (folder / "result.json").unlink()
     assert run(*options)[0] == code == 3
     assert [(e["key"], e["value"]) for e in events(folder / "mlperf.log")] == whole
-    assert not list(faults(folder))
+    # Whole as it is, it is no time to train.
+    assert list(faults(folder)) == [INTERRUPTED]
+    (folder / "result.json").unlink()  # as if it had been killed while it answered prompts
+    assert run(*options)[0] == 3
+    assert [(e["key"], e["value"]) for e in events(folder / "mlperf.log")] == whole
 
 
 def test_score_is_that_of_mlperf():
@@ -162,7 +177,8 @@ def test_runs_that_converge_oddly_are_flagged(ours, said):
 def test_equal_runs_are_not_odd():
     assert suspicion([1920] * 5, [1920] * 5) is None
     assert "fewer" in suspicion([1440] * 5, [1920] * 5)
-    assert "more" in suspicion([2400] * 3, [1920] * 3)  # the least that can be told
+    assert "more" in suspicion([2400] * 3, [1920] * 5)  # the least that can be told
+    assert suspicion([2400] * 3, [1920] * 4) is None
 
 
 def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, monkeypatch, capsys):
@@ -205,8 +221,34 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     (tmp_path / "odd" / "benchmark.json").write_text(json.dumps(odd))
     said = call("--compare", out, tmp_path / "odd")[1]
     assert "of another setting than the first: target 1.0 there, " in said
-    assert not list(faults_of_set([out / "seed-17", out / "seed-18"]))
-    assert any("used twice" in f for f in faults_of_set([out / "seed-17", out / "seed-17"]))
+    other = json.loads((out / "benchmark.json").read_text())
+    other["config"]["optimizer"]["lr"] = 0.5
+    (tmp_path / "rate.json").write_text(json.dumps(other))
+    assert "  optimizer.lr: 0.01 | 0.5" in call("--compare", out, tmp_path / "rate.json")[1]
+    pair = [out / "seed-17", out / "seed-18"]
+    assert not list(faults_of_set(pair))
+    assert any("used twice" in f for f in faults_of_set([pair[0], pair[0]]))
+    # The rule: one run may miss, two may not; and a run of other data or cores is none of the set.
+    for misses, valid in ((1, True), (2, False)):
+        some = [{**run, "seconds": None} for run in found["runs"][:misses]]
+        told = summary("x", {}, [*some, *found["runs"]], [], pair[0])
+        assert told["valid"] is valid
+        assert any("missed the target" in fault for fault in told["faults"]) is not valid
+    place = pair[1] / "environment.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"cpu_threads": 99}))
+    newest = max(pair[1].glob("checkpoints/ba*/manifest.json"))
+    manifest = json.loads(newest.read_text())
+    newest.write_text(json.dumps(manifest | {"facts": manifest["facts"] | {"dataset": {}}}))
+    wrong = [*faults_of_set(pair)]
+    assert any("seed-18: cpu_threads is another one" in fault for fault in wrong)
+    assert any("seed-18: dataset (contents) is another one" in fault for fault in wrong)
+    for other, seeds in ((found | {"valid": False}, 50), (found, 3)):
+        with pytest.raises(ConfigError, match="the reference is not valid, or its 3 runs to the"):
+            check_reference(other, seeds)
+    # One that was stopped within is begun anew: its time is to be of one piece.
+    (out / "seed-19" / "result.json").write_text('{"status": "preempted"}')
+    code, said = call(*job)
+    assert not list(faults(out / "seed-19")) and "seed-19: " not in said
 
 
 @pytest.mark.parametrize(
@@ -222,6 +264,13 @@ def test_what_cannot_be_counted_in_samples_is_refused(override):
 def test_runs_that_do_not_end_are_no_result(tmp_path):
     (tmp_path / "seed-1" / "hf").mkdir(parents=True)  # of one that was stopped on its last metres
     (tmp_path / "seed-1" / "result.json").write_text('{"status": "preempted"}')
+    with pytest.raises(ConfigError, match="seed-1: is there, and no run of a benchmark"):
+        list(run_seeds([sys.executable], "x", [1], tmp_path))
+    (tmp_path / "seed-1" / "environment.json").write_text("{}")
+    with (tmp_path / "seed-1" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="seed-1: another process trains into it"):
+            list(run_seeds([sys.executable], "x", [1], tmp_path))
     with pytest.raises(ConfigError, match="--launch nowhere: no such program"):
         list(run_seeds(["nowhere"], "x", [1], tmp_path))
     with pytest.raises(GuardError, match="seed 1 ended with exit code 7"):
@@ -239,7 +288,45 @@ def test_a_run_that_misses_its_target_has_a_sound_log(run):
     code, folder = run(*missed, *LOGGED)
     assert code == 3
     assert not list(faults(folder))
-    assert events(folder / "mlperf.log")[-1]["metadata"]["status"] == "aborted"
+    log = events(folder / "mlperf.log")
+    assert log[-1]["metadata"]["status"] == "aborted"
+    # An evaluation, or its end, that comes after the run or not at all, is of no sound log.
+    late = [*log, *({**e, "time_ms": log[-1]["time_ms"]} for e in log[-4:-1])]
+    for changed in (late, [*log[:-2], log[-1]]):
+        path = folder / "mlperf.log"
+        path.write_text("".join(f"{PREFIX}{json.dumps(event)}\n" for event in changed))
+        assert accepted(path, "--config", RULES) and list(faults(folder))
+    path.write_text("")
+    with pytest.raises(DataError, match="is no log of a run"):
+        events(path)
+
+
+def test_a_target_may_be_met_at_the_end_of_training_off_the_cadence(run):
+    missed = ("callbacks.loss_target.cross_entropy=0.1", "eval_interval=3ba", "max_duration=4ba")
+    folder = run(*missed, *LOGGED)[1]
+    assert [record["step"] for record in records(folder, "eval")] == [0, 3, 4]
+    last = records(folder, "eval")[-1]["cross_entropy"]
+    log, outcome = events(folder / "mlperf.log"), result(folder)
+    facts = {"quality_target": {"value": last}, "run_stop": {
+        "metadata": {**log[-1]["metadata"], "status": "success"}}}  # fmt: skip
+    changed = [{**event, **facts.get(event["key"], {})} for event in log]
+    lines = "".join(f"{PREFIX}{json.dumps(event)}\n" for event in changed)
+    (folder / "mlperf.log").write_text(lines)
+    (folder / "result.json").write_text(json.dumps(outcome | {"status": "target_reached"}))
+    text = (folder / "config.yaml").read_text()
+    text = text.replace("cross_entropy: 0.1", f"cross_entropy: {last}")
+    (folder / "config.yaml").write_text(text)
+    assert not list(faults(folder))
+    (folder / "config.yaml").write_text(text.replace("max_duration: 4ba", "max_duration: 9ba"))
+    assert any("one is due every 12" in fault for fault in faults(folder))
+
+
+def test_shares_of_a_duration_are_rounded_as_composer_rounds_them():
+    config = {"global_train_batch_size": 16, "max_duration": "1ep"}
+    assert _interval("0.05dur", config, 741 * 16) == 38 * 16
+    assert _interval("0.07dur", config | {"max_duration": "100ba"}, 1) == 8 * 16
+    assert _interval("0.5dur", config | {"max_duration": "75sp"}, 1) == 38
+    assert _interval("0.5dur", config | {"max_duration": "75tok"}, 1) is None
 
 
 def test_more_permutations_than_can_be_looked_at_are_drawn():
@@ -267,7 +354,7 @@ def test_an_evaluation_that_a_stop_breaks_off_is_logged_once(run, monkeypatch):
     assert all(keys[n + 1 : n + 3] == ["eval_accuracy", "eval_stop"] for n in begun)
     assert keys.count("block_start") == keys.count("block_stop") == len(begun) - 1
     assert not accepted(folder / "mlperf.log", "--config", RULES)
-    assert not list(faults(folder))
+    assert list(faults(folder)) == [INTERRUPTED]
 
 
 def test_a_log_of_mlperfs_kind_is_of_runs_to_a_target(run):

@@ -219,7 +219,7 @@ def test_stops_when_it_overfits_and_gives_the_best_weights(translate, monkeypatc
     assert outcome["steps"] < 200
     assert outcome["eval_cross_entropy"] == losses[best]
     events = " ".join(e["what"] for e in records(folder, "event"))
-    assert f"no fall in 2 evaluations below the {losses[best]:.4f}" in events
+    assert f"no fall in 2 evaluations below {losses[best]:.4f}" in events
     assert not (folder / "best.safetensors").exists()
     again = translate(
         "model.pretrained=true", f"model.name={folder}", "model.config={}", "run_name=again",
@@ -260,6 +260,9 @@ def test_refusals(translate, tmp_path, smoke):
         translate("generation.bleu_tokenize=klingon")
     with pytest.raises(ConfigError, match=r"bleu_tokenize: ja-mecab: .*install"):
         translate("generation.bleu_tokenize=ja-mecab")
+    with pytest.raises(ConfigError, match=r"a bart, an encoder with a decoder; set task: seq2seq"):
+        translate("task=instruct", f"data_local={smoke / 'instruct'}", "generation=null",
+                  "eval_loader.dataset.split=test", "max_seq_len=128")  # fmt: skip
     with pytest.raises(ConfigError, match="compile: is for models without an encoder"):
         translate("compile=true")
     with pytest.raises(ConfigError, match="label_smoothing: is for task: seq2seq, not instruct"):

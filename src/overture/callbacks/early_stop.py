@@ -18,9 +18,10 @@ class EarlyStop(Callback):
     """Ends training once eval cross-entropy has not fallen by more than `min_delta` (nats) in
     `patience` evaluations in a row.
 
-    With `keep_best` the trained weights of each best evaluation are written to `path`, whole or not
-    at all, from where `restore` takes them back. Composer's own EarlyStopper takes a falling metric
-    for a rising one unless told otherwise, and keeps nothing. The `log` comes before it.
+    With `keep_best` the trained weights of each best evaluation, by however little, are written to
+    `path`, whole or not at all, from where `restore` takes them back. Composer's own EarlyStopper
+    takes a falling metric for a rising one unless told otherwise, and keeps nothing. The `log`
+    comes before it.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class EarlyStop(Callback):
         self.path, self.log = path, log
         # Step, cross-entropy and other scores of the best evaluation so far.
         self.best: tuple[int, float, dict[str, float]] | None = None
-        self.waited = 0
+        self.mark, self.waited = math.inf, 0  # the loss that others have to be below, since when
         self.digest: str | None = None  # of the file
 
     @property
@@ -48,15 +49,17 @@ class EarlyStop(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         step, loss = state.timestamp.batch.value, self.log.last_eval
         first = self.best is None or (math.isnan(self.best[1]) and not math.isnan(loss))
-        if first or loss < self.best[1] - self.min_delta:
-            self.best, self.waited = (step, loss, self.log.scores), 0
+        if first or loss < self.best[1]:
+            self.best = (step, loss, self.log.scores)
             if self.keep_best and dist.get_global_rank() == 0:
                 self._write(state)
+        if first or loss < self.mark - self.min_delta:
+            self.mark, self.waited = loss, 0
             return
         self.waited += 1
         if self.is_over and state.timestamp < state.max_duration:
-            fault = f"no fall in {self.waited} evaluations below the {self.best[1]:.4f} of"
-            self.log.note(step, f"stopped early: {fault} step {self.best[0]}")
+            fault = f"no fall in {self.waited} evaluations below {self.mark:.4f}"
+            self.log.note(step, f"stopped early: {fault}, the best being of step {self.best[0]}")
             state.stop_training()
 
     def _write(self, state: State) -> None:
@@ -105,10 +108,12 @@ class EarlyStop(Callback):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited, "digest": self.digest}
+        return {name: getattr(self, name) for name in ("best", "mark", "waited", "digest")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self.best and "mark" not in state:  # as it was before
+            self.mark = self.best[1]
 
 
 def _trained(state: State) -> dict[str, Any]:

@@ -42,10 +42,11 @@ class FiniteGuard(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Refuse a batch without a label on any rank: its mean loss would be 0 / 0."""
-        self._ids, self._bad = state.batch["sample_ids"], torch.zeros((), device=_device(state))
+        device = next(state.model.parameters()).device
+        self._ids, self._bad = state.batch["sample_ids"], torch.zeros((), device=device)
         labels = sum(state.batch["num_labels"])
         if dist.get_world_size() > 1:
-            every = torch.tensor(labels, device=_device(state))
+            every = torch.tensor(labels, device=device)
             dist.all_reduce(every, reduce_operation="SUM")
             labels = every.item()
         if not labels:
@@ -139,19 +140,17 @@ class GradientGuard(Callback):
 class Watchdog(Callback):
     """Ends a run that has finished no batch for `timeout` seconds (0: never), with exit code 5.
 
-    It looks from the first evaluation or step on; saving counts too.
-
-    The stacks of all threads go to `path`, with those that the loaders' workers write on SIGUSR2 to
-    `workers`, an open file; `report` is told the reason before the end.
+    It looks from the first evaluation or step on; saving counts too. The stacks of all threads go
+    to `path`, with those that the loaders' workers write on SIGUSR2 to `workers`, an open file;
+    `report` is told the reason before the end.
     """
 
     def __init__(
         self, timeout: float, path: Path, workers: IO[bytes], report: Callable[[str], None]
     ) -> None:
         self.timeout, self.path, self.workers, self.report = timeout, path, workers, report
-        self._beat = time.monotonic()
+        self._beat, self._watching = time.monotonic(), False
         self._over = threading.Event()
-        self._watching = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._beat = time.monotonic()
@@ -252,7 +251,3 @@ def gradients_not_finite(model: torch.nn.Module) -> torch.Tensor | None:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return what a rank holds of a tensor: its shard under FSDP2, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _device(state: State) -> torch.device:
-    return next(state.model.parameters()).device

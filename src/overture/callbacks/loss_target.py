@@ -18,8 +18,7 @@ class LossTarget(Callback):
     """
 
     def __init__(self, cross_entropy: float, clock: RunClock) -> None:
-        self.target = cross_entropy
-        self.clock = clock
+        self.target, self.clock = cross_entropy, clock
         self.seconds_to_train: float | None = None
 
     @property

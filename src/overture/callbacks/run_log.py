@@ -25,8 +25,7 @@ class RunClock(Callback):
     """
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._before = 0.0
+        self._started, self._before = time.monotonic(), 0.0
 
     def seconds(self) -> float:
         """Return the seconds so far, over all parts of the run."""
@@ -49,8 +48,7 @@ class RunLog(Callback):
 
     def __init__(self, run_folder: Path, clock: RunClock, throughput: Throughput) -> None:
         self.path = run_folder / "metrics.jsonl"
-        self.clock = clock
-        self.throughput = throughput
+        self.clock, self.throughput = clock, throughput
         self.step = 0  # of the last evaluation
         self.first_eval: float | None = None
         self.last_eval: float | None = None
@@ -61,7 +59,7 @@ class RunLog(Callback):
         self._written = 0.0
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        loss = _finite(state.total_loss_dict["loss/train/total"])
+        loss = finite(state.total_loss_dict["loss/train/total"])
         rate = state.schedulers[0].get_last_lr()[0]
         figures = {"loss": loss, "learning_rate": rate, **self.throughput.figures()}
         self._append("train", state.timestamp.batch.value, figures)
@@ -76,7 +74,7 @@ class RunLog(Callback):
         self.scores |= self.more()
         figures = {"cross_entropy": loss, **perplexity, **self.scores}
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in figures.items()})
-        figures = {name: _finite(value) for name, value in figures.items()}
+        figures = {name: finite(value) for name, value in figures.items()}
         self._append("eval", self.step, figures)
 
     def note(self, step: int, what: str) -> None:
@@ -88,7 +86,7 @@ class RunLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self.flush()
-        return {n: getattr(self, n) for n in ("first_eval", "last_eval", "scores")}
+        return {n: getattr(self, n) for n in ("step", "first_eval", "last_eval", "scores")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -114,5 +112,6 @@ def eval_cross_entropy(state: State) -> float:
     return float(state.eval_metrics["eval"][METRIC].compute())
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
+def finite(value: float) -> float | None:
+    """Return a figure for JSON, which has no NaN."""
+    return value if math.isfinite(value) else None

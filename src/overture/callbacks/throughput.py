@@ -20,15 +20,12 @@ class Throughput(Callback):
 
     def __init__(self, window: int = 10, measure_peak: bool = False) -> None:
         self.measure_peak = measure_peak
-        self.tokens = 0
-        self.label_tokens = 0
-        self._seconds = 0.0
+        self.tokens = self.label_tokens = 0
+        self._seconds = self._asked = self._waited = self._began = self._inside = 0.0
         # Per step: tokens, label tokens, padded size, FLOPs (all ranks), seconds, of these waited
         # for data, and in the model and its optimizer.
         self._recent: deque[tuple[float, ...]] = deque(maxlen=window)
         self._counted = (0, 0, 0, 0.0)
-        self._asked = 0.0
-        self._waited = self._began = self._inside = 0.0
         self._peak: float | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -51,10 +48,8 @@ class Throughput(Callback):
         """Count the batch while it is still in the host's memory."""
         self._waited = time.monotonic() - self._asked
         batch = state.batch
-        self._counted = (
-            sum(batch["num_tokens"]), sum(batch["num_labels"]), _room(batch),
-            _plain(state).flops_per_batch(batch),
-        )  # fmt: skip
+        tokens, labels = sum(batch["num_tokens"]), sum(batch["num_labels"])
+        self._counted = tokens, labels, _room(batch), _plain(state).flops_per_batch(batch)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._began = time.monotonic()
@@ -81,16 +76,13 @@ class Throughput(Callback):
         tokens, labels, room, flops, seconds, waited, inside = map(sum, columns)
         seconds = max(seconds, 1e-9)
         return {
-            "tokens": self.tokens,
-            "label_tokens": self.label_tokens,
-            "tokens_per_second": tokens / seconds,
-            "label_tokens_per_second": labels / seconds,
-            "padding_share": 1 - tokens / room,
-            "data_wait_share": min(waited / seconds, 1.0),
+            "tokens": self.tokens, "label_tokens": self.label_tokens,
+            "tokens_per_second": tokens / seconds, "label_tokens_per_second": labels / seconds,
+            "padding_share": 1 - tokens / room, "data_wait_share": min(waited / seconds, 1.0),
             # On CUDA the optimizer's step is only queued inside, so this holds for CPUs.
             "outside_share": max(1 - inside / seconds, 0.0),
             "mfu": flops / seconds / self._peak if self._peak else None,
-        }
+        }  # fmt: skip
 
     def rates(self) -> tuple[float | None, float | None]:
         """Return (tokens, label tokens) per second over the whole run, or None before a step."""

@@ -165,10 +165,9 @@ def _merge(path: str, overrides: list[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         hint = nearest(path, map(str, Path(path).parent.glob("*.yaml")))
         raise ConfigError(f"{path}: no such config file{hint}")
-    for override in overrides:
-        if "=" not in override:
-            advice = "an override is written key.sub=value, without dashes"
-            raise ConfigError(f"command line: {override}: {advice}")
+    if stray := [override for override in overrides if "=" not in override]:
+        advice = "an override is written key.sub=value, without dashes"
+        raise ConfigError(f"command line: {stray[0]}: {advice}")
     try:
         tree = OmegaConf.load(path)
         if OmegaConf.is_dict(tree):

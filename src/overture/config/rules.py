@@ -23,7 +23,9 @@ _AT_LEAST_ONE = (
     "generation.num_beams", "callbacks.early_stop.patience",
     "algorithms.seq_length_warmup.step_size",
 )  # fmt: skip
-_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy")
+_ABOVE_ZERO = (
+    "optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy", "lora.alpha",
+)  # fmt: skip
 _NOT_NEGATIVE = (
     "optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers",
     "callbacks.early_stop.min_delta", "generation.num_shown",
@@ -37,27 +39,20 @@ _VALUES: dict[str, tuple[Callable, str]] = {
     "max_seq_len": (lambda n: n >= 2, "must be at least 2 tokens"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
     "device_train_microbatch_size": (lambda n: n == "auto" or n > 0, "must be at least 1, or auto"),
-    "optimizer.betas": (
-        lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
-        "must be two numbers in [0, 1)",
-    ),
-    **dict.fromkeys(
-        ("train_loader.dataset.mlm_probability", "eval_loader.dataset.mlm_probability"),
-        (lambda share: 0 < share < 1, "must be above 0 and below 1"),
-    ),
-    **dict.fromkeys(
-        ("lora.dropout", "label_smoothing"), (lambda share: 0 <= share < 1, "must be in [0, 1)")
-    ),
+    "optimizer.betas": (lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
+                        "must be two numbers in [0, 1)"),
+    **dict.fromkeys(("train_loader.dataset.mlm_probability", "eval_loader.dataset.mlm_probability"),
+                    (lambda share: 0 < share < 1, "must be above 0 and below 1")),
+    **dict.fromkeys(("lora.dropout", "label_smoothing"),
+                    (lambda share: 0 <= share < 1, "must be in [0, 1)")),
     "algorithms.ema.half_life": _written(r"[1-9]\d*ba", "1000ba"),
     "algorithms.seq_length_warmup.duration": (lambda share: 0 < share <= 1, "must be in (0, 1]"),
-    "save_num_checkpoints_to_keep": (
-        lambda n: n >= 1 or n == -1,
-        "must be at least 1, or -1 to keep all",
-    ),
+    "save_num_checkpoints_to_keep": (lambda n: n >= 1 or n == -1,
+                                     "must be at least 1, or -1 to keep all"),
     "max_duration": _written(r"[1-9]\d*(ep|ba|sp|tok)", "3ep, 200ba, 1000sp or 50000tok"),
     "scheduler.t_warmup": _written(r"\d+(ep|ba|sp|tok)|0?\.\d+dur", "0.03dur, 20ba or 0ba"),
     "console_log_interval": _written(r"[1-9]\d*(ep|ba)", "10ba or 1ep"),
-}
+}  # fmt: skip
 
 
 def contradictions(config: Config, tasks: tuple[str, ...], world_size: int) -> list[Problem]:
@@ -96,7 +91,7 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
             yield key, "needs task: masked_lm"
     yield from _streams(config)
     if config.fsdp_config is not None:
-        yield from _sharded(config)
+        yield from sharding_problems(config)
     for key in (
         "callbacks.loss_target", "callbacks.early_stop", "eval_first", "generation", "metrics",
     ):  # fmt: skip
@@ -178,8 +173,7 @@ def _trainable(config: Config) -> Iterator[Problem]:
         yield "model.load_in_8bit", "is set, and so is load_in_4bit; leave one of them out"
 
 
-def _sharded(config: Config) -> Iterator[Problem]:
-    clipping = config.algorithms.gradient_clipping
+def sharding_problems(config: Config) -> Iterator[Problem]:
     whole = "needs the whole model on each rank, so it cannot be used with fsdp_config"
     for key in (
         "compile", "generation", "model.adapter", "model.load_in_4bit", "model.load_in_8bit",
@@ -187,7 +181,7 @@ def _sharded(config: Config) -> Iterator[Problem]:
     ):  # fmt: skip
         if _at(config, key):
             yield key, whole
-    if clipping is not None and clipping.clipping_type == "adaptive":
+    if _at(config, "algorithms.gradient_clipping.clipping_type") == "adaptive":
         yield "algorithms.gradient_clipping.clipping_type", f"adaptive {whole}"
     if config.model.dtype != "float32":
         text = "shards are of one type, float32; precision: amp_bf16 computes in bfloat16"
@@ -202,8 +196,7 @@ def _sharded(config: Config) -> Iterator[Problem]:
 
 
 def _streams(config: Config) -> Iterator[Problem]:
-    loaders = {"train_loader": config.train_loader, "eval_loader": config.eval_loader}
-    loaders = {key: loader for key, loader in loaders.items() if loader is not None}
+    loaders = {key: of for key in ("train_loader", "eval_loader") if (of := getattr(config, key))}
     if not any(loader.streams for loader in loaders.values()):
         if config.data_local is None:
             yield "data_local", "missing: the folder of the shards, or the cache for data_remote"

@@ -292,7 +292,7 @@ class Config:
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
     eval_loader: LoaderConfig | None = None
     # lora: adapters, and the head of a classifier. last_layer: that head alone, or the last block
-    # of a language model and what follows it. Or patterns of names: ["*.mlp.*", "lm_head.*"].
+    # of a language model and what follows it. Or patterns of names: ["*.mlp.*", "*norm*"].
     trainable: str | list[str] = "all"
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -83,14 +83,10 @@ def _threads(source: Source, which: str) -> Iterator[tuple[Place, Any]]:
     while ways:
         way = ways.pop()
         # Ranks may be missing; sorting is stable, so the order of the file decides then.
-        replies = sorted(children.get(way[-1], ()), key=lambda m: _rank(rows[m][1]))
+        rank = {m: rows[m][1].get("rank") for m in children.get(way[-1], ())}
+        replies = sorted(rank, key=lambda m: rank[m] if isinstance(rank[m], int | float) else 1e9)
         if not replies:
             found = [rows[m][1] for m in way]
             messages = [{"role": m.get("role"), "content": m.get("text")} for m in found]
             yield rows[way[-1]][0], {"messages": messages}
         ways += [[*way, reply] for reply in reversed(replies[:1] if which == "best" else replies)]
-
-
-def _rank(message: dict[str, Any]) -> float:
-    rank = message.get("rank")
-    return rank if isinstance(rank, (int, float)) else 1e9

@@ -40,10 +40,7 @@ class Origin(NamedTuple):
 
 
 def share_rows(one: Sequence[Any], other: Sequence[Any], same: bool = False) -> bool:
-    """Return whether two origins, perhaps as a ledger has them, have rows in common.
-
-    `same` says that their sources are one, whatever their names.
-    """
+    """Return whether two origins share rows; `same` says that their sources are one by any name."""
     (*one_source, start, stop), (*other_source, begin, end) = one, other
     apart = (stop is not None and stop <= begin) or (end is not None and end <= start)
     return (same or one_source == other_source) and not apart
@@ -130,8 +127,7 @@ class Conversion:
             refuse(f"--size_limit {self.size_limit}: must be below 4 GiB, the offsets' range")
         if _repeated(self.columns):
             refuse(f"--columns: {_repeated(self.columns)} is there twice")
-        bad = next((s for s in self.splits() if not re.fullmatch(r"\w[\w.-]*", s)), None)
-        if bad is not None:
+        for bad in (s for s in self.splits() if not re.fullmatch(r"\w[\w.-]*", s)):
             refuse(f"--splits {bad}: a split's name is a folder's: letters, digits, _ . -")
         self._check_task()
         if self.engine == "spark" and self.packing == "concat":

@@ -21,9 +21,10 @@ from overture.data.conversion import OVERFLOWS, Conversion
 from overture.data.encode import InstructEncoder, RawTextEncoder, Records, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
-from overture.data.examine import Examination, Fields, dropped, examine
+from overture.data.examine import ALIASES, Examination, Fields, dropped, examine
 from overture.data.prompts import PromptTemplate, chat_template, template, templates
 from overture.data.readers import Format
+from overture.data.schema import ANSWERS, EVERY_ANSWER
 from overture.data.sources import Place, Source, open_source
 from overture.data.splits import Part, draw, mark_repeats
 from overture.data.workers import Workers
@@ -57,7 +58,7 @@ def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
         for split, source in sources.items():
             found = examine(source, fields, job.max_rejected)
             say("\n".join([source.name, *(f"  {line}" for line in found.lines())]))
-            check_names(job, found)
+            check_names(job, fields, found)
             parts.append(draw(source, fields, found, split, job.test_fraction, job.seed))
         mark_repeats(parts, job.dedupe)
         ledgers = _write_all(job, work, parts, prompt, say)
@@ -105,19 +106,26 @@ def open_rows(job: Conversion, split: str, keep: Path) -> Source:
     source = source.rows(origin.start, origin.stop).rows(0, job.max_rows)
     if source.streamed:
         source = source.kept(keep / f"{split}.source.jsonl")
-    return as_threads(source, job.threads) if job.task == "chat" else _flat_answers(source)
+    return as_threads(source, job.threads) if job.task == "chat" else _flat_answers(source, job)
 
 
-def _flat_answers(source: Source) -> Source:
-    """Return SQuAD rows as the hub has them with `answer`, the first of their answers."""
+def _flat_answers(source: Source, job: Conversion) -> Source:
+    """Return SQuAD rows as the hub has them with `answer`, the first of their answers.
+
+    For --task instruct all of them go on as a text, too.
+    """
 
     def read() -> Iterator[tuple[Place, Any]]:
         for place, record in source.read():
-            answers = record.get("answers") if isinstance(record, dict) else None
-            if isinstance(answers, dict) and "text" in answers:
-                texts = answers["text"] or [""]
-                answer = texts[0] if isinstance(texts, list) else texts
-                record = {**record, "answer": answer, "answers": texts}
+            found = record.get("answers") if isinstance(record, dict) else None
+            if isinstance(found, dict) and "text" in found:
+                found = found["text"] if isinstance(found["text"], list) else [found["text"]]
+                record = {**record, "answer": (found or [""])[0], "answers": found}
+            if job.task == "instruct" and isinstance(found, list):
+                texts = [a["text"] if isinstance(a, dict) and "text" in a else a for a in found]
+                first = record.get("answer", (texts or [""])[0])
+                if texts[:1] == [first] and all(isinstance(text, str) for text in texts):
+                    record = {**record, "answer": first, EVERY_ANSWER: json.dumps(texts)}
             yield place, record
 
     return replace(source, read=read)
@@ -156,12 +164,21 @@ def task_fields(job: Conversion, prompt: Any) -> Fields:
     return Fields(kinds, learned, renamed, job.fields.get("id", "id"), job.stratify)
 
 
-def check_names(job: Conversion, found: Examination) -> None:
-    """Raise ConfigError where an option names a field that no row has."""
+def check_names(job: Conversion, fields: Fields, found: Examination) -> None:
+    """Raise ConfigError where an option names a field that no row has, or where one that may be
+    left out seems to be there under another name.
+    """
+    for ours in [name for name, kind in fields.kinds.items() if kind == "optional"]:
+        theirs = next((name for name in ALIASES.get(ours, ()) if name in found.names), None)
+        if theirs and ours not in (*job.fields, *found.names):
+            fault = f"no row has {ours!r}, but {theirs!r}"
+            remedy = f"say --field {ours}={theirs}, or --field {ours}= for none"
+            raise ConfigError(f"{fault}; {remedy}")
     named = {f"--field {ours}={theirs}": theirs for ours, theirs in job.fields.items()}
     for option, name in {**named, f"--stratify {job.stratify}": job.stratify}.items():
         if name and name not in found.names:
-            raise ConfigError(f"{option}: no row has that field{nearest(name, found.names)}")
+            hint = nearest(name, [n for n in found.names if n != EVERY_ANSWER])
+            raise ConfigError(f"{option}: no row has that field{hint}")
 
 
 def _write_all(
@@ -189,7 +206,11 @@ def _write_all(
         from overture.data.spark import write_split
     else:
         Encoding = Workers
-    with Encoding(_encoder(job, tokens, prompt, labels), job.processes) as workers:
+    encoder = _encoder(job, tokens, prompt, labels)
+    several = any(EVERY_ANSWER in part.found.names for part in parts)
+    if several and prompt.response == "answer" and "answer" not in job.fields:
+        encoder.columns = {**encoder.columns, ANSWERS: "str"}
+    with Encoding(encoder, job.processes) as workers:
         if job.engine == "local":  # slow to import: after the workers are forked
             from overture.data.write import write_split
         for rows in todo:
@@ -241,9 +262,8 @@ class Selected:
         """Yield ((the row after the batch, places, rejected entries), records)."""
         found, fields = self.part.found, self.part.fields
         places, records, rejected = [], [], []
-        shown = {"desc": f"converting {self.split}", "unit": " rows", "leave": False}
-        rows = enumerate(self.part.source.read())
-        rows = tqdm(rows, total=found.rows, delay=2, disable=None, **shown)
+        shown = {"desc": f"converting {self.split}", "unit": " rows", "leave": False, "delay": 2}
+        rows = tqdm(enumerate(self.part.source.read()), total=found.rows, disable=None, **shown)
         for row, (place, record) in rows:
             if row < from_row or not self.mine[row]:
                 continue

@@ -5,6 +5,7 @@ sees the prompt alone, meets the same ids as training did. A response is never c
 follows it and is learned. What stands in a record is text: a `</s>` in it does not become EOS.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overture.data.prompts import PromptTemplate
-from overture.data.schema import token_columns
+from overture.data.schema import ANSWERS, EVERY_ANSWER, token_columns
 from overture.data.word_cache import SAFE, WordCache
 from overture.errors import ConfigError
 
@@ -97,7 +98,8 @@ class Tokens:
     def forbids(self, record: dict[str, str]) -> bool:
         """Return whether a record spells a special token where those count as such."""
         counts = self._leaks or not self.backend.encode_special_tokens
-        return counts and any(map(self.special.search, record.values()))
+        texts = (text for name, text in record.items() if name != EVERY_ANSWER)
+        return counts and any(map(self.special.search, texts))
 
     def marker(self, text: str) -> np.ndarray:
         """Return the ids of a text in which special tokens count as such, [tokens] uint32."""
@@ -188,7 +190,10 @@ class TextEncoder(Encoder):
 
 
 class InstructEncoder(Encoder):
-    """Encodes a prompt, which is masked, and the response with its EOS, which is learned."""
+    """Encodes a prompt, which is masked, and the response with its EOS, which is learned.
+
+    Where `columns` have the answers, a document brings all of them.
+    """
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
         count = len(records)
@@ -209,7 +214,10 @@ class InstructEncoder(Encoder):
                 yield "empty_prompt"
             else:
                 parts = [(bos, False), (prompt, False), (answer, True), (eos, True)]
-                yield [token_document(parts)]
+                document = token_document(parts)
+                if ANSWERS in self.columns:
+                    document[ANSWERS] = json.loads(record.get(EVERY_ANSWER, "[]"))
+                yield [document]
 
     def fit_prompt(
         self, record: dict[str, str], ids: Sequence[int], room: int, notes: Counter[str]

@@ -13,11 +13,12 @@ import numpy as np
 
 from overture.data.conversations import conversations
 from overture.data.readers import MAX_ROW_BYTES, Malformed, Record
+from overture.data.schema import EVERY_ANSWER
 from overture.data.sources import Place, Source
 from overture.errors import ConfigError, nearest
 
 # What other datasets call our fields, for a better hint than spelling alone can give.
-_ALIASES = {
+ALIASES = {
     "response": ("output", "answer", "completion", "target", "chosen"),
     "instruction": ("prompt", "question", "query"), "context": ("input", "passage", "document"),
     "text": ("content", "document", "body", "sentence", "sentence1"), "text_pair": ("sentence2",),
@@ -52,9 +53,7 @@ class Fields:
                     return value
             elif theirs not in record and not kind.startswith("optional"):
                 return Malformed("missing_field", f"has no field {theirs!r}")
-            elif (
-                kind.endswith("label") and isinstance(value, (int, float)) and math.isfinite(value)
-            ):
+            elif kind.endswith("label") and isinstance(value, int | float) and math.isfinite(value):
                 value = str(int(value) if value == int(value) else value)  # 1, 1.0 and true are one
             elif value is not None and not isinstance(value, str):
                 kind_of = type(value).__name__
@@ -157,8 +156,7 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
             continue
         _count(found, fields, record)
         identifier = raw.get(fields.identifier)
-        has_none = identifier is None or identifier == ""
-        found.identifiers.append(hash((row,)) if has_none else hash(str(identifier)))
+        found.identifiers.append(hash((row,) if identifier in (None, "") else str(identifier)))
         found.strata.append(hash(str(raw.get(fields.stratify))))
     if not found.rows:
         raise ConfigError(f"{source.name}: holds no records")
@@ -207,10 +205,10 @@ def _too_many(source: Source, found: Examination, fields: Fields, limit: float) 
     counts, rows, hint = found.malformed, found.rows, ""
     reasons = (f"{counts[why]:,} {why}, first: {where}" for why, where in found.first.items())
     if "missing_field" in found.first:
-        names = [n for n in found.names if found.names[n] > rows // 2]
+        names = [n for n in found.names if found.names[n] > rows // 2 and n != EVERY_ANSWER]
         needed = [n for n, kind in fields.kinds.items() if not kind.startswith("optional")]
         name = next((n for n in needed if fields.renamed.get(n, n) not in names), "")
-        alias = next((a for a in _ALIASES.get(name, ()) if a in names), None)
+        alias = next((a for a in ALIASES.get(name, ()) if a in names), None)
         guess = f' (did you mean "--field {name}={alias}"?)' if alias else nearest(name, names)
         hint = f"; the fields there are: {', '.join(map(str, names))}{guess}"
     elif "duplicate_id" in found.first:

@@ -102,10 +102,8 @@ def _sample(split: Split, row: dict[str, Any], tokenizer: Any) -> Sample:
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     is_role = {"second": types > 0, "end": np.isin(labels, special), "learned": labels != -100}
     roles = np.select(list(is_role.values()), list(is_role), "prompt")
-    documents = [
-        list(map(Token, ids[part].tolist(), roles[part], pieces(tokenizer, ids[part].tolist())))
-        for part in np.split(np.arange(len(ids)), starts[1:])
-    ]
+    parts = zip(*(np.split(array, starts[1:]) for array in (ids, roles)), strict=True)
+    documents = [[*map(Token, i.tolist(), r, pieces(tokenizer, i.tolist()))] for i, r in parts]
     label = f", label {split.label(row)}" if "label" in row else ""
     about = f"{len(starts)} documents, {len(ids)} tokens, {(labels != -100).sum()} learned{label}"
     return Sample(row["sample_id"], about, documents, padding)
@@ -161,11 +159,8 @@ def write_split_page(
     extremes = {"Longest": lengths.argmax(), "Shortest": lengths.argmin()}
     extremes |= {"Most masked": (learned / lengths).argmin()} if learned.any() else {}
     chosen = {f"{name}: ": [figures.numbers[place]] for name, place in extremes.items()}
-    drawn = [
-        (name, sample)
-        for name, some in {"": numbers, **chosen}.items()
-        for sample in samples(split, some, tokenizer)
-    ]
+    every = {"": numbers, **chosen}.items()
+    drawn = [(name, sample) for name, some in every for sample in samples(split, some, tokenizer)]
     values = {"figures": figures.summary(), "ledger": list(ledger_figures(split).items())}
     title = f"{split.ledger['task']}: {split.folder}"
     try:

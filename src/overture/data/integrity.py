@@ -26,11 +26,8 @@ _SHARD_KEYS = {
     "raw_data", "samples", "size_limit", "version", "zip_data",
 }  # fmt: skip
 # A list of what may pass, since a `pkl` column runs code and image columns run their parsers.
-_SAFE_ENCODING = re.compile(
-    r"str|bytes|int|NUMBER|ndarray(:NUMBER(:\d+(,\d+)*)?)?".replace(
-        "NUMBER", "(u?int(8|16|32|64)|float(16|32|64))"
-    )
-)
+_NUMBER = "(u?int(8|16|32|64)|float(16|32|64))"
+_SAFE_ENCODING = re.compile(rf"str|bytes|int|{_NUMBER}|ndarray(:{_NUMBER}(:\d+(,\d+)*)?)?")
 _SAFE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 

@@ -16,17 +16,10 @@ from overture.data.collate import TokenCollator
 class MaskingCollator:
     """Makes of the batches of TokenCollator those of a masked language model.
 
-    Of the tokens of each row that are not special `share` get a label, at least one and always as
-    many: the token's own id at its own place. Of these 80 % become the mask token in `input_ids`,
-    10 % any ordinary token, 10 % stay.
-
-    Args:
-        collate: makes the batches.
-        tokenizer: of Hugging Face's, with a mask token.
-        share: above 0, below 1.
-        seed: of all masks.
-        anew: whether each epoch has others, for training; else all have the same. A row that a
-            stream repeats within an epoch has the same ones each time.
+    Of the tokens of each row that are not special `share`, above 0 and below 1, get a label, at
+    least one and always as many: the token's own id at its own place. Of these 80 % become the mask
+    token in `input_ids`, 10 % any ordinary token, 10 % stay. `anew` is for training: each epoch has
+    others; else all have the same, and so has always a row that a stream repeats within an epoch.
     """
 
     def __init__(

@@ -139,10 +139,9 @@ def _merged(folders: Sequence[Path], parts: list[dict[str, Any]]) -> dict[str, A
     if merged["packing"]["method"] != "none":
         room = merged["samples"] * merged["max_seq_len"]
         merged["packing"] = {**merged["packing"], "utilisation": tokens["total"] / room}
-    merged["source"] = {
-        "name": f"{len(parts)} parts: {', '.join(part['source']['name'] for part in parts)}",
-        "parts": [part["source"] for part in parts],
-    }
+    sources = [part["source"] for part in parts]
+    name = f"{len(parts)} parts: {', '.join(source['name'] for source in sources)}"
+    merged["source"] = {"name": name, "parts": sources}
     origins = {
         f"{split} of {folder}": origin
         for folder, part in zip(folders, parts, strict=True)

@@ -65,10 +65,15 @@ def template(name: str) -> PromptTemplate:
     """Return a built-in template, or the one in a YAML file; ConfigError if there is none."""
     if name in templates():
         return templates()[name]
-    if Path(name).is_file():
-        return _from_file(Path(name))
-    hint = nearest(name, templates()) or f" (there are: {', '.join(templates())}, or a YAML file)"
-    raise ConfigError(f"--prompt_template {name}: unknown template{hint}")
+    path, known = Path(name), ", ".join(templates())
+    if not path.is_file():
+        hint = nearest(name, templates()) or f" (there are: {known}, or a YAML file)"
+        raise ConfigError(f"--prompt_template {name}: unknown template{hint}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from None
+    return parse_template(content, str(path))
 
 
 def chat_template(name: str, option: str = "--prompt_template") -> str:
@@ -82,14 +87,6 @@ def chat_template(name: str, option: str = "--prompt_template") -> str:
     except OSError:
         known = f"there are: {', '.join(chat_templates())}, or a Jinja file"
         raise ConfigError(f"{option} {name}: unknown chat template ({known})") from None
-
-
-def _from_file(path: Path) -> PromptTemplate:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from None
-    return parse_template(content, str(path))
 
 
 def parse_template(content: Any, place: str) -> PromptTemplate:

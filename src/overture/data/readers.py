@@ -58,9 +58,8 @@ def open_bytes(path: Path) -> BinaryIO:
 def _lines(path: Path) -> Iterator[tuple[int, str | Malformed]]:
     """Yield numbered lines without their ends; one that is too long is read past, not kept."""
     with open_bytes(path) as file:
-        number = 0
-        while line := file.readline(MAX_ROW_BYTES):
-            number += 1
+        lines = iter(lambda: file.readline(MAX_ROW_BYTES), b"")
+        for number, line in enumerate(lines, start=1):
             if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(1 << 20)
@@ -154,10 +153,9 @@ def _cells(path: Path, rows: Any) -> Iterator[tuple[int, list[str] | Malformed]]
             return
         except csv.Error as error:
             if "end of data" in str(error):
-                raise ConfigError(
-                    f"{path}: a quotation mark that opens in or after line {begin} is never "
-                    "closed, so the rest of the file would be one cell"
-                ) from None
+                fault = f"a quotation mark that opens in or after line {begin} is never closed"
+                what = "so the rest of the file would be one cell"
+                raise ConfigError(f"{path}: {fault}, {what}") from None
             row = Malformed("not_csv", f"is not valid CSV: {error}")
         yield rows.line_num, row
 

@@ -52,12 +52,11 @@ def fetch(remote: str, local: Path, download: Callable[[], Any] | None = None) -
 
 def holds_split(remote: str) -> bool:
     """Return whether a ledger is at `remote`, which is what makes a split whole there."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            fetch(f"{remote}/{LEDGER}", Path(folder, LEDGER))
-        except Exception:  # each store's client has its own way to say no such object
-            return False
-    return True
+    # Each store's client has its own way to say no such object.
+    with tempfile.TemporaryDirectory() as folder, suppress(Exception):
+        fetch(f"{remote}/{LEDGER}", Path(folder, LEDGER))
+        return True
+    return False
 
 
 def upload_split(folder: Path, remote: str) -> None:
@@ -68,8 +67,6 @@ def upload_split(folder: Path, remote: str) -> None:
         for name in [*names, INDEX, LEDGER]:
             uploader.upload_file(name)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{remote}: cannot be written to ({reason}); the finished split is in {folder}: give "
-            "--resume to upload it without converting again"
-        ) from None
+        fault = f"{remote}: cannot be written to ({' '.join(str(error).split())[:200]})"
+        remedy = "give --resume to upload it without converting again"
+        raise ConfigError(f"{fault}; the finished split is in {folder}: {remedy}") from None

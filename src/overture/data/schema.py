@@ -7,6 +7,9 @@ or it is absent. A row is a pack of one or more documents:
     loss_mask      [tokens] uint8, 1 where the token is to be learned
     document_ends  [documents] uint32, the exclusive end of each document, so ends[-1] == tokens
 
+    answers        str, where a source names several that are right, as SQuAD's format does: JSON,
+                   for each document a list of them
+
 Other tasks have one record a row:
 
     seq2seq   input_ids, labels   [tokens] each, with the ends that the tokenizer's family wants
@@ -24,6 +27,8 @@ from overture.errors import ConfigError, DataError
 
 LEDGER = "dataset.json"
 INDEX = "index.json"
+ANSWERS = "answers"  # a column, which no training reads
+EVERY_ANSWER = "all that is in answers"  # a field of records: JSON, as theirs are texts
 CACHE_MARK = ".cache"  # in a folder that was made as a cache, and may therefore be emptied
 
 

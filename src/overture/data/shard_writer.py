@@ -96,10 +96,7 @@ class ShardWriter:
 
 
 def seal_split(place: Path, shards: list[Any], ledger: dict[str, Any]) -> dict[str, Any]:
-    """Write the ledger of a folder that has its shards and index; return it, with all files.
-
-    Raises DataError: a shard is not what the index says of it.
-    """
+    """Write and return a folder's ledger, with all files; DataError: a shard is not as indexed."""
     if not (place / REJECTED).stat().st_size:
         (place / REJECTED).unlink()
     files = {p.name: (p.stat().st_size, sha256_file(p)) for p in sorted(place.iterdir())}

@@ -13,7 +13,7 @@ from streaming.base.compression import decompress
 from streaming.base.format.mds.reader import MDSReader
 
 from overture.data.integrity import REMEDY, read_index
-from overture.data.schema import INDEX, LEDGER, read_ledger
+from overture.data.schema import ANSWERS, INDEX, LEDGER, read_ledger
 from overture.errors import DataError, OvertureError
 
 BARS = 10  # of a length histogram
@@ -54,7 +54,8 @@ class Split:
             self.starts = np.cumsum([0, *(reader.samples for reader in self.readers)])
             for reader in self.readers:
                 columns = dict(zip(reader.column_names, reader.column_encodings, strict=True))
-                kinds = [kind for kind, names in KINDS.items() if names == columns.keys()]
+                known = columns.keys() - {ANSWERS}
+                kinds = [kind for kind, names in KINDS.items() if names == known]
                 if columns != self.ledger["columns"] or not kinds:
                     raise ValueError(f"columns that {LEDGER} or the kit does not know")
             self.kind = kinds[0]
@@ -91,7 +92,8 @@ class Split:
             if not begin < end <= len(data):
                 raise ValueError("it lies outside the file")
             row = reader.decode_sample(data[begin:end].tobytes())
-            lists = [value for name, value in row.items() if name not in ("text", "label")]
+            others = ("text", "label", ANSWERS)
+            lists = [value for name, value in row.items() if name not in others]
             if any(value.ndim != 1 or not len(value) for value in lists):
                 raise ValueError("a column is empty or no list of numbers")
         return {**row, "sample_id": number}

@@ -88,8 +88,7 @@ def open_source(
         if not pair[1].is_file():
             raise ConfigError(f"{pair[1]}: no such file")
         return Source(name, lambda: _readable(name, read_parallel(pair)), _fingerprint(pair))
-    files = _local_files(name, split)
-    if files:
+    if files := _local_files(name, split):
         _refuse_choice(name, "train", subset, revision)
         return _file_source(name, files, form)
     looks_local = reader(Path(name)) or name.startswith(("/", ".", "~")) or glob.has_magic(name)

@@ -213,10 +213,7 @@ def _samples(table: Any, job: Conversion, columns: Any, facts: Any) -> Iterator[
 
 @contextmanager
 def _named(split: str) -> Iterator[None]:
-    """Raise GuardError for the many errors of Spark, with the last line that its workers said.
-
-    ConfigError where a worker raised that.
-    """
+    """Raise ConfigError where a worker did, else GuardError with the last line that Spark said."""
     try:
         yield
     except Exception as error:

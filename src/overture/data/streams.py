@@ -112,9 +112,7 @@ class TokenStream(StreamingDataset):
         return self.epoch_size - self._resume(self._parallel_rank_world, self.next_epoch)[1]
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Make a shard ready, or raise DataError; in the background, not `blocking`, the failure
-        is left to the reader.
-        """
+        """Make a shard ready or raise DataError; not `blocking`, that is left to the reader."""
         if not blocking and shard_id in self._failed:
             return  # it asks anew for every sample of the shard
         try:

@@ -1,5 +1,6 @@
 """One split: encoded documents to packed samples to shards, window by window, with its ledger."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -13,6 +14,7 @@ from overture.data.conversion import Conversion
 from overture.data.encode import Document, Encoded
 from overture.data.examine import dropped, repeats
 from overture.data.packing import best_fit, concatenate
+from overture.data.schema import ANSWERS
 from overture.data.shard_writer import Progress, ShardWriter
 from overture.errors import ConfigError
 
@@ -93,18 +95,16 @@ def windows(job: Conversion, rows: Any, batches: Iterable[tuple[Any, Encoded]]) 
         yield window
 
 
-def packed(
-    job: Conversion, documents: list[Document], progress: Progress
-) -> Iterator[list[Document]]:
-    """Yield the documents of a window row by row; `progress` holds what waits for the next."""
+def packed(job: Conversion, documents: list[Document], done: Progress) -> Iterator[list[Document]]:
+    """Yield the documents of a window row by row; what waits for the next is left in `done`."""
     method = job.how_packed()
     if method == "none":
         yield from ([document] for document in documents)
     elif method == "concat":
         ids = [document["input_ids"] for document in documents]
-        filled, rest, lost = concatenate(ids, progress.carry, job.max_seq_len, job.wrap)
-        progress.carry = rest.tolist()
-        progress.counts["left_over"] += lost
+        filled, rest, lost = concatenate(ids, done.carry, job.max_seq_len, job.wrap)
+        done.carry = rest.tolist()
+        done.counts["left_over"] += lost
         mask = np.ones(job.max_seq_len, np.uint8)
         mask[0] = 0  # nothing could predict it
         yield from ([{"input_ids": row, "loss_mask": mask}] for row in filled)
@@ -113,14 +113,14 @@ def packed(
             yield [documents[index] for index in row]
 
 
-def sample_of(
-    row: list[Document], columns: dict[str, str], facts: dict[str, Any]
-) -> dict[str, Any]:
+def sample_of(row: list[Document], kinds: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
     """Return what a row of documents is in a shard; ConfigError for an id out of range."""
     sample, known = {}, facts["tokenizer"]
-    for name, kind in columns.items():
+    for name, kind in kinds.items():
         if name == "document_ends":
             sample[name] = np.cumsum([len(d["input_ids"]) for d in row], dtype=np.uint32)
+        elif name == ANSWERS:
+            sample[name] = json.dumps([d[name] for d in row])
         elif kind.startswith("ndarray:"):
             values = row[0][name] if len(row) == 1 else np.concatenate([d[name] for d in row])
             if name in ("input_ids", "labels") and values.max() >= known["vocab_size"]:
@@ -146,16 +146,13 @@ def ledger_of(
     dropped_rows = {why: n for why, n in done.dropped.items() if why not in malformed}
     names = enumerate(facts["labels"] or ())
     return {
-        **facts,
-        "split": rows.split,
+        **facts, "split": rows.split,
         "source": {"name": rows.part.source.name, **rows.part.source.fingerprint},
         "arguments": job.identity(),
         "rows": {
-            "read": found.rows,
-            "in_split": rows.in_split,
+            "read": found.rows, "in_split": rows.in_split,
             **{name: counts[name] for name in ("kept", "truncated", "split")},
-            "malformed": malformed,
-            "dropped": dropped_rows,
+            "malformed": malformed, "dropped": dropped_rows,
             "duplicates": int(repeats(found.contents).sum()),
         },
         "documents": counts["documents"],
@@ -163,6 +160,5 @@ def ledger_of(
         "samples": done.samples,
         "tokens": {"total": counts["tokens"]} | {n: counts[n] for n in ("trained", "left_over")},
         "packing": {"method": method, "utilisation": used},
-        "max_seq_len": job.max_seq_len,
-        "columns": columns,
-    }
+        "max_seq_len": job.max_seq_len, "columns": columns,
+    }  # fmt: skip

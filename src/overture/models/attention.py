@@ -209,13 +209,10 @@ def _varlen(
 
 
 class Layout:
-    """Which tokens of a batch see each other.
+    """Which tokens of a batch see each other: if `causal`, none sees a later one.
 
-    Args:
-        starts, spans: of `document_mask`; documents have at most `longest` tokens.
-        causal: whether a token sees only itself and those before it.
-        window: how many tokens back, itself included, a token sees; None for all.
-        slopes: of ALiBi, for each head; None for none.
+    `starts`, `spans` and `longest` are those of `document_mask`, `window` (None for all) and
+    `slopes` (None for none) those of `attention`.
     """
 
     def __init__(

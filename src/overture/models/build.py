@@ -39,22 +39,20 @@ def load_network(
     auto = getattr(transformers, f"AutoModelFor{head}")
     name, location = wanted.name, locate_model(wanted.name)
     config = _model_config(location, wanted, tokenizer)
-    if head == "SequenceClassification" and getattr(config, "is_encoder_decoder", False):
-        fault = f"{name} is a {config.model_type}, an encoder with a decoder"
-        raise ConfigError(f"model.name: {fault}; task classify takes one of the two alone")
+    pairs = getattr(config, "is_encoder_decoder", False)
+    both = f"model.name: {name} is a {config.model_type}, an encoder with a decoder"
+    if pairs and head == "SequenceClassification":
+        raise ConfigError(f"{both}; task classify takes one of the two alone")
+    if pairs and head in ("CausalLM", "MaskedLM"):
+        raise ConfigError(f"{both}; set task: seq2seq, or name another model")
     if labels:
         _set_labels(config, labels, wanted)
     model_class = auto._model_mapping.get(type(config), None)
     if model_class is None and not wanted.trust_remote_code:
         fault = f"{name} is a {config.model_type}, of which there is none for {head}"
         raise ConfigError(f"model.name: {fault}; name another model, or set another task")
-    options = {
-        "dtype": getattr(torch, wanted.dtype),
-        "trust_remote_code": wanted.trust_remote_code,
-        "attn_implementation": choose_attention(
-            wanted.attention, model_class, getattr(config, "is_encoder_decoder", False)
-        ),
-    }
+    options = {"dtype": getattr(torch, wanted.dtype), "trust_remote_code": wanted.trust_remote_code}
+    options["attn_implementation"] = choose_attention(wanted.attention, model_class, pairs)
     if wanted.load_in_4bit or wanted.load_in_8bit:
         options |= _quantised(wanted)
     if device_map:
@@ -103,7 +101,8 @@ def position_limit(model: Any) -> int:
     """Return how many positions a model knows."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     # RoBERTa and its kind count positions from behind the one of the padding.
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    base = model.get_base_model().base_model if hasattr(model, "peft_config") else model.base_model
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return known if padding is None else known - padding - 1
 

@@ -25,6 +25,8 @@ class CausalLM(HuggingFaceModel):
     """
 
     seen = 0.5  # share of its document that a token sees
+    ahead = 1  # places from the state that predicts a label to that label's own
+    smoothing = 0.0  # of the truth, in training
 
     def __init__(
         self, model: Any, tokenizer: Any, eval_samples: int | None, cpu_autocast: bool = False
@@ -55,7 +57,7 @@ class CausalLM(HuggingFaceModel):
         theirs, hidden = self._own_logits(base, ids)
         base.train(was_training)
         same = False
-        if hidden.shape[-1] == self._parts["head"].weight.shape[-1]:
+        if hidden.shape[-1] == self._head.weight.shape[-1]:
             ours = self._our_logits(hidden)
             rounding = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
             same = (ours - theirs).abs().max().item() <= rounding
@@ -70,7 +72,7 @@ class CausalLM(HuggingFaceModel):
         return theirs, self._parts["backbone"](input_ids=ids, use_cache=False)[0]
 
     def _our_logits(self, hidden: Tensor) -> Tensor:
-        head = self._parts["head"]  # whose own forward may do more than the loss will
+        head = self._head  # whose own forward may do more than the loss will
         ours = F.linear(hidden, head.weight, head.bias) * self._scale
         return self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
 
@@ -88,24 +90,36 @@ class CausalLM(HuggingFaceModel):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which most of the arithmetic is done."""
-        return torch.bfloat16 if self._cpu_autocast else self._parts["head"].weight.dtype
+        return torch.bfloat16 if self._cpu_autocast else self._head.weight.dtype
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def _head(self) -> Any:
+        return self._parts["head"]
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
+        smoothing, count = self.smoothing if self.training else 0.0, sum(batch["num_labels"])
         with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
-            backbone, starts = self._parts["backbone"], batch["document_starts"]
-            bounds = sum(batch["num_spans"]), max(batch["longest"])
-            hidden = self._parts.get("compiled", backbone)(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-                attention_mask=document_mask(backbone, starts, *bounds), use_cache=False,
-            )[0]  # fmt: skip
-            count = sum(batch["num_labels"])
-            places, targets = label_positions(batch["labels"], count)
-            chosen = hidden.flatten(0, 1).index_select(0, places)
-            rules = self._scale, self._softcap, count
-            total, losses = cross_entropy_at(chosen, self._parts["head"], targets, *rules)
-        rows = places[:count] // batch["labels"].shape[1]
-        return {"loss": total, "token_losses": losses, "rows": rows}
+            hidden, labels = self._states(batch)
+            places, targets = label_positions(labels, count, self.ahead)
+            chosen = self._entering(hidden.flatten(0, 1).index_select(0, places))
+            rules = self._scale, self._softcap, count, smoothing
+            total, losses = cross_entropy_at(chosen, self._head, targets, *rules)
+        return {"loss": total, "token_losses": losses, "rows": places[:count] // labels.shape[1]}
+
+    def _states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states [rows, tokens, width] and the labels [rows, tokens]."""
+        backbone, starts = self._parts["backbone"], batch["document_starts"]
+        bounds = sum(batch["num_spans"]), max(batch["longest"])
+        hidden = self._parts.get("compiled", backbone)(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+            attention_mask=document_mask(backbone, starts, *bounds), use_cache=False,
+        )[0]  # fmt: skip
+        return hidden, batch["labels"]
+
+    def _entering(self, chosen: Tensor) -> Tensor:
+        """Return what enters the output embedding of some of these states, [labels, width]."""
+        return chosen
 
     def loss(self, outputs: dict[str, Tensor], batch: Any) -> Tensor:
         """Return the mean over the label tokens of a microbatch; 0 where it has none.

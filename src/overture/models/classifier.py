@@ -17,7 +17,7 @@ from overture.models.scores import EvalScore, choose_scores
 class Classifier(HuggingFaceModel):
     """An encoder or decoder with a head on whole rows; one output is a regression.
 
-    Takes batches of `data/collate_classify.py`. The loss of a row is its cross-entropy in nats, or
+    Takes batches of `data/collate.py`. The loss of a row is its cross-entropy in nats, or
     for regression its squared error. `scores` are names of `models/scores.py`, None for all that
     fit; ConfigError if one does not.
     """
@@ -33,9 +33,8 @@ class Classifier(HuggingFaceModel):
         self._regression = outputs == 1
         chosen = choose_scores(scores, self._regression)
         if eval_samples:
-            self.val_metrics = {"TokenCrossEntropy": TokenCrossEntropy(eval_samples)}
-            for name, score in chosen.items():
-                self.val_metrics[name] = EvalScore(score, eval_samples, outputs)
+            scored = {n: EvalScore(score, eval_samples, outputs) for n, score in chosen.items()}
+            self.val_metrics = {"TokenCrossEntropy": TokenCrossEntropy(eval_samples), **scored}
         self._cpu_autocast = cpu_autocast  # Composer's amp_bf16 does nothing without CUDA
         self._takes = {"input_ids", "attention_mask"}
         if getattr(model.config, "type_vocab_size", 0) > 1:  # of one type all are 0

@@ -15,10 +15,8 @@ def encoder_inputs(
 ) -> dict[str, Any]:  # fmt: skip
     """Return what to give an encoder beside its ids, so that a token sees its own document only.
 
-    Args:
-        model: of transformers, or its base.
-        starts: [rows, tokens] int32, the `document_starts` of a batch.
-        position_ids, num_tokens, num_spans: of the batch.
+    The `model` is of transformers, or its base; `starts` are the `document_starts` of a batch,
+    [rows, tokens] int32, and the rest is of the batch too.
     """
     padded = sum(count < starts.shape[1] for count in num_tokens)
     documents, spans = sum(num_spans) - padded, sum(num_spans)

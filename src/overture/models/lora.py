@@ -36,10 +36,7 @@ def add_lora(
     rslora: bool = False, dora: bool = False, head: str = "CausalLM",
 ) -> Any:  # fmt: skip
     """Return the model as a PeftModel with fresh adapters; everything else is frozen, but for the
-    `head` of a classifier.
-
-    Raises:
-        ConfigError: `target_modules` names no module of this model.
+    `head` of a classifier. Raises ConfigError if `target_modules` names no module of this model.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -64,18 +61,23 @@ def add_lora(
 
 
 def load_adapters(model: Any, folder: Path, trained: bool = False) -> Any:
-    """Return the model as a PeftModel with the adapters of a folder, to be used or `trained` on.
-
-    Raises:
-        ConfigError: they cannot be read, or are for a model with other tensors.
+    """Return the model as a PeftModel with the adapters of a folder, to be used or `trained` on;
+    ConfigError if they cannot be read, or are for a model with other tensors.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     try:
         with warnings.catch_warnings():
             # What the file lacks would stay as it was drawn; peft only warns.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trained)
+        # What the model has no room for would be left out.
+        here = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        theirs = load_peft_weights(str(folder), device="cpu")
+        # A checkpoint's magnitudes, of DoRA, have a name of their own.
+        kept = {key for key in theirs if {key, key.removesuffix(".weight")} & here.keys()}
+        if more := sorted(key for key in theirs.keys() - kept if "lora_" in key):
+            raise ValueError(f"it has no place for {len(more)} of their tensors, as {more[0]}")
     except Exception as error:  # peft, torch and safetensors have a dozen kinds; all mean the same
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{folder}: adapters that do not fit this model ({reason})") from None
@@ -112,10 +114,9 @@ def adapters_of_hub(name: str, required: bool = False) -> Path | None:
 def continue_adapters(model: Any, name: str, wanted: dict[str, Any] | None) -> Any:
     """Return the model with the adapters of a run, a folder of peft's or the hub's, to be trained.
 
-    Raises:
-        ConfigError: no adapters are there, or for another model, or not what is `wanted`: a
-            section `lora` of the config, None for what they are.
-            Or they are ours, and were trained in another base, by its content.
+    Raises ConfigError: no adapters are there, or for another model, or not what is `wanted` (a
+    section `lora` of the config, None for what they are), or they are ours and were trained in
+    another base, by its content.
     """
     folder = Path(name) / "hf" if (Path(name) / "hf").is_dir() else Path(name)
     folder = adapters_of_hub(name, required=True) or folder
@@ -187,21 +188,17 @@ def base_record(model: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_base(record: Path, model: str, or_else: str = "") -> None:
-    """Compare a model's fingerprint with that of the one that weights were trained in.
+    """Raise ConfigError if weights were trained in another model: here they mean something else.
 
     Args:
         record: the manifest of a checkpoint, or `trained_on.json` beside exported adapters.
         model: as `model_fingerprint` makes it.
         or_else: ends the message: what else can be done.
-
-    Raises:
-        ConfigError: it is another one, in which adapters would mean something else.
     """
     if json.loads(record.read_text(encoding="utf-8")).get("facts", {}).get("model") != model:
-        raise ConfigError(
-            f"{record}: was trained in another model than this one: trained tensors or frozen "
-            f"weights differ; use its base model, dtype and lora{or_else}"
-        )
+        fault = "was trained in another model than this one"
+        why = "trained tensors or frozen weights differ; use its base model, dtype and lora"
+        raise ConfigError(f"{record}: {fault}: {why}{or_else}")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -255,27 +252,19 @@ def _layer_class() -> type:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Return what peft's own forward pass returns, to rounding."""
-            names = self.active_adapters
-            base = self.base_layer
-            plain = (
-                len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
-            )
+            base, names = self.base_layer, self.active_adapters
+            name = names[0] if len(names) == 1 else None
             if (
-                not plain
-                or self.disable_adapters
-                or self.merged
-                or self.lora_bias[names[0]]
-                or args
-                or kwargs
-                or base.weight.requires_grad
-                or x.dtype != base.weight.dtype
+                name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]
+                or self.disable_adapters or self.merged or args or kwargs
+                or base.weight.requires_grad or x.dtype != base.weight.dtype
                 or torch.is_autocast_enabled(x.device.type)
-                or (self.training and getattr(self.lora_dropout[names[0]], "p", 0))
-            ):
+                or (self.training and getattr(self.lora_dropout[name], "p", 0))
+            ):  # fmt: skip
                 return super().forward(x, *args, **kwargs)
-            down, up = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
             # A and B may be of a wider type than x, and their gradients are.
-            down, up = down.to(x.dtype), (up * self.scaling[names[0]]).to(x.dtype)
+            down, up = down.to(x.dtype), (up * self.scaling[name]).to(x.dtype)
             rows = x.reshape(-1, x.shape[-1])
             out, _ = _added_product(rows, base.weight, base.bias, down, up)
             return out.view(*x.shape[:-1], out.shape[-1])

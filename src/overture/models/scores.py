@@ -54,9 +54,7 @@ def spearman(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    one, other = one - one.mean(), other - other.mean()
-    below = one.norm() * other.norm()
-    return one @ other / below if below > 0 else torch.zeros_like(below)
+    return torch.corrcoef(torch.stack([one, other]))[0, 1].nan_to_num()
 
 
 def _ranks(values: Tensor) -> Tensor:

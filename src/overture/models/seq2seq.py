@@ -3,15 +3,20 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overture.errors import ConfigError
 from overture.flops import training_flops
 from overture.models.causal_lm import CausalLM
 from overture.models.encoder import states_of_head
-from overture.models.loss import cross_entropy_at, label_positions
 from overture.models.trainable import numbers
+
+# What else bends greedy answers, where a model's own generation config has it: bart-base lets no
+# three pieces come twice, which of a language in pieces of bytes is often one letter.
+UNBENT = {
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "repetition_penalty": 1.0,
+    "min_length": 0,
+}  # fmt: skip
 
 
 class Head(NamedTuple):
@@ -20,22 +25,20 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., vocabulary] of [..., width]."""
-        return F.linear(hidden, self.weight, self.bias)
-
 
 class Seq2SeqLM(CausalLM):
     """CausalLM with an encoder before it: a label is predicted from the whole source and from the
-    labels before it. Takes batches of `data/collate_pairs.py`.
+    labels before it. Takes batches of `data/collate.py`.
 
     `smoothing` is the share of the truth that training spreads over all pieces evenly (Szegedy et
     al. 2015, 1512.00567, section 7); evaluation measures plain cross-entropy.
     """
 
+    ahead = 0
+
     def __init__(self, *args: Any, smoothing: float = 0.0) -> None:
         super().__init__(*args)
-        self._smoothing = smoothing
+        self.smoothing = smoothing
         base = self._base
         self._weights = [_weights(side) for side in (base.get_encoder(), base.get_decoder())]
         names = ("encoder_layers", "num_layers"), ("decoder_layers", "num_decoder_layers")
@@ -58,28 +61,17 @@ class Seq2SeqLM(CausalLM):
         given = {"input_ids": ids, "decoder_input_ids": ids.flip(1), "use_cache": False}
         return base(**given).logits, states_of_head(base, **given)
 
-    def _our_logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the sum `loss`, `token_losses` [labels] and `rows` [labels], the row of each."""
+    def _states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         source, target = (max(batch[name]) for name in ("source_room", "target_room"))
-        labels, count = batch["labels"][:, :target], sum(batch["num_labels"])
-        smoothing = self._smoothing if self.training else 0.0
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_autocast):
-            hidden = states_of_head(
-                self._base,
-                input_ids=batch["input_ids"][:, :source],
-                attention_mask=batch["attention_mask"][:, :source],
-                decoder_input_ids=self._base.prepare_decoder_input_ids_from_labels(labels=labels),
-                use_cache=False,
-            )
-            places, targets = label_positions(labels, count, ahead=0)
-            chosen = hidden.flatten(0, 1).index_select(0, places)
-            total, losses = cross_entropy_at(
-                chosen, self._head, targets, count=count, smoothing=smoothing
-            )
-        return {"loss": total, "token_losses": losses, "rows": places[:count] // labels.shape[1]}
+        labels = batch["labels"][:, :target]
+        hidden = states_of_head(
+            self._base,
+            input_ids=batch["input_ids"][:, :source],
+            attention_mask=batch["attention_mask"][:, :source],
+            decoder_input_ids=self._base.prepare_decoder_input_ids_from_labels(labels=labels),
+            use_cache=False,
+        )
+        return hidden, labels
 
     def flops_per_batch(self, batch: dict[str, Any]) -> float:
         """Return the training FLOPs of a batch, over real tokens only.
@@ -126,7 +118,7 @@ def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) ->
             "otherwise; use a tokenizer with a pad token of its own"
         )
     codes = {ids[0] for ids in targets}
-    begins = {"decoder_start_token_id": first.pop()}
+    begins = {"decoder_start_token_id": first.pop(), **UNBENT}
     begins["forced_bos_token_id"] = codes.pop() if len(codes) == 1 and codes <= special else None
     model.generation_config.update(**begins, _from_model_config=False)
     return begins

@@ -17,11 +17,10 @@ def freeze_others(model: Any, trainable: str | list[str], head: str) -> None:
     """Leave a gradient to what is to be trained alone: all, last_layer, or patterns of names.
 
     Patterns are those of a shell, on names of parameters, as in "*.self_attn.*". The last layer is
-    the head of a classifier; of a language model its last block, with the norm behind it and an
-    output embedding of its own, in an encoder-decoder those of the decoder.
-
-    Raises:
-        ConfigError: a pattern that no parameter has, or a model without such a layer.
+    the head of a classifier, with what is made anew below it; of a language model its last block,
+    with the norm behind it and an output embedding of its own, in an encoder-decoder those of the
+    decoder.
+    Raises ConfigError: a pattern that no parameter has, or a model without such a layer.
     """
     if trainable in ("all", "lora"):
         return
@@ -44,7 +43,7 @@ def _last_layer(model: Any, head: str) -> set[str]:
     within = {id(p) for p in model.base_model.parameters()}
     behind = {name for name, p in model.named_parameters() if id(p) not in within}
     if head == "SequenceClassification":
-        return behind
+        return behind | {*getattr(model, "made_anew", ())}
     decoder = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
     stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     if not stacks:
@@ -78,8 +77,7 @@ def describe_trained(model: Any) -> list[str]:
     trained = {name: p for name, p in named.items() if p.requires_grad}
     rows, total = dict(_groups(trained)), sum(map(numbers, named.values()))
     count = sum(rows.values())
-    if count == total:
-        rows = {}  # all of them
+    rows = {} if count == total else rows  # all of them
     rows |= {"trained": count, "of all parameters": total}
     width = max(map(len, rows))
     lines = [f"  {name:<{width}}  {size:>13,}" for name, size in rows.items()]

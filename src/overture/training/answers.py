@@ -5,17 +5,19 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from overture.callbacks.run_log import RunLog
 from overture.config.schema import GenerationConfig
-from overture.data.schema import write_aside
+from overture.data.schema import ANSWERS, write_aside
 from overture.errors import ConfigError
 from overture.generate import answer_together, end_tokens
 
-Pairs = list[tuple[list[int], list[int]]]  # ids of a prompt, and of the answer with its end
+# Ids of a prompt, of the answer with its end, and all that would be right, where that is known.
+Pairs = list[tuple[list[int], list[int], list[str] | None]]
 
 
 def held_out_prompts(dataset: Any, count: int, longest: int = 2**31) -> Pairs:
@@ -28,13 +30,14 @@ def held_out_prompts(dataset: Any, count: int, longest: int = 2**31) -> Pairs:
         row = dataset[index]
         borders = row["document_ends"][:-1]
         documents = (np.split(row[name], borders) for name in ("input_ids", "loss_mask"))
-        for ids, mask in zip(*documents, strict=True):
+        right = json.loads(row[ANSWERS]) if ANSWERS in row else [None] * (len(borders) + 1)
+        for ids, mask, known in zip(*documents, right, strict=True):
             if not mask.any():
                 continue
             end = int(np.flatnonzero(mask)[-1]) + 1
             begin = end - int((mask[:end][::-1] == 0).argmax() or end)
             if 0 < begin <= longest:
-                pairs.append((ids[:begin].tolist(), ids[begin:end].tolist()))
+                pairs.append((ids[:begin].tolist(), ids[begin:end].tolist(), known))
             if len(pairs) == count:
                 return pairs
     return pairs
@@ -58,10 +61,11 @@ class HeldOutAnswers:
         if not pairs:
             fault = f"{config.max_new_tokens} leave no room for a prompt in the model's {positions}"
             raise ConfigError(f"generation.max_new_tokens: {fault} positions")
-        self._ids = [prompt for prompt, _ in pairs]
-        self._ends = {expected[-1] for _, expected in pairs}  # of a chat it is no EOS
+        self._ids = [prompt for prompt, *_ in pairs]
+        self._right = [known for *_, known in pairs]
+        self._ends = {expected[-1] for _, expected, _ in pairs}  # of a chat it is no EOS
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
-        texts = [expected[:-1] for _, expected in pairs]  # a chat's turn may end in two specials
+        texts = [expected[:-1] for _, expected, _ in pairs]  # a chat's turn may end in two specials
         self.expected = tokenizer.batch_decode(texts, skip_special_tokens=True)
         self.enough: Callable[[], bool] = bool  # asked before each batch; bool() is False
         self.before: list[str] = []
@@ -80,8 +84,9 @@ class HeldOutAnswers:
         names = ("prompt", "expected", "before", "after")
         columns = zip(self.prompts, self.expected, self.before, self.after, strict=True)
         rows = [dict(zip(names, row, strict=True)) for row in columns]
-        for row in rows:
-            row |= {f"exact_{when}": is_exact(row[when], row["expected"]) for when in names[2:]}
+        for row, right in zip(rows, self._right, strict=True):
+            found = {f"exact_{n}": score(row[n], row["expected"], right)[0] for n in names[2:]}
+            row |= found if right is None else {**found, "answers": right}
         write_aside(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         told = {when: self.scores(getattr(self, when)) for when in names[2:]}
         scores = {f"{name}_{when}": told[when][name] for name in told["after"] for when in told}
@@ -89,9 +94,9 @@ class HeldOutAnswers:
 
     def scores(self, answers: list[str]) -> dict[str, float]:
         """Return how good answers are, by names, as shares of what could be."""
-        pairs = list(zip(answers, self.expected, strict=True))
-        right = sum(is_exact(*pair) for pair in pairs) / len(pairs)
-        return {"exact_match": right, "character_f1": sum(f1(*pair) for pair in pairs) / len(pairs)}
+        pairs = zip(answers, self.expected, self._right, strict=True)
+        exact, f1 = zip(*(score(*pair) for pair in pairs), strict=True)
+        return {"exact_match": fmean(exact), "character_f1": fmean(f1)}
 
 
 class Translations(HeldOutAnswers):
@@ -106,6 +111,7 @@ class Translations(HeldOutAnswers):
         from sacrebleu.metrics import BLEU, CHRF
 
         name = self.config.bleu_tokenize or ("char" if _has_no_spaces(self.expected) else "13a")
+        self.tokenize = name
         try:
             # Beforehand: it would only say so when all is translated.
             self._metrics = {"bleu": BLEU(tokenize=name), "chrf": CHRF()}
@@ -116,7 +122,7 @@ class Translations(HeldOutAnswers):
     @staticmethod
     def pairs(dataset: Any, count: int, longest: int) -> Pairs:
         rows = (dataset[index] for index in range(dataset.num_samples))
-        pairs = ((row["input_ids"].tolist(), row["labels"].tolist()) for row in rows)
+        pairs = ((row["input_ids"].tolist(), row["labels"].tolist(), None) for row in rows)
         return list(itertools.islice(pairs, count if longest > 0 else 0))
 
     def scores(self, answers: list[str]) -> dict[str, float]:
@@ -140,20 +146,25 @@ def _has_no_spaces(texts: list[str]) -> bool:
     return 2 * sum("\u3040" <= c <= "\u9fff" for c in letters) > len(letters)
 
 
-def is_exact(answer: str, expected: str) -> bool:
-    """Return whether two answers are the same but for white space at their ends."""
-    return answer.strip() == expected.strip()
+def score(answer: str, expected: str, right: list[str] | None = None) -> tuple[bool, float]:
+    """Return whether an answer is exact, and the F1 of its characters.
 
-
-def f1(answer: str, expected: str) -> float:
-    """Return the F1 of an answer's characters, as JGLUE counts them, but for one answer that is
-    expected, where JGLUE takes the best of several.
-
-    The harmonic mean of the shares of one's characters that are the other's too, each as often
-    (Kurihara et al. 2022, "JGLUE", section 5.2; Rajpurkar et al. 2016, 1606.05250, have words), in
-    small letters, without a last full stop, white space made one space.
+    F1 is the harmonic mean of the shares of one's characters that are the other's too, each as
+    often (Kurihara et al. 2022, "JGLUE", section 5.2; Rajpurkar et al. 2016, 1606.05250, have
+    words), in small letters, without full stops at the end, white space made one space. Where all
+    the answers that are `right` are known, both are as JGLUE has them: the best with any of them,
+    exact if the same in that form. Else an exact one is the same but for white space at its ends.
+    `expected`, one of them, is as a tokenizer gives it back.
     """
-    texts = (text.lower().strip().removesuffix("。") for text in (answer, expected))
-    ours, theirs = (Counter(" ".join(text.split())) for text in texts)
-    common, total = (ours & theirs).total(), ours.total() + theirs.total()
+    said, known = _plain(answer), [*map(_plain, [expected, *(right or ())])]
+    exact = answer.strip() == expected.strip() if right is None else said in known
+    return exact, max(_f1(said, text) for text in known)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.strip().lower().rstrip("。").split())
+
+
+def _f1(ours: str, theirs: str) -> float:
+    common, total = (Counter(ours) & Counter(theirs)).total(), len(ours) + len(theirs)
     return 2 * common / total if total else 1.0

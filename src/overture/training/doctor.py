@@ -13,7 +13,8 @@ import torch
 from composer.core import Time
 
 from overture.check import check_data
-from overture.config.schema import Config
+from overture.config.rules import sharding_problems
+from overture.config.schema import Config, FSDPConfig
 from overture.data.inspect import ledger_figures, sample_lines, samples
 from overture.data.integrity import read_index
 from overture.data.schema import INDEX
@@ -24,7 +25,7 @@ from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.jobs import is_finished
 from overture.training.rehearsal import Rehearsal, rehearse
-from overture.training.sharding import layer_kinds
+from overture.training.sharding import layer_kinds, parallelism
 from overture.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[3]
@@ -33,9 +34,8 @@ PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "peft", "
 GIB = 2**30
 SAMPLED = 8 * GIB  # bytes of a split that are read to verify it: half a minute of a slow disk
 NUMBERS = ("  ids", "  lab")  # lines of a sample
-TINY = "a few rows do not fit; lower max_seq_len or set model.activation_checkpointing=true"
 UNTRIED = "too large to be tried whole, as one process does it: what activations take is not known"
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = tuple(2**n for n in range(11))
 STATE = ("weights", "gradients", "optimizer", "moving average")  # what shards divide
 
 
@@ -78,8 +78,15 @@ def examine(config: Config) -> Iterator[Finding]:
     except OvertureError as error:
         yield Finding("run", "stop", str(error))
     except torch.cuda.OutOfMemoryError as error:
-        verdict, text = ("stop", TINY) if config.fsdp_config is None else ("warning", UNTRIED)
+        sharded = config.fsdp_config is not None
+        verdict, text = ("warning", UNTRIED) if sharded else ("stop", _too_large(config))
         yield Finding("memory", verdict, f"{text}; {str(error).splitlines()[0][:120]}")
+
+
+def _too_large(config: Config) -> str:
+    ways = ["device_train_microbatch_size=1"] * (config.device_train_microbatch_size != 1)
+    ways += ["model.activation_checkpointing=true"] * (not config.model.activation_checkpointing)
+    return f"it does not fit; try {' or '.join([*ways, 'a lower max_seq_len'])}"
 
 
 def _versions() -> Iterator[Finding]:
@@ -107,7 +114,7 @@ def _hub(config: Config) -> Finding:
     names = sorted(name for name in wanted if not Path(name).exists())
     if not names:
         return Finding("hub", "ok", "not needed: model and tokenizer are made here or lie here")
-    from huggingface_hub import constants, model_info
+    from huggingface_hub import auth_check, constants, model_info
 
     if constants.HF_HUB_OFFLINE:
         text = f"offline, as HF_HUB_OFFLINE says: {', '.join(names)} must be in the cache"
@@ -115,6 +122,7 @@ def _hub(config: Config) -> Finding:
     for name in names:
         try:
             model_info(name, timeout=5)
+            auth_check(name)  # which of a gated one says whether it is open to us
         except Exception as error:  # of requests, urllib3 and the hub, a dozen kinds
             reason = " ".join(str(error).split())[:120]
             return Finding("hub", "warning", f"{name}: {reason}; a copy in the cache would do")
@@ -162,6 +170,8 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         network = load_network(wanted, tokenizer, head=TASKS[config.task].head, hollow=True)
     except RuntimeError:  # a model that must see its numbers while it is made
         return 0, 0
+    if config.fsdp_config is not None:
+        parallelism(config, network)
     count = sum(p.numel() for p in network.parameters())
     held = sum(p.nbytes for p in network.parameters())
     if config.model.load_in_4bit or config.model.load_in_8bit:  # its tables are left as they are
@@ -180,8 +190,10 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         fault = f"{count:,} parameters: {what} take {need}"
         ways = ["model.dtype=bfloat16"] * (config.trainable == "lora" and wanted.dtype == "float32")
         ways += ["trainable=lora"] * _may_be_lora(config)
-        larger = "or a larger device; or several, with fsdp_config={}"
-        yield Finding("memory", "stop", "; ".join([fault, *ways, larger]))
+        ways.append("or a larger device")
+        if not [*sharding_problems(replace(config, fsdp_config=FSDPConfig()))]:
+            ways.append("or several, with fsdp_config={}")
+        yield Finding("memory", "stop", "; ".join([fault, *ways]))
     return held, besides
 
 
@@ -195,13 +207,16 @@ def _gathered(config: Config, network: torch.nn.Module) -> int:
 
     A layer's weights are gathered while it computes, and those of the next one ahead; what belongs
     to no layer, as the tables of words, stays from the first forward pass to the end of the step.
+    Where all is trained, their gradients are there at its end, and a copy that ranks add up.
     """
     wide = 4 if config.precision == "fp32" else 2
+    added = wide if config.fsdp_config.mixed_precision == "PURE" else 4
     kinds = layer_kinds(network)  # a list within a layer is no list of layers
     layers = [module for module in network.modules() if type(module).__name__ in kinds]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     apart = sum(p.numel() for p in network.parameters()) - sum(sizes)
-    return wide * (2 * max(sizes, default=0) + apart)
+    largest, trained = max(sizes, default=0), config.trainable == "all"
+    return max(wide * (2 * largest + apart), (wide + added) * max(largest, apart) * trained)
 
 
 def _shards(config: Config, besides: int, held: int, room: int) -> Finding:
@@ -220,9 +235,13 @@ def _shards(config: Config, besides: int, held: int, room: int) -> Finding:
 
 
 def _step(found: Rehearsal) -> Finding:
+    if not math.isfinite(found.loss):
+        fault = f"the loss is {found.loss}: weights that are broken, or too large for the precision"
+        return Finding("step", "stop", fault)
     if found.without:
         shown = ", ".join(found.without[:3]) + ", ..." * (len(found.without) > 3)
-        return Finding("step", "stop", f"no gradient reaches {shown}; leave them out of trainable")
+        fault = f"no gradient reaches {shown}, or none that is finite"
+        return Finding("step", "stop", f"{fault}; leave them out of trainable")
     text = f"forward, backward and optimizer on the longest rows; loss {found.loss:.3f}"
     return Finding("step", "ok", f"{text}; a gradient reaches every trained tensor")
 
@@ -233,12 +252,18 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
     Where there are shards, `besides` is what a rank holds next to its own.
     """
     predicted = max(sum(found.parts.values()), found.loading)
+    # DDP, where there are several ranks, keeps gradients a second time.
+    copy = 0 if config.fsdp_config else found.parts["gradients"]
+    predicted += copy * (torch.cuda.device_count() > 1)
     lines = [f"  {part:<22} {size / GIB:8.2f} GiB" for part, size in found.parts.items()]
     if found.loading >= predicted:
         lines.append(f"  {'at once, when loading':<22} {found.loading / GIB:8.2f} GiB")
     how = "a whole microbatch took" if found.whole else "foretold from fewer:"
     text = f"{found.rows} rows: {how} {predicted / GIB:.2f} GiB, {room / GIB:.1f} are there"
-    if predicted < 0.9 * room:
+    if copy:
+        lines.append(f"  {'more on several ranks':<22} {copy / GIB:8.2f} GiB")
+    # A CPU takes more than a few rows foretell, by up to two fifths (RESULTS.md).
+    if predicted < (0.9 if found.whole or torch.cuda.is_available() else 0.7) * room:
         return Finding("memory", "ok", text, tuple(lines))
     if besides:
         state = sum(found.parts.get(part, 0) for part in STATE)
@@ -279,7 +304,8 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     tokens = count * batch * found.tokens
     hours = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
     rate = found.rows * found.tokens / found.seconds
-    text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on one device"
+    where = "one device" if torch.cuda.is_available() else "this CPU"
+    text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on {where}"
     if torch.cuda.is_available():
         text += f" ({seconds / 3600:.2f} GPU-hours)"
     return Finding("time", "ok", f"{text}, evaluations apart, if all rows were as the longest")

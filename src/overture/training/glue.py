@@ -198,9 +198,8 @@ def summarise(config: GlueConfig, folder: Path) -> tuple[list[dict[str, Any]], f
             figures = {"mean": mean, "std": std, "values": values}
             rows.append({"task": name, "metric": metric, **figures})
             parts.setdefault(task, []).append(mean)
-    if any(mean is None for means in parts.values() for mean in means):
-        return rows, None
-    return rows, statistics.fmean(map(statistics.fmean, parts.values()))
+    is_whole = all(None not in means for means in parts.values())
+    return rows, statistics.fmean(map(statistics.fmean, parts.values())) if is_whole else None
 
 
 def table_lines(rows: list[dict[str, Any]], average: float | None) -> list[str]:

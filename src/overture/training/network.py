@@ -52,6 +52,8 @@ def build_network(
     known = config.model, tokenizer, config.max_seq_len, task.head, labels
     hollow = config.fsdp_config is not None and dist.get_global_rank() != 0  # is sent its shards
     network = load_network(*known, hollow=hollow)
+    # Which hollow ones do not know.
+    network.made_anew = dist.all_gather_object(network.made_anew)[0]
     if config.task == "seq2seq":
         refuse_unknown_family(network)
     # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
@@ -61,11 +63,18 @@ def build_network(
     if network.device.type != "meta":
         _prove(config, network, len(tokenizer), packed)
     if config.model.activation_checkpointing:
+        if not network.supports_gradient_checkpointing:
+            fault = f"a {type(network).__name__} has none; leave it out"
+            raise ConfigError(f"model.activation_checkpointing: {fault}")
         network.gradient_checkpointing_enable({"use_reentrant": False})
         for module in network.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = _checkpoint
     freeze_others(network, config.trainable, task.head)
+    for name, p in network.named_parameters():
+        if name in network.made_anew and not p.requires_grad:
+            fault = f"{name} is not in {config.model.name}, and would stay as drawn at random"
+            raise ConfigError(f"trainable: {fault}; name it too, or train all")
     if config.model.adapter is not None:
         section = config.lora and vars(config.lora)
         network = continue_adapters(network, config.model.adapter, section)

@@ -129,12 +129,14 @@ def rehearse(config: Config, room: int) -> Rehearsal:
         start = time.perf_counter()
         passes(size)
         optimizer.step()
+        meter.peak()  # waits for a GPU
         seconds = time.perf_counter() - start
         optimizer.zero_grad()
         passes(size)
         forecast = meter.peak()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    grads = {name: p.grad for name, p in trained.items() if ".experts." not in name}  # which wait
+    without = [n for n, g in grads.items() if g is None or not g.any() or not g.isfinite().all()]
     parts = {
         "weights": sum(t.nbytes for t in [*network.parameters(), *network.buffers()]),
         "gradients": sum(p.nbytes for p in trained.values()),
@@ -144,9 +146,10 @@ def rehearse(config: Config, room: int) -> Rehearsal:
         ),
     }  # fmt: skip
     rest = max(forecast - sum(parts.values()), 0)
-    parts["activations"] = min(size * per_row, rest)
     wide = "amp_bf16" if cpu_autocast else precision
-    logits = _logits(network, size * _tokens(looked_at[0]), wide)
+    logits = min(_logits(network, size * _tokens(looked_at[0]), wide), rest)
+    # Of one row alone it is not known what grows with rows.
+    parts["activations"] = min(size * per_row, rest) if more > few else rest - logits
     parts["logits"] = min(logits, rest - parts["activations"])
     parts["workspace"] = rest - parts["activations"] - parts["logits"]
     if config.algorithms.ema is not None:  # which was not made here

@@ -44,12 +44,9 @@ def local_folder(config: Config) -> Path:
 
 
 def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest whole checkpoint of this run and its manifest, the same on every rank.
-
-    Raises:
-        ConfigError: it is of a run with another config, or autoresume is off.
+    """Return the newest whole checkpoint of this run and its manifest, the same on every rank;
+    ConfigError if it is of a run with another config, or autoresume is off.
     """
-
     broken, there = [], ""
     if config.save_folder and "://" in config.save_folder:
         remote, here = store.RemoteFolder(config.save_folder), local_folder(config)
@@ -90,11 +87,16 @@ def find_load_path(config: Config, model: str) -> Path:
         if remote:
             atexit.register(shutil.rmtree, cache, ignore_errors=True)
         state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
-        if (state.parent / store.MANIFEST).is_file() and "model" not in config.resume.allow:
+        manifest = state.parent / store.MANIFEST
+        if manifest.is_file() and "model" not in config.resume.allow:
             try:
-                check_base(state.parent / store.MANIFEST, model, ", or set resume.allow=[model]")
+                check_base(manifest, model, ", or set resume.allow=[model]")
             except ConfigError:
-                _refuse_other_model(state.parent / store.MANIFEST, config)
+                record = json.loads(manifest.read_text(encoding="utf-8"))
+                theirs, ours = _models(record["config"], config)
+                if theirs != ours:  # which says more
+                    fault = f"load_path: {state.parent}: is a {theirs}, but model is a {ours}"
+                    raise ConfigError(f"{fault}; set model to what the checkpoint is of") from None
                 raise
         return state
 
@@ -151,25 +153,14 @@ def may_be_same(one: str, other: str) -> bool:
 
 
 def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -> None:
-    """Compare what a run was begun with, by content, with what is there now.
-
-    Raises:
-        DataError: the dataset, the tokenizer or the model is another one under the same name.
+    """Raise DataError if the dataset, the tokenizer or the model of a run is another one now, by
+    its content, under the same name.
     """
     changed = [key for key in now if before.get(key) != now[key] and key not in allow]
     if changed:
         what, allow = " and the ".join(changed), f"resume.allow=[{','.join(changed)}]"
         fault = f"the {what} of this run is not what it was begun with, though its name is the same"
         raise DataError(f"{fault}; begin a new run, or set {allow}")
-
-
-def _refuse_other_model(manifest: Path, config: Config) -> None:
-    """Raise ConfigError if a checkpoint's model was begun as another one than the config's."""
-    record = json.loads(manifest.read_text(encoding="utf-8"))
-    theirs, ours = _models(record["config"], config)
-    if theirs != ours:
-        fault = f"load_path: {manifest.parent}: is a {theirs}, but model is a {ours}"
-        raise ConfigError(f"{fault}; set model to what the checkpoint is of")
 
 
 def _models(before: str, config: Config) -> list[str]:
@@ -194,10 +185,8 @@ def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], pat
 
 
 def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], path: Path) -> None:
-    """Compare the weights of a checkpoint with those that are to be trained, by their shapes.
-
-    Raises:
-        ConfigError: it lacks some, or has them in other shapes, as that of another model would.
+    """Raise ConfigError if a checkpoint lacks weights that are to be trained, or has them in other
+    shapes, as that of another model would.
     """
     for name in sorted(trained.keys() & theirs.keys()):
         if theirs[name] != trained[name]:
@@ -212,13 +201,10 @@ def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], pa
 
 
 def check_room(config: Config, model: torch.nn.Module) -> int:
-    """Compare what the checkpoints will take with what is free where they go; return one's bytes.
+    """Return a checkpoint's bytes; GuardError if too few are free where it goes for those that are
+    kept and the one that is being written; with save_num_checkpoints_to_keep of -1, for two.
 
     Those that are there already are counted as kept. A quota of the user's is not seen.
-
-    Raises:
-        GuardError: it is not enough for those that are kept and the one that is being written; with
-            save_num_checkpoints_to_keep of -1, for one and another.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # What is not trained is saved too, but beside adapters. Adam keeps two float32 of each.
@@ -275,11 +261,8 @@ class Checkpointer(Callback):
             raise Preempted(batch)
 
     def save(self, state: State, evaluation_due: bool = False) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            GuardError: weights are not finite, or the disk is full or out of order; the last
-                checkpoint is still there.
+        """Write a checkpoint; GuardError if weights are not finite, or the disk is full or out of
+        order: the last checkpoint is still there.
         """
         batch = state.timestamp.batch.value
         if batch == self._saved:  # while the evaluation of this very step goes on

@@ -103,6 +103,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         raise ConfigError(f"trainable: {config.trainable}: no parameter would be trained")
     for line in [config.model.name, *describe_trained(network)]:
         say(line)
+    if config.trainable == "lora" and not config.model.pretrained:
+        say("warning: adapters over weights drawn at random, which nobody can use without them")
     if network.made_anew:
         shown = ", ".join(network.made_anew[:4]) + ", ..." * (len(network.made_anew) > 4)
         say(f"made anew, as {config.model.name} has none of that name and shape: {shown}")
@@ -174,6 +176,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         with suppress(OSError):
             log.flush()
         runs.write_failure(run_folder, config, why, preempted)
+        if dist.get_global_rank() == 0 and not preempted:
+            with suppress(Exception):  # the page shows where it went wrong, if it can be made
+                build_report(run_folder)
 
     watchdog = Watchdog(config.guards.timeout, stacks, workers, fail)
     if isinstance(answers, Translations):
@@ -206,7 +211,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             throughput,  # before the log, which reads its figures
             log,
             spikes,
-            *filter(None, (target, early, mlperf)),
+            *filter(None, (target, mlperf, early)),  # the times end before weights are written
             watchdog,
             # Last, as it keeps the state of the others.
             saver,
@@ -239,7 +244,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
     try:
         request.training = True
-        _fit(trainer, config.eval_first, due, target, early)
+        _fit(trainer, config.eval_first, due, log.step, target, early)
         seconds = clock.seconds()
         request.training, request.saved = False, trainer.state.timestamp.batch.value
         if request.asked:  # too late for a batch to end
@@ -278,6 +283,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         result = _result(config, log, throughput, target, seconds)
         result["steps"] = trainer.state.timestamp.batch.value
         result["metrics"] = {} if isinstance(answers, Translations) else log.scores
+        if isinstance(answers, Translations):
+            result["bleu_tokenize"] = answers.tokenize
         result["guards"] = {"loss_spikes": spikes.steps, "skipped_steps": finite.skipped}
         request.finish()
         if dist.get_global_rank() == 0:
@@ -310,9 +317,11 @@ def _explain(error: Exception, run_folder: Path) -> Exception:
 
 
 def _fit(
-    trainer: Trainer, eval_first: bool, due: bool, target: LossTarget | None, early: Any
+    trainer: Trainer, eval_first: bool, due: bool, step: int, target: LossTarget | None, early: Any
 ) -> None:
-    """Train to the end, with an evaluation before it, or one that is `due` from an earlier part."""
+    """Train to the end, with an evaluation before it, or one that is `due` from an earlier part,
+    whose last one was after `step`.
+    """
     state = trainer.state
     if due or (eval_first and state.timestamp.batch == 0):
         trainer.eval()
@@ -320,7 +329,7 @@ def _fit(
         return
     if state.timestamp < state.max_duration:
         trainer.fit()
-    elif state.evaluators and not due:
+    elif state.evaluators and not due and state.timestamp.batch != step:
         trainer.eval()  # the last part of this run got to the end of training only
 
 

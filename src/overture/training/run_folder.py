@@ -3,7 +3,6 @@
 import fcntl
 import importlib.metadata
 import json
-import math
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from composer.utils import dist
 
 import overture
+from overture.callbacks.run_log import finite
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.config.secrets import redact
@@ -31,7 +31,10 @@ def refuse_finished_run(config: Config) -> Path:
     folder = Path(config.run_folder)
     on_rank_zero(lambda: _lock(config))
     result = folder / "result.json"
-    status = json.loads(result.read_text("utf-8"))["status"] if result.is_file() else None
+    status = json.loads(result.read_text("utf-8")).get("status") if result.is_file() else None
+    if (folder / "config.yaml").exists() and not (folder / "environment.json").exists():
+        fault = f"{folder} is no folder of a run, and its config.yaml would be overwritten"
+        raise ConfigError(f"run_folder: {fault}; name another")
     if status in FINISHED:
         fault = f"run_name: {config.run_name} is finished ({status})"
         raise ConfigError(f"{fault}; choose another run_name, or delete {folder}")
@@ -56,9 +59,9 @@ def begin_run(config: Config, command: str, resumed: bool, ledgers: dict[str, An
         elif log.exists():  # a full disk, or a power cut, may have left half a line
             with log.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
-        write_aside(folder / "config.yaml", dump_config(config))
         known = environment(command) | {"data": [*map(_data, ledgers.items())]}
         write_aside(folder / "environment.json", json.dumps(known, indent=1) + "\n")
+        write_aside(folder / "config.yaml", dump_config(config))
         (folder / "result.json").unlink(missing_ok=True)
 
 
@@ -101,9 +104,12 @@ def environment(command: str) -> dict[str, Any]:
 def _data(named: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what stays of a split, whose folder may go: its name, where it is from, how much."""
     name, ledger = named
-    much = {"rows": ledger["rows"]["kept"], "samples": ledger["samples"]}
+    rows, tokens = ledger["rows"], ledger["tokens"]
+    dropped = sum(rows["malformed"].values()) + sum(rows["dropped"].values())
     source = {"source": ledger["source"]["name"], "sha256": ledger["source"].get("sha256")}
-    return {"split": name, **source, **much, "tokens": ledger["tokens"]["total"]}
+    much = {"rows": rows["kept"], "dropped": dropped, "cut": rows["truncated"]}
+    much |= {"samples": ledger["samples"], "tokens": tokens["total"], "learned": tokens["trained"]}
+    return {"split": name, **source, **much}
 
 
 def write_failure(folder: Path, config: Config, why: str, preempted: bool = False) -> None:
@@ -116,6 +122,5 @@ def write_failure(folder: Path, config: Config, why: str, preempted: bool = Fals
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json; figures that are not finite become null, as JSON has no NaN."""
     if dist.get_global_rank() == 0:
-        lost = [k for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)]
-        clean = {**result, **dict.fromkeys(lost)}
+        clean = {k: finite(v) if isinstance(v, float) else v for k, v in result.items()}
         write_aside(folder / "result.json", json.dumps(clean, indent=1) + "\n")

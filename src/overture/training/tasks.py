@@ -4,9 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from overture.config.schema import Config
-from overture.data.collate import TokenCollator
-from overture.data.collate_classify import ClassifyCollator
-from overture.data.collate_pairs import PairCollator
+from overture.data.collate import ClassifyCollator, PairCollator, TokenCollator
 from overture.data.masking import MaskingCollator
 from overture.errors import ConfigError
 from overture.models.causal_lm import CausalLM
@@ -45,10 +43,6 @@ def _masked_rows(config: Config, tokenizer: Any, training: bool) -> MaskingColla
     return MaskingCollator(rows, tokenizer, share, seed, anew=training)
 
 
-def _whole_rows(config: Config, tokenizer: Any, training: bool) -> ClassifyCollator:
-    return ClassifyCollator(config.max_seq_len, tokenizer.pad_token_id)
-
-
 def _pairs(config: Config, tokenizer: Any, training: bool) -> PairCollator:
     together = config.device_train_microbatch_size if training else config.device_eval_batch_size
     together = config.global_train_batch_size if together == "auto" else together
@@ -67,6 +61,7 @@ TASKS: dict[str, Task] = {
     ),
     "classify": Task(
         "SequenceClassification", prove_padding,
-        lambda config, *parts: Classifier(*parts, config.metrics), _whole_rows,
+        lambda config, *parts: Classifier(*parts, config.metrics),
+        lambda config, tokenizer, _: ClassifyCollator(config.max_seq_len, tokenizer.pad_token_id),
     ),
 }  # fmt: skip

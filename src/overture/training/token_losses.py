@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from overture.callbacks.run_log import finite
 from overture.data.inspect import pieces
 from overture.data.schema import write_aside
 
@@ -26,11 +27,8 @@ def write_token_losses(
     """Write the samples of the highest mean loss among the first rows of a split, one per line:
     `mean` in nats per label, `of` how many, and `pieces`, each a text and its loss or null.
 
-    Args:
-        model: as Composer's Trainer takes it, of which `token_losses` are known.
-        rows: a dataset; each of its rows may hold several documents, each of which is a sample.
-        collate: makes a batch of rows, as for evaluation.
-        tokenizer: that of the model.
+    The `model` is as Composer's Trainer takes it; each document of a row of the dataset `rows` is
+    a sample; `collate` makes a batch of rows, as for evaluation.
     """
     device, seen = next(model.parameters()).device, 0
     model.eval()
@@ -47,7 +45,7 @@ def write_token_losses(
     found.sort(key=_mean, reverse=True)
     lines = []
     for sample in found[:CHOSEN]:
-        row = {"mean": _finite(_mean(sample)), "of": len(found)}
+        row = {"mean": finite(_mean(sample)), "of": len(found)}
         row["pieces"] = list(_merged(tokenizer, *_worst_stretch(*sample)))
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_aside(path, "".join(lines))
@@ -78,10 +76,6 @@ def _mean(sample: Sample) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None  # JSON has no NaN
-
-
 def _worst_stretch(ids: list[int], each: list[float | None]) -> Sample:
     """Return the stretch of a long sample in which the losses sum up to most."""
     if len(ids) <= LONGEST:
@@ -100,4 +94,4 @@ def _merged(
     begins = [n for n, text in enumerate(texts) if text or not n]
     for begin, end in itertools.pairwise([*begins, len(texts)]):
         known = [loss for loss in each[begin:end] if loss is not None]
-        yield texts[begin], _finite(sum(known)) if known else None
+        yield texts[begin], finite(sum(known)) if known else None

@@ -13,19 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
+from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
+from transformers.models import auto
 from transformers.utils import can_return_tuple
 
 from overture.models.attention import attention, takes_rows_end_to_end
@@ -95,11 +86,8 @@ class Attention(nn.Module):
         parts = self.projection(x).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        implementation = self.config._attn_implementation
-        mixed, _ = attention(
-            self, query, key, value, mask, dropout, slopes=self.slopes,
-            implementation=implementation,
-        )  # fmt: skip
+        how = {"slopes": self.slopes, "implementation": self.config._attn_implementation}
+        mixed, _ = attention(self, query, key, value, mask, dropout, **how)
         return self.dense(mixed.flatten(2))
 
 
@@ -143,14 +131,6 @@ class MosaicBertPreTrainedModel(PreTrainedModel):
     reads_documents = True  # takes `document_starts`
     accepts_loss_kwargs = False  # transformers' Trainer would send some with every batch
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
-        if isinstance(module, nn.LayerNorm):
-            module.weight.data.fill_(1.0)
-        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-            module.bias.data.zero_()
-
 
 class MosaicBertModel(MosaicBertPreTrainedModel):
     """The encoder, with BERT's pooler for classification."""
@@ -174,7 +154,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, document_starts: Tensor | None = None,
         num_tokens: int | None = None, num_documents: int | None = None,
-    ) -> BaseModelOutputWithPooling:  # fmt: skip
+    ) -> outputs.BaseModelOutputWithPooling:  # fmt: skip
         """Return the hidden states [rows, tokens, width], zeros or noise for padding.
 
         Args:
@@ -199,7 +179,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
             hidden = layer(hidden, tokens.mask)
         hidden = tokens.put_back(hidden)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(hidden[:, 0]))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+        return outputs.BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
 class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
@@ -225,7 +205,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, labels: Tensor | None = None, **more: Any,
-    ) -> MaskedLMOutput:  # fmt: skip
+    ) -> outputs.MaskedLMOutput:  # fmt: skip
         """Return logits [rows, tokens, vocabulary], and the mean loss of `labels` if they are given
         ([rows, tokens] int64, -100 for none); `more` is for the model.
         """
@@ -233,7 +213,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         logits = self.decoder(self.norm(F.gelu(self.transform(hidden))))
         size = self.config.vocab_size
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=size)
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return outputs.MaskedLMOutput(loss=loss, logits=logits)
 
 
 class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
@@ -252,20 +232,20 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, labels: Tensor | None = None, **more: Any,
-    ) -> SequenceClassifierOutput:  # fmt: skip
+    ) -> outputs.SequenceClassifierOutput:  # fmt: skip
         """Return logits [rows, labels], and the loss of `labels` [rows] if they are given."""
         more = {name: value for name, value in more.items() if value is not None}  # peft's
         pooled = self.bert(input_ids, attention_mask, token_type_ids, **more).pooler_output
         logits, loss = self.classifier(self.dropout(pooled)), None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def register_mosaic_bert() -> None:
     """Let transformers' Auto classes know `mosaic_bert`, as often as one likes."""
-    AutoConfig.register(MosaicBertConfig.model_type, MosaicBertConfig, exist_ok=True)
-    AutoModel.register(MosaicBertConfig, MosaicBertModel, exist_ok=True)
-    AutoModelForMaskedLM.register(MosaicBertConfig, MosaicBertForMaskedLM, exist_ok=True)
-    auto = AutoModelForSequenceClassification
-    auto.register(MosaicBertConfig, MosaicBertForSequenceClassification, exist_ok=True)
+    auto.AutoConfig.register(MosaicBertConfig.model_type, MosaicBertConfig, exist_ok=True)
+    auto.AutoModel.register(MosaicBertConfig, MosaicBertModel, exist_ok=True)
+    auto.AutoModelForMaskedLM.register(MosaicBertConfig, MosaicBertForMaskedLM, exist_ok=True)
+    of_rows = auto.AutoModelForSequenceClassification
+    of_rows.register(MosaicBertConfig, MosaicBertForSequenceClassification, exist_ok=True)

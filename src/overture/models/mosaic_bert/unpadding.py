@@ -61,9 +61,8 @@ def unpad(starts: Tensor, num_tokens: int | None, num_documents: int | None) -> 
     begins = number[begins.flatten()[places[:num_tokens]]].to(torch.int32)
     begins = torch.nn.functional.pad(begins, (0, total - num_tokens), value=-1)
     spans = None if num_documents is None else num_documents + (total > num_tokens)
-    return Unpadded(
-        (rows, tokens), mask_of(begins[None], spans, max(tokens, STEP)), places, num_tokens
-    )
+    mask = mask_of(begins[None], spans, max(tokens, STEP))
+    return Unpadded((rows, tokens), mask, places, num_tokens)
 
 
 def starts_of(attention_mask: Tensor | None, shape: torch.Size) -> Tensor:
