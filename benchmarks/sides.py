@@ -157,14 +157,14 @@ def switch_off(what: str | None) -> None:
         return collated(TokenCollator(max(len(r["input_ids"]) for r in rows), 0), rows)
 
     def all_logits(
-        hidden: Any, head: Any, targets: Any, scale: float, softcap: Any, count: int
+        hidden: Any, head: Any, targets: Any, scale: float, softcap: Any, count: int, *_: Any
     ) -> tuple[Any, Any]:
         logits = head(hidden[:count]).float()
         losses = torch.nn.functional.cross_entropy(logits, targets[:count], reduction="none")
         return losses.sum(), losses.detach()
 
     def liger(
-        hidden: Any, head: Any, targets: Any, scale: float, softcap: Any, count: int
+        hidden: Any, head: Any, targets: Any, scale: float, softcap: Any, count: int, *_: Any
     ) -> tuple[Any, Any]:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -177,7 +177,9 @@ def switch_off(what: str | None) -> None:
     if what == "liger":
         causal_lm.cross_entropy_at = liger
     if what == "labels":  # logits and their gradients at every token, a chunk at a time
-        causal_lm.label_positions = lambda labels, _: label_positions(labels, labels.numel())
+        causal_lm.label_positions = lambda labels, _, *ahead: label_positions(
+            labels, labels.numel(), *ahead
+        )
     if what == "length":
         TokenCollator.__call__ = by_the_longest
     if what == "memory":

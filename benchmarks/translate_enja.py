@@ -1,4 +1,4 @@
-"""English to Japanese from nothing on two cores: BLEU on the test set against training time.
+"""English to Japanese from nothing on two cores: dev BLEU as it trains, test BLEU at its end.
 
     OVERTURE_DATA=... python benchmarks/translate_enja.py [--pairs N] [a.b=c ...]
 

@@ -1,8 +1,10 @@
 """Models by name; our loss equals the family's own; packed documents are apart."""
 
+import importlib
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 from overture.config.schema import ModelConfig
 from overture.data.collate import TokenCollator
 from overture.errors import ConfigError
+from overture.models import causal_lm
 from overture.models.attention import document_mask
 from overture.models.build import load_network, locate_model
 from overture.models.causal_lm import CausalLM
@@ -183,6 +186,20 @@ def test_a_loss_lets_go_of_its_graph_once_it_has_given_its_gradients(tokenizer):
     again.backward()  # that of another loss is still there
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, 4 * gradient)
+
+
+@pytest.mark.parametrize("switch", ["loss", "labels"])
+def test_what_benchmarks_put_in_the_place_of_a_part_gives_the_same(tokenizer, monkeypatch, switch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    sides = importlib.import_module("sides")
+    model, batch = CausalLM(build("llama", tokenizer), tokenizer, None), packed_batch(tokenizer)
+    ours = model(batch)
+    for name in ("cross_entropy_at", "label_positions"):  # put back when this ends
+        monkeypatch.setattr(causal_lm, name, getattr(causal_lm, name))
+    sides.switch_off(switch)
+    theirs = model(batch)
+    torch.testing.assert_close(theirs["loss"], ours["loss"])
+    torch.testing.assert_close(theirs["token_losses"], ours["token_losses"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
