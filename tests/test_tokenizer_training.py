@@ -106,6 +106,23 @@ def test_every_kind_gives_its_text_back_and_says_how_well(made, kind):
         assert back(tokenizer, text) == text or not takes_all
 
 
+def test_what_is_said_is_learned_of_conversations_and_lines_of_a_folder(made, tmp_path):
+    halves = TEXTS[::2], TEXTS[1::2]
+    (tmp_path / "chats.jsonl").write_text("".join(
+        json.dumps({"prompt_id": None, "conversations": [
+            {"from": "human", "value": one}, {"from": "gpt", "value": other}]}) + "\n"
+        for one, other in zip(*halves, strict=False)
+    ))  # fmt: skip
+    (tmp_path / "texts").mkdir()
+    for number, half in enumerate(halves):
+        (tmp_path / "texts" / f"{number}.txt").write_text("".join(half))
+    talks, _ = made(inputs=[str(tmp_path / "chats.jsonl")])
+    assert not {"human", "gpt"} & {*talks.get_vocab()}
+    assert "the" in "".join(talks.get_vocab())
+    _, figures = made(inputs=[str(tmp_path / "texts")])
+    assert figures.texts == 2  # every hundredth line
+
+
 def test_special_tokens_have_their_roles(made):
     tokenizer, _ = made(special_tokens=["<|tool|>", "<|user|>"])
     assert {role: getattr(tokenizer, role) for role in ROLES} == ROLES

@@ -15,7 +15,7 @@ from overture.data.conversion import refuse
 from overture.data.encode import Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.prompts import PromptTemplate, chat_template, template
-from overture.data.readers import READERS, Malformed, open_bytes, reader
+from overture.data.readers import READERS, Format, Malformed, open_bytes, reader
 from overture.data.sources import open_source
 from overture.errors import FULL, ConfigError, GuardError
 from overture.vocabulary import BYTES, UNKNOWN
@@ -174,11 +174,9 @@ class _Corpus:
         self.held_out: list[str] = []
 
     def whole(self) -> Iterator[str]:
-        """Yield all texts as they are."""
         return (text for source in self._sources for text in source())
 
     def texts(self) -> Iterator[str]:
-        """Yield the texts to be trained on."""
         self.held_out, share = [], self._share
         for number, text in enumerate(self.whole()):
             due = int((number + 1) * share) > int(number * share)
@@ -197,20 +195,37 @@ def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[],
             if getattr(plan, option):
                 refuse(f"--{option} {getattr(plan, option)}: {name} is text, without fields")
         return lambda: _lines(path)
-    source = open_source(name, subset=plan.data_subset)
+    try:
+        source = open_source(name, form=Format(text_rows="line"), subset=plan.data_subset)
+    except ConfigError:  # no folder or pattern of texts
+        source = open_source(name, subset=plan.data_subset)
 
     def read() -> Iterator[str]:
         for place, record in source.read():
             if isinstance(record, Malformed):
                 raise ConfigError(f"{name}: {place} {record.detail}")
+            if chosen is None:
+                yield from _strings(record)
+                continue
             texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
-            if chosen and not record.keys() & chosen.fields().keys():
+            if not record.keys() & chosen.fields().keys():
                 fields = f"none of its fields ({', '.join(chosen.fields())})"
                 refuse(f"--prompt_template {plan.prompt_template}: {name}: {place} has {fields}")
-            seen = (chosen.prompt(texts), texts.get(chosen.response, "")) if chosen else ()
-            yield from seen or texts.values()
+            yield from (chosen.prompt(texts), texts.get(chosen.response, ""))
 
     return read
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all texts in a record, of a message what is said alone."""
+    if isinstance(value, dict):
+        said = [value[name] for name in ("content", "value") if name in value]
+        value = said if said and {"role", "from"} & value.keys() else [*value.values()]
+    if isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+    elif value and isinstance(value, str):
+        yield value
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -249,11 +264,6 @@ def _save(made: Any, plan: Plan, file: bytes | None) -> None:
     from transformers import PreTrainedTokenizerFast
 
     more = [token for token in plan.specials() if token not in plan.roles().values()]
-    if plan.model == "wordpiece":
-        from tokenizers.processors import BertProcessing
-
-        ends = [(name, made.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-        made.post_processor = BertProcessing(*ends)
     whole = PreTrainedTokenizerFast(
         tokenizer_object=made, clean_up_tokenization_spaces=False,
         additional_special_tokens=more, **plan.roles(),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import BertProcessing
 
 from overture.errors import ConfigError
 
@@ -49,6 +50,8 @@ def word_piece(texts: Texts, size: int, specials: Sequence[str], lowercase: bool
     options = {"special_tokens": list(specials), "show_progress": False}
     trainer = trainers.WordPieceTrainer(vocab_size=size, **options)
     tokenizer.train_from_iterator((text.replace(HOLE, " ") for text in texts()), trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = BertProcessing(*ends)
     return tokenizer
 
 
@@ -67,8 +70,7 @@ def over_characters(
     else:
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(unk_token=UNKNOWN, **options)
-    whole = pre_tokenizers.Sequence(_cuts())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole, _split(HOLE, "removed")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*_cuts(), _split(HOLE, "removed")])
     # A lattice of all ways to divide a text is kept in memory; those without spaces are long.
     short = (text[i : i + LONGEST] for text in texts() for i in range(0, len(text), LONGEST))
     tokenizer.train_from_iterator(short, trainer)

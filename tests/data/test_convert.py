@@ -295,6 +295,25 @@ def test_renamed_fields(job):
     assert sorted(documents(root, "train")) != []
 
 
+def test_fields_inside_of_a_field(job):
+    flat = [{"instruction": r["instruction"], "response": r["response"]} for r in rows(5)]
+    _, root, _ = job(flat)
+    expected = documents(root, "train")
+    records = [{"said": {"q": r["instruction"], "to": {"a": r["response"]}}} for r in flat]
+    job(records, fields={"instruction": "said.q", "response": "said.to.a"}, out_root=root / "in")
+    assert documents(root / "in", "train") == expected != []
+    # An empty one is dropped, as a flat one is; identifiers may be inside too.
+    records += [{"said": {"q": "x", "to": {"a": None}}, "of": {"id": "1"}}] * 2
+    fields = {"instruction": "said.q", "response": "said.to.a", "id": "of.id"}
+    more = {"max_rejected": 0.2, "out_root": root / "more"}
+    ledgers, *_ = job(records, fields=fields, **more)
+    found = ledgers["train"]["rows"]
+    assert (found["dropped"], found["malformed"]) == ({"empty_response": 1}, {"duplicate_id": 1})
+    wrong = {"fields": {"instruction": "said.q", "response": "said.to.b"}, "max_rejected": 1.0}
+    with pytest.raises(ConfigError, match="no row has that field"):
+        job(records, **wrong, out_root=root / "none")
+
+
 @pytest.mark.parametrize("name", ["no/such/file.jsonl", "missing.jsonl", "./x"])
 def test_missing_source(job, name):
     with pytest.raises(ConfigError, match="no such file"):

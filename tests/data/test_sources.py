@@ -295,6 +295,19 @@ def test_folders_as_the_hub_has_them(tmp_path):
         records(tmp_path)
 
 
+def test_splits_are_words_in_names_too(tmp_path):
+    for name, row in (("my_train.jsonl", 0), ("my_Dev.jsonl", 1), ("constraint.jsonl", 2)):
+        (tmp_path / name).write_text(json.dumps(ROWS[row]) + "\n")
+    assert records(tmp_path) == [ROWS[0]]
+    assert records(tmp_path, "dev") == [ROWS[1]]
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
+    assert records(tmp_path) == [ROWS[2]]  # which is called so before anything else
+    for name in ("my_train.jsonl", "train.jsonl"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=r"has no files for split 'train'; there are:.*my_Dev"):
+        records(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["embedded", "*.jsonl", "a.txt,b.txt"])
 def test_what_is_not_divided_has_no_other_split(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

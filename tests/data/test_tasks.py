@@ -228,6 +228,35 @@ def test_marks_of_a_template_count_and_those_in_its_fields_do_not(run, tokenizer
     assert [(r["line"], r["reason"]) for r in rejected] == [(2, "special_token_in_text")]
 
 
+def test_marks_count_without_a_role_and_columns_that_nobody_reads_do_not(run, tokenizer, tmp_path):
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    mark = {**made["added_tokens"][0], "id": len(tokenizer), "content": "<|header|>"}
+    made["added_tokens"].append({**mark, "special": True})
+    backend = Tokenizer.from_str(json.dumps(made))
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token,
+                                  pad_token=tokenizer.pad_token)  # fmt: skip
+    assert "<|header|>" not in own.all_special_tokens
+    own.chat_template = chat_templates()["plain"]
+    own.save_pretrained(tmp_path / "own")
+    template = tmp_path / "t.yaml"
+    template.write_text('sections: ["<|header|>{instruction}"]\nresponse: response\n')
+    records = [pair(1, html="<|header|> <|endoftext|>"), pair(2, response="a<|header|>b")]
+    options = {"tokenizer": str(tmp_path / "own"), "prompt_template": str(template)}
+    _, (row,), rejected = run(records, "instruct", **options)
+    assert row["input_ids"].tolist().count(len(tokenizer)) == 1
+    assert [(r["line"], r["reason"]) for r in rejected] == [(2, "special_token_in_text")]
+    talks = [talk("q", "a"), talk("<|header|>system", "a")]
+    _, rows, rejected = run(talks, "chat", tokenizer=str(tmp_path / "own"))
+    assert len(rows) == 1 and [r["line"] for r in rejected] == [2]
+
+
+def test_a_template_that_asks_for_the_day_gets_the_same_one(run, tokenizer, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ strftime_now('%d %b %Y') }}\n" + chat_templates()["plain"])
+    _, (row,), _ = run([talk("q", "a")], "chat", prompt_template=str(path))
+    assert tokenizer.decode(row["input_ids"]).startswith("26 Jul 2024")
+
+
 @pytest.mark.data
 def test_one_bos_where_the_tokenizer_uses_one(run, real_data, tmp_path):
     model = real_data / "models" / "stories260K"
@@ -287,6 +316,7 @@ def test_ids_take_the_smallest_type(run, tmp_path, smoke):
         ("sections: ['{a']\nresponse: b\n", "a section cannot be filled in"),
         ("sections: ['a']\nresponse: b\n", "no section names a field"),
         ("sections: ['{a}']\nresponse: b\ncut: c\n", "cut names 'c'"),
+        ("sections: ['{a}', '{b}']\nresponse: b\n", "a section holds b, which is to be learned"),
         ("sections: [\n", "is not YAML"),
     ],
 )
@@ -364,3 +394,17 @@ def test_a_field_that_may_be_left_out_is_not_overlooked(smoke, tmp_path):
     with pytest.raises(ConfigError, match="no row has 'context', but 'input'; say --field cont"):
         tokens("none")
     assert tokens("with", context="input") > tokens("without", context="")
+    # A table that was saved with its index has a column without a name.
+    named = tokens("without2", context="")
+    records = [{"": str(n), **row} for n, row in enumerate(records)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+    assert tokens("index", context="", id="") == named
+
+
+def test_a_second_text_may_be_left_out(run):
+    records = [{"sentence1": f"a{n}", "sentence2": "b", "label": "xy"[n % 2]} for n in range(6)]
+    fields = {"text": "sentence1"}
+    with pytest.raises(ConfigError, match="or --field text_pair= for none"):
+        run(records, "classify", fields=fields, packing="none")
+    _, rows, _ = run(records, "classify", fields={**fields, "text_pair": ""}, packing="none")
+    assert len(rows) == 6

@@ -168,7 +168,6 @@ class Conversion:
 
 
 def refuse(message: str) -> None:
-    """Raise ConfigError."""
     raise ConfigError(message)
 
 

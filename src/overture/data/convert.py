@@ -16,9 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 import overture
+from overture.data import encode
 from overture.data.conversations import as_threads
 from overture.data.conversion import OVERFLOWS, Conversion
-from overture.data.encode import InstructEncoder, RawTextEncoder, Records, TextEncoder, Tokens
+from overture.data.encode import InstructEncoder, Records, TextEncoder, Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import ClassifyEncoder, Seq2SeqEncoder, class_names
 from overture.data.examine import ALIASES, Examination, Fields, dropped, examine
@@ -48,6 +49,12 @@ def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
         fault = "--engine spark: pyspark is not installed"
         raise ConfigError(f"{fault}; pip install -r requirements-spark.txt")
     _refuse_existing(job)
+    if job.tokenizer:  # a wrong name is to be told before anything is fetched
+        from overture.tokenizer import load_tokenizer
+
+        load_tokenizer(job.tokenizer)
+    if job.prompt_template:
+        (chat_template if job.task == "chat" else template)(job.prompt_template)
     with Workspace(job) as work:
         work.bind(job.identity())
         sources = {split: open_rows(job, split, work.folder) for split in job.origins}
@@ -152,7 +159,7 @@ def task_fields(job: Conversion, prompt: Any) -> Fields:
         kinds, learned = {"messages": "messages"}, ()
     elif job.task == "classify":
         kinds, learned = {"text": "text", "text_pair": "optional", "label": "label"}, ("label",)
-        if "text_pair" in job.fields:
+        if job.fields.get("text_pair"):
             kinds["text_pair"] = "text"  # named, so it is to be there
     else:
         kinds = {name: "text" if must else "optional" for name, must in prompt.fields().items()}
@@ -172,8 +179,7 @@ def check_names(job: Conversion, fields: Fields, found: Examination) -> None:
         theirs = next((name for name in ALIASES.get(ours, ()) if name in found.names), None)
         if theirs and ours not in (*job.fields, *found.names):
             fault = f"no row has {ours!r}, but {theirs!r}"
-            remedy = f"say --field {ours}={theirs}, or --field {ours}= for none"
-            raise ConfigError(f"{fault}; {remedy}")
+            raise ConfigError(f"{fault}; say --field {ours}={theirs}, or --field {ours}= for none")
     named = {f"--field {ours}={theirs}": theirs for ours, theirs in job.fields.items()}
     for option, name in {**named, f"--stratify {job.stratify}": job.stratify}.items():
         if name and name not in found.names:
@@ -234,13 +240,13 @@ def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
 def template_tokens(tokenizer: Any, prompt: Any, specials: bool = False) -> Tokens:
     """Return a tokenizer for the texts of a template, in which its marks, if any, count as such."""
     text = "".join(prompt.sections) if isinstance(prompt, PromptTemplate) else ""
-    has_marks = any(token in text for token in tokenizer.all_special_tokens if token)
+    has_marks = any(token in text for token in encode.special_tokens(tokenizer) if token)
     return Tokens(tokenizer, specials or has_marks)
 
 
 def _encoder(job: Conversion, tokens: Tokens | None, prompt: Any, labels: Any) -> Any:
     if tokens is None:
-        return RawTextEncoder(prompt)
+        return encode.RawTextEncoder(prompt)
     longest = None if job.packing == "concat" else job.max_seq_len
     what = labels if job.task == "classify" else prompt
     common = (tokens, what, longest, job.overflow or OVERFLOWS[job.task][0])

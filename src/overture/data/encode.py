@@ -8,7 +8,7 @@ follows it and is learned. What stands in a record is text: a `</s>` in it does 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -50,7 +50,10 @@ class Tokens:
         first = tokenizer("a")["input_ids"][0]
         has_bos = first in (tokenizer.bos_token_id, tokenizer.cls_token_id)
         self.bos = np.array([first] if has_bos else [], np.uint32)
-        self.special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+        marks = special_tokens(tokenizer)
+        # The longest first: one may begin as another does.
+        names = sorted(filter(None, marks), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, names)))
         self.vocab_size = len(tokenizer)
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
@@ -58,10 +61,9 @@ class Tokens:
         self.backend.encode_special_tokens = not specials
         self._words = WordCache.of(self.backend)
         # SentencePiece's unigram models take what spells one for it, whatever they are told.
-        ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        texts = {f"a {name} b": number for name, number in ids.items()}
+        texts = {f"a {name} b": number for name, number in marks.items()}
         found = zip(texts.values(), self.backend.encode_batch(list(texts)), strict=True)
-        ends = {*self.backend.encode("a b").ids} if texts else set()
+        ends = {*self.backend.encode("a b").ids}
         self._leaks = any(number in one.ids and number not in ends for number, one in found)
 
     def __reduce__(self) -> Any:
@@ -95,10 +97,9 @@ class Tokens:
         plain, broken = map(len, self.ids(["b", "\nb"]))
         return "\n" if broken > plain else " | "  # some take a new line for a space
 
-    def forbids(self, record: dict[str, str]) -> bool:
-        """Return whether a record spells a special token where those count as such."""
+    def forbids(self, texts: Iterable[str]) -> bool:
+        """Return whether one of the texts spells a special token where those count as such."""
         counts = self._leaks or not self.backend.encode_special_tokens
-        texts = (text for name, text in record.items() if name != EVERY_ANSWER)
         return counts and any(map(self.special.search, texts))
 
     def marker(self, text: str) -> np.ndarray:
@@ -107,6 +108,15 @@ class Tokens:
         ids = self.backend.encode(text, add_special_tokens=False).ids
         self.backend.encode_special_tokens = plain
         return np.array(ids, np.uint32)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the special tokens of a tokenizer with their ids, also those that have no role in it,
+    as Llama 3's headers.
+    """
+    marks = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    others = tokenizer.added_tokens_decoder.items()
+    return marks | {token.content: number for number, token in others if token.special}
 
 
 def missing_bos(bos: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -124,9 +134,8 @@ def token_document(parts: Sequence[tuple[np.ndarray, bool]]) -> Document:
 class Encoder:
     """Encodes records; `columns` are the MDS columns of the documents.
 
-    Each task has its own `documents`, which yields for each record its documents, or the reason
-    that it has none. The `template` says what the model sees and learns. Without `max_seq_len`
-    documents stay whole, for concatenation; `overflow` is one of `conversion.OVERFLOWS`.
+    Each task has its own `documents`. The `template` says what the model sees and learns. Without
+    `max_seq_len` they stay whole, for concatenation; `overflow` is one of `conversion.OVERFLOWS`.
     """
 
     def __init__(
@@ -134,6 +143,8 @@ class Encoder:
     ) -> None:
         self.tokens, self.template = tokens, template
         self.max_seq_len, self.overflow = max_seq_len, overflow
+        has_fields = isinstance(template, PromptTemplate)
+        self._read = (*template.fields(),) if has_fields else ("text", "text_pair")
         self.columns = token_columns(tokens.vocab_size)
 
     def encode(self, records: Records) -> Encoded:
@@ -147,6 +158,10 @@ class Encoder:
             else:
                 out.documents.extend(found)
         return out
+
+    def forbids(self, record: dict[str, str]) -> bool:
+        """Return whether a special token is spelled where it would be taken for one."""
+        return self.tokens.forbids(record.get(name) or "" for name in self._read)
 
 
 class TextEncoder(Encoder):
@@ -169,7 +184,7 @@ class TextEncoder(Encoder):
         longest = self.max_seq_len or 2**62
         for record, ids in zip(records, texts, strict=True):
             whole = np.concatenate([missing_bos(self.bos, ids), ids, self.eos])
-            if self.tokens.forbids(record):
+            if self.forbids(record):
                 yield "special_token_in_text"
             elif not len(ids) or len(whole) < 2:
                 yield "empty"
@@ -204,7 +219,7 @@ class InstructEncoder(Encoder):
         for record, prompt, answer in zip(records, ids[:count], ids[count:], strict=True):
             bos = missing_bos(self.tokens.bos, prompt)
             room = self.max_seq_len - len(bos) - len(answer) - len(eos)
-            if self.tokens.forbids(record):
+            if self.forbids(record):
                 yield "special_token_in_text"
             elif not len(answer):  # the tokenizer may drop what it takes for no text
                 yield "empty_response"

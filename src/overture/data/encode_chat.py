@@ -6,6 +6,7 @@ tokenised apart, so that borders are exact and equal to what generation will mee
 """
 
 from collections import Counter
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from overture.errors import ConfigError
 
 Messages = list[dict[str, str]]
 Parts = list[tuple[np.ndarray, bool]]  # ids, whether they are learned
+DAY = date(2024, 7, 26)  # which Llama 3's template has where there is no clock
 _PROBE = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))] * 2
 
 
@@ -83,8 +85,9 @@ class ChatEncoder(Encoder):
         return parts
 
     def render(self, messages: Messages, answer_next: bool) -> str:
-        """Return a conversation as the template has it."""
+        """Return a conversation as the template has it, on the same day whenever it is asked."""
         options = {"tokenize": False, "add_generation_prompt": answer_next}
+        options["strftime_now"] = DAY.strftime
         apply = self.tokens.tokenizer.apply_chat_template
         return apply(messages, chat_template=self.template, **options)
 
@@ -92,8 +95,7 @@ class ChatEncoder(Encoder):
         cut = False
         while True:
             bos = missing_bos(self.tokens.bos, parts[0][0])
-            length = len(bos) + sum(len(ids) for ids, _ in parts)
-            if length <= self.max_seq_len:
+            if len(bos) + sum(len(ids) for ids, _ in parts) <= self.max_seq_len:
                 notes["truncated"] += cut
                 return [token_document([(bos, False), *parts])]
             system = messages[:1] if messages[0]["role"] == "system" else []

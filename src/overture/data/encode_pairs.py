@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from overture.data.encode import Encoder, Found, InstructEncoder, Records, Tokens
+from overture.data.encode import Encoder, Found, InstructEncoder, Records, Tokens, special_tokens
 from overture.data.schema import ids_type
 from overture.errors import ConfigError
 
@@ -23,7 +23,7 @@ class Seq2SeqEncoder(InstructEncoder):
     def __init__(self, tokens: Tokens, *common: Any) -> None:
         super().__init__(tokens, *common)
         self.columns = dict.fromkeys(("input_ids", "labels"), ids_type(tokens.vocab_size))
-        self._special = set(tokens.tokenizer.all_special_ids)
+        self._special = set(special_tokens(tokens.tokenizer).values())
         if getattr(tokens.tokenizer, "tgt_lang", "") is None:
             fault = "translates between languages that have to be named, which cannot be done here"
             raise ConfigError(f"--tokenizer {tokens.tokenizer.name_or_path}: {fault}; save it with "
@@ -37,7 +37,7 @@ class Seq2SeqEncoder(InstructEncoder):
         for record, source, target in zip(records, sources, targets, strict=True):
             if self.tokens.eos not in target[-2:]:  # a language code may follow it
                 target = [*target, self.tokens.eos]
-            if self.tokens.forbids(record):
+            if self.forbids(record):
                 yield "special_token_in_text"
                 continue
             if not set(target) - self._special:
@@ -71,7 +71,7 @@ class ClassifyEncoder(Encoder):
 
     def documents(self, records: Records, notes: Counter[str]) -> Found:
         for record, row in zip(records, self._rows(records), strict=True):
-            if self.tokens.forbids(record):
+            if self.forbids(record):
                 yield "special_token_in_text"
                 continue
             is_long = len(row.ids) > self.max_seq_len

@@ -38,20 +38,34 @@ class Fields:
     identifier: str = "id"  # the field that no two rows may share; '' for none
     stratify: str | None = None
 
+    def reach(self, record: Record) -> Record:
+        """Return a record with what dotted names ask for inside of a field, as translation.en."""
+        for theirs in (*self.renamed.values(), self.identifier, self.stratify or ""):
+            if "." in theirs and theirs not in record:
+                value: Any = record
+                for part in theirs.split("."):
+                    if not isinstance(value, dict) or part not in value:
+                        break
+                    value = value[part]
+                else:
+                    record = record | {theirs: value}
+        return record
+
     def read(self, record: Record, known: bool = False, whole: bool = False) -> Record | Malformed:
         """Return the record under our names, all other texts kept, or what is wrong with it.
 
         A row `known` to be sound is not searched again; of a `whole` one all else is kept too.
         """
         ours: Record = {}
+        record = self.reach(record)
         for name, kind in self.kinds.items():
             theirs = self.renamed.get(name, name)
-            value = record.get(theirs)
+            value = record.get(theirs) if theirs else None  # "" is for none
             if kind == "messages":
                 value = conversations(record, theirs)
                 if isinstance(value, Malformed):
                     return value
-            elif theirs not in record and not kind.startswith("optional"):
+            elif not (theirs and theirs in record) and not kind.startswith("optional"):
                 return Malformed("missing_field", f"has no field {theirs!r}")
             elif kind.endswith("label") and isinstance(value, int | float) and math.isfinite(value):
                 value = str(int(value) if value == int(value) else value)  # 1, 1.0 and true are one
@@ -146,6 +160,7 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
     for row, (place, raw) in enumerate(source.read()):
         record = raw
         if not isinstance(raw, Malformed):
+            raw = fields.reach(raw)
             found.names.update(raw.keys())  # not update(raw): that would add up the texts
             record = fields.read(raw)
         if isinstance(record, Malformed):
@@ -155,14 +170,19 @@ def examine(source: Source, fields: Fields, max_rejected: float) -> Examination:
                 keys.append(hash((row, source.name)))
             continue
         _count(found, fields, record)
-        identifier = raw.get(fields.identifier)
+        identifier = raw.get(fields.identifier) if fields.identifier else None
         found.identifiers.append(hash((row,) if identifier in (None, "") else str(identifier)))
         found.strata.append(hash(str(raw.get(fields.stratify))))
     if not found.rows:
         raise ConfigError(f"{source.name}: holds no records")
     for name in ("fates", "prompts", "contents", "identifiers", "strata"):
         setattr(found, name, np.array(getattr(found, name)))
-    _reject_repeated_identifiers(found, source, fields)
+    repeated = repeats(found.identifiers)
+    for row, (place, record) in enumerate(source.read() if repeated.any() else ()):
+        if repeated[row]:
+            identifier = fields.reach(record)[fields.identifier]
+            what = f"repeats {fields.identifier} {identifier!r}"
+            found.fates[row] = found.reject(row, place, Malformed("duplicate_id", what))
     if sum(found.malformed.values()) / found.rows > max_rejected:
         raise ConfigError(_too_many(source, found, fields, max_rejected))
     return found
@@ -191,14 +211,6 @@ def _opening(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps([*itertools.takewhile(lambda m: m["role"] != "assistant", value)])
-
-
-def _reject_repeated_identifiers(found: Examination, source: Source, fields: Fields) -> None:
-    repeated = repeats(found.identifiers)
-    for row, (place, record) in enumerate(source.read() if repeated.any() else ()):
-        if repeated[row]:
-            what = f"repeats {fields.identifier} {record[fields.identifier]!r}"
-            found.fates[row] = found.reject(row, place, Malformed("duplicate_id", what))
 
 
 def _too_many(source: Source, found: Examination, fields: Fields, limit: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overture.data.collate import TokenCollator
+from overture.data.encode import special_tokens
 from overture.data.page import visible, write_page
 from overture.data.schema import LEDGER
 from overture.data.shards import Figures, Split, trusting
@@ -99,7 +100,7 @@ def _sample(split: Split, row: dict[str, Any], tokenizer: Any) -> Sample:
             padding = [Token(tokenizer.pad_token_id, "padding", f"{rest:,} × padding")]
     elif split.kind == "seq2seq":
         ids, labels = np.append(ids, row["labels"]), np.append(labels, row["labels"])
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = [*special_tokens(tokenizer).values()]
     is_role = {"second": types > 0, "end": np.isin(labels, special), "learned": labels != -100}
     roles = np.select(list(is_role.values()), list(is_role), "prompt")
     parts = zip(*(np.split(array, starts[1:]) for array in (ids, roles)), strict=True)

@@ -43,9 +43,8 @@ def describe_labels(ledgers: Ledgers) -> Iterator[str]:
             rest = f", {len(counts) - MOST_SHOWN} more" if len(counts) > MOST_SHOWN else ""
             yield f"labels of {split}: {', '.join(shares)}{rest}"
     if counts:
-        most = max(counts, key=counts.__getitem__)
-        share = counts[most] / sum(counts.values())
-        yield f"always guessing {most!r} would be right in {share:.1%} of {split}"
+        most, count = largest[0]
+        yield f"always guessing {most!r} would be right in {count / total:.1%} of {split}"
 
 
 def _shown(names: list[str] | None) -> str:

@@ -78,8 +78,7 @@ def build_loader(
         raise ConfigError(f"drop_last: {fault} {rows:,}; lower the batch size or convert more data")
     batches = GuardedLoader(
         dataset, batch_size, collate_fn=collate, num_workers=loader.num_workers,
-        drop_last=loader.drop_last,
-        worker_init_fn=partial(_begin_worker, stacks) if loader.num_workers else None,
+        drop_last=loader.drop_last, worker_init_fn=partial(_begin_worker, stacks),
     )  # fmt: skip
     return DataSpec(
         batches, num_samples=rows, get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),

@@ -17,7 +17,7 @@ from overture.errors import ConfigError, GuardError
 # What the rows of all parts must have in common, beside the options, to be rows of one dataset.
 ALIKE = ("columns", "labels", "template")
 APART = ("origins", "max_rows", "max_rejected", "size_limit")  # options that each part may have
-SUMMED = ("rows", "documents", "label_counts", "samples")
+SUMMED = ("rows", "documents", "label_counts", "samples", "tokens")
 
 
 def merge_parts(
@@ -85,7 +85,7 @@ def _write(folders: Sequence[Path], name: str, parts: list[dict[str, Any]], asid
     aside.mkdir()
     for folder, ledger in zip(folders, parts, strict=True):
         verify_split(folder / name, ledger, most=0)  # these are hashed once they are here
-    shards = join_shards([folder / name for folder in folders], aside, keep=True)
+    shards = join_shards([folder / name for folder in folders], aside)
     rejected = [folder / name / REJECTED for folder in folders]
     with (aside / REJECTED).open("wb") as file:
         file.writelines(path.read_bytes() for path in rejected if path.exists())
@@ -135,10 +135,9 @@ def _origins(ledger: dict[str, Any]) -> list[list[Any]]:
 def _merged(folders: Sequence[Path], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the ledger of all parts together, but for its files."""
     merged = {**parts[0], **{key: _sum([part[key] for part in parts]) for key in SUMMED}}
-    merged["tokens"] = tokens = _sum([part["tokens"] for part in parts])
     if merged["packing"]["method"] != "none":
         room = merged["samples"] * merged["max_seq_len"]
-        merged["packing"] = {**merged["packing"], "utilisation": tokens["total"] / room}
+        merged["packing"] = {**merged["packing"], "utilisation": merged["tokens"]["total"] / room}
     sources = [part["source"] for part in parts]
     name = f"{len(parts)} parts: {', '.join(source['name'] for source in sources)}"
     merged["source"] = {"name": name, "parts": sources}

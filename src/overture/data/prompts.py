@@ -109,6 +109,8 @@ def parse_template(content: Any, place: str) -> PromptTemplate:
         made.prompt({})
     except (ValueError, KeyError, IndexError) as error:
         raise refuse(f"a section cannot be filled in ({error})") from None
+    if any(made.response in _names(section) for section in made.sections):
+        raise refuse(f"a section holds {made.response}, which is to be learned behind the prompt")
     if not [n for n in made.fields() if n != made.response]:
         raise refuse("no section names a field")
     if made.cut is not None and made.cut not in made.fields():

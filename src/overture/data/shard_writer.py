@@ -61,9 +61,8 @@ class ShardWriter:
         empty = place.with_name(f"{place.name}.empty")
         shutil.rmtree(empty, ignore_errors=True)
         # Not `with MDSWriter`: on an error it would write an index that looks complete.
-        options = {"compression": compression, "size_limit": size_limit}
-        hashes = ["sha256", "xxh64"]
-        self._writer = MDSWriter(out=str(empty), columns=columns, hashes=hashes, **options)
+        options = {"compression": compression, "size_limit": size_limit, "columns": columns}
+        self._writer = MDSWriter(out=str(empty), hashes=["sha256", "xxh64"], **options)
         empty.rmdir()
         self._writer.local = str(place)
         self._writer.shards = shards
@@ -110,11 +109,10 @@ def seal_split(place: Path, shards: list[Any], ledger: dict[str, Any]) -> dict[s
     return ledger
 
 
-def join_shards(folders: list[Path], place: Path, keep: bool) -> list[dict[str, Any]]:
+def join_shards(folders: list[Path], place: Path) -> list[dict[str, Any]]:
     """Bring the shards of some folders, in order, into the folder `place`, and write its index.
 
-    They are linked, or copied from another disk, where the folders are to `keep` theirs; else they
-    are moved. Returns what the index says of them.
+    They are linked, or copied from another disk. Returns what the index says of them.
     """
     shards = []
     for folder in folders:
@@ -124,13 +122,10 @@ def join_shards(folders: list[Path], place: Path, keep: bool) -> list[dict[str, 
                 ending = Path(meant["basename"]).name.split(".", 2)[2]  # mds, or mds.zstd
                 meant["basename"] = f"shard.{len(shards):05}.{ending}"
             here = place / shard[_kind(shard)]["basename"]
-            if not keep:
-                there.rename(here)
-            else:
-                try:
-                    here.hardlink_to(there)
-                except OSError:
-                    shutil.copyfile(there, here)
+            try:
+                here.hardlink_to(there)
+            except OSError:
+                shutil.copyfile(there, here)
             shards.append(shard)
     write_aside(place / INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True))
     return shards

@@ -16,7 +16,6 @@ from overture.data.readers import PLAIN, READERS, Format, Malformed, Rows, read_
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
 
-EMBEDDED = "embedded"
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -56,7 +55,6 @@ class Source:
     def kept(self, path: Path) -> "Source":
         """Return the source as read from a copy at `path`, which is written if it is not there."""
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".partial")
             with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
                 for _, record in self.read():
@@ -79,7 +77,7 @@ def open_source(
     if not name:
         raise ConfigError("--dataset is empty: name a file, a folder, a hub dataset or `embedded`")
     pair = [Path(part) for part in name.split(",")]
-    if name == EMBEDDED:
+    if name == "embedded":
         _refuse_choice(name, split, subset, revision)
         known = {"generated": True}
         return Source(name, lambda: _readable(name, enumerate(generate_rows(), 1)), known)
@@ -116,8 +114,10 @@ def _local_files(name: str, split: str) -> list[Path]:
     files = [p for p in known if not any(n.startswith(".") for n in p.relative_to(path).parts)]
     if not files:
         raise ConfigError(f"{name}: holds no file of a known kind ({', '.join(READERS)})")
-    named = [p for p in files if _is_called(p.relative_to(path), split)]
-    others = [p for p in files if any(_is_called(p.relative_to(path), s) for s in _HELD_OUT)]
+    below = {p: p.relative_to(path) for p in files}
+    named = [p for p in files if _is_called(below[p], split)]
+    named = named or [p for p in files if _is_called(below[p], split, within=True)]
+    others = [p for p in files if any(_is_called(below[p], s, within=True) for s in _HELD_OUT)]
     if not named and (split != "train" or others):
         there = ", ".join(str(p.relative_to(path)) for p in files[:8])
         raise ConfigError(f"{name}: has no files for split {split!r}; there are: {there}")
@@ -129,9 +129,13 @@ def _local_files(name: str, split: str) -> list[Path]:
     return files
 
 
-def _is_called(path: Path, split: str) -> bool:
-    """Return whether a file or one of its folders is named after a split, as the hub has them."""
-    return any(re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", part) for part in path.parts)
+def _is_called(path: Path, split: str, within: bool = False) -> bool:
+    """Return whether the name of a file or of one of its folders begins with that of a split, or
+    has it as a word `within`, as the hub has them: train.tsv, my_train.jsonl, Train-0.csv.
+    """
+    word = re.compile(rf"{re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
+    inner = re.compile(rf"(?<![a-z0-9]){word.pattern}", re.IGNORECASE)
+    return any(inner.search(part) if within else word.match(part) for part in path.parts)
 
 
 def _file_source(name: str, files: list[Path], form: Format) -> Source:
@@ -176,9 +180,11 @@ def _hub_source(name: str, split: str, subset: str | None, revision: str | None)
             table = datasets.load_dataset(name, subset, **where, streaming=True)
             yield from ((Place("", line), record) for line, record in enumerate(table, start=1))
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
             fault = f"{name}: no such local file, and not to be had from the hub ({reason})"
             advice = "give the path of a file, or log in with HF_TOKEN if the dataset is gated"
+            if "Config name is missing" in reason:  # what follows it are the names
+                advice = "name one with --data_subset"
             raise ConfigError(f"{fault}; {advice}") from None
 
     where = {"split": split, "revision": revision}

@@ -6,6 +6,7 @@ shards through Streaming's `dataframe_to_mds`. Documents are packed in the windo
 engine, so that samples, their order and the ledger are the same; only more shards end early.
 """
 
+import itertools
 import json
 import logging
 import pickle
@@ -20,9 +21,9 @@ import pyarrow
 import pyarrow.parquet
 
 from overture.data.conversion import Conversion
-from overture.data.encode import Document, Encoded
+from overture.data.encode import Encoded
 from overture.data.shard_writer import REJECTED, Progress, join_shards, seal_split
-from overture.data.write import Window, ledger_of, packed, sample_of, tally, windows
+from overture.data.write import ledger_of, packed, sample_of, tally, windows
 from overture.errors import ConfigError, GuardError
 
 FILE_BATCHES, FILE_BYTES = 25, 1 << 26  # of a parquet file, which bound what is held here
@@ -61,8 +62,7 @@ class Cluster(AbstractContextManager):
             for name, value in options.items():
                 if not given.contains(f"spark.{name}"):
                     build = build.config(f"spark.{name}", value)
-            build = build.master(f"local[{processes}]") if here else build
-            self.session = build.getOrCreate()
+            self.session = (build.master(f"local[{processes}]") if here else build).getOrCreate()
         except ConfigError:
             raise
         except Exception as error:  # of the gateway's many kinds
@@ -101,15 +101,17 @@ def write_split(
         encode = partial(_encode, encoder=cluster.encoder, labels=facts["labels"])
         encoded = table.repartition(tasks).mapInPandas(encode, ENCODED).persist()
         found = encoded.select("batch", "found", "bytes").orderBy("batch").collect()
-    size = sum(row.bytes for row in found)
-    room = min(job.size_limit, PART_BYTES, max(1, size // at_once))
+    room = min(job.size_limit, PART_BYTES, max(1, sum(row.bytes for row in found) // at_once))
+    batches = ((tag, pickle.loads(row.found)) for tag, row in zip(tags, found, strict=True))
+    ahead = iter(found)
     with (place / REJECTED).open("w", encoding="utf-8") as rejects:
-        for number, (window, batches) in enumerate(_by_window(job, rows, tags, found)):
+        for number, window in enumerate(windows(job, rows, batches)):
             rejects.writelines(json.dumps(entry) + "\n" for entry in window.rejected)
             progress.counts.update(window.notes)
             progress.dropped.update(entry["reason"] for entry in window.rejected)
-            where.update({row.batch: (part, number) for row in batches})
-            filled += sum(row.bytes for row in batches)
+            for row in itertools.islice(ahead, window.batches):
+                where[row.batch] = (part, number)
+                filled += row.bytes
             if filled >= room:
                 part, filled = part + 1, 0
     progress.samples = progress.counts["documents"]  # none, and it is refused before it is written
@@ -128,7 +130,7 @@ def write_split(
         finally:
             logging.disable(logging.NOTSET)
         encoded.unpersist()
-    shards = join_shards([out], place, keep=False)
+    shards = join_shards([out], place)
     progress.samples = sum(shard["samples"] for shard in shards)
     for left in (stage, out):
         shutil.rmtree(left)
@@ -144,8 +146,7 @@ def _lay_down(rows: Any, stage: Path) -> tuple[int, Iterator[Any]]:
     count, lines, held = 0, [], 0
 
     def write() -> None:
-        table = pyarrow.Table.from_pylist(lines)
-        pyarrow.parquet.write_table(table, stage / f"{count:08}.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), stage / f"{count:08}.parquet")
 
     with (stage / "_tags").open("wb") as tags:  # a name that Spark passes over
         for tag, records in rows.batches():
@@ -180,22 +181,6 @@ def _encode(tables: Iterable[Any], encoder: Any, labels: Any) -> Iterator[Any]:
             yield pd.DataFrame([line], columns=names)
 
 
-def _by_window(
-    job: Conversion, rows: Any, tags: Iterable[Any], found: list[Any]
-) -> Iterator[tuple[Window, list[Any]]]:
-    """Yield the windows of a split, without their documents, and the lines of `found` in each."""
-    seen: list[Any] = []
-
-    def batches() -> Iterator[tuple[Any, Encoded]]:
-        for tag, row in zip(tags, found, strict=True):
-            seen.append(row)
-            yield tag, pickle.loads(row.found)
-
-    for window in windows(job, rows, batches()):
-        yield window, seen
-        seen = []
-
-
 def _placed(row: Any, where: dict[int, tuple[int, int]]) -> tuple[int, tuple[int, int, bytes]]:
     part, window = where[row.batch]
     return part, (row.batch, window, row.documents)
@@ -204,9 +189,7 @@ def _placed(row: Any, where: dict[int, tuple[int, int]]) -> tuple[int, tuple[int
 def _samples(table: Any, job: Conversion, columns: Any, facts: Any) -> Iterator[dict[str, Any]]:
     """On an executor: yield the samples of a part of a split, window by window."""
     for _, lines in table.groupby("window"):
-        documents: list[Document] = []
-        for content in lines["documents"]:
-            documents += pickle.loads(content)
+        documents = [one for content in lines["documents"] for one in pickle.loads(content)]
         for row in packed(job, documents, Progress()):
             yield sample_of(row, columns, facts)
 

@@ -37,8 +37,7 @@ class CheckedStream(Stream):
                 self._download_file(INDEX)
             read_index(index)
         shards = super().get_shards(world, allow_unsafe_types=False)
-        files = (file for shard in read_index(index) for file in shard if file)
-        self._recorded = {file.name: file for file in files}
+        self._recorded = {file.name: file for shard in read_index(index) for file in shard if file}
         return shards
 
     def prepare_shard(self, shard: Any) -> int:
@@ -135,8 +134,7 @@ class TokenStream(StreamingDataset):
         except Exception as error:  # whatever the decoding of damaged bytes runs into
             shard = self.spanner[sample_id][0]
             stream = self.streams[self.stream_per_shard[shard]]
-            name = self.shards[shard].raw_data.basename
-            place = os.path.join(stream.local, stream.split, name)
+            place = os.path.join(stream.local, stream.split, self.shards[shard].raw_data.basename)
             fault = f"sample {sample_id} cannot be read ({_words(error)})"
             raise DataError(f"{place}: {fault}; {REMEDY}") from error
         return row | {"sample_id": int(sample_id), "epoch": self._epoch}

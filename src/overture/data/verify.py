@@ -47,8 +47,7 @@ def _files(split: Split, figures: Figures) -> Iterator[str]:
     recorded = {entry["name"]: entry for entry in split.ledger["files"]}
     there = {path.name: path for path in split.folder.iterdir()}
     needed = {INDEX, *((reader.zip_data or reader.raw_data).basename for reader in split.readers)}
-    unpacked = {reader.raw_data.basename for reader in split.readers} - needed
-    harmless = {LEDGER, CACHE_MARK, *unpacked}
+    harmless = {LEDGER, CACHE_MARK, *(reader.raw_data.basename for reader in split.readers)}
     for name in sorted(recorded.keys() | needed | there.keys() - harmless):
         if name not in recorded:
             yield f"{name}: is not among the files that {LEDGER} says were written"

@@ -71,6 +71,7 @@ class Window:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     end: int = 0  # the row of the source after the last one
+    batches: int = 0  # how many it is made of
 
 
 def windows(job: Conversion, rows: Any, batches: Iterable[tuple[Any, Encoded]]) -> Iterator[Window]:
@@ -88,6 +89,7 @@ def windows(job: Conversion, rows: Any, batches: Iterable[tuple[Any, Encoded]]) 
         window.notes.update(encoded.notes)
         window.notes["kept"] += len(places) - len(encoded.drops)
         window.end = end
+        window.batches += 1
         if len(window.documents) >= WINDOW_DOCUMENTS or len(window.rejected) >= WINDOW_REJECTED:
             yield window
             window = Window()
