@@ -24,7 +24,7 @@ def main() -> None:
     add("--merge", action="store_true", help="adapters into their base")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as trained")
     add("--license", default="unknown", help="for the card: a name of the hub's, as cc-by-sa-3.0")
-    asking = "print what it then says to it, downloaded if it was uploaded"
+    asking = "print its first 24 tokens of answer, downloaded if it was uploaded"
     add("--test_prompt", metavar="TEXT", help=asking)
     add("--push_to_hub", metavar="NAME", help="upload it, with the token in HF_TOKEN")
     add("--private", action="store_true")
@@ -43,8 +43,7 @@ def main() -> None:
     if args.push_to_hub:
         check_hub(args.push_to_hub)
     trained = load_trained(args.model, None, args.trust_remote_code, args.load_unverified)
-    base = trained.base
-    if base:  # which may be an earlier export, that adapters are over
+    if base := trained.base:  # which may be an earlier export, that adapters are over
         check_out(args.out, base, args.overwrite)
     if args.push_to_hub and base and not args.merge and Path(base).exists():
         fault = f"the adapters are over {base}, which is on this machine alone"
@@ -59,7 +58,8 @@ def main() -> None:
         place, address = push_to_hub(args.out, args.push_to_hub, args.private)
         print(address)
     if asked:
-        print(args.test_prompt + say(place, loading, asked))
+        between = "\n-> " if trained.head == "Seq2SeqLM" else ""
+        print(args.test_prompt + between + say(place, loading, asked))
 
 
 if __name__ == "__main__":

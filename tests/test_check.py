@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from overture import check
 from overture.check import check_data, check_environment
 from overture.config.load import load_config
 from overture.data.schema import seal, unseal
@@ -16,6 +17,16 @@ def test_environment_is_fine_here():
     assert all(fine for fine, _ in findings.values()), findings
     assert {"Python", "torch", "composer", "streaming", "CPU", "cpu bfloat16"} <= findings.keys()
     assert findings["cpu float32"][1].endswith("GFLOP/s")
+
+
+def test_a_device_that_fails_is_one_line_of_the_table(monkeypatch):
+    def fail(device):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(check, "_tiny_training_step", fail)
+    findings = {what: (fine, text) for what, fine, text in check_environment()}
+    assert findings["cpu model"] == (False, "no kernel image is available")
+    assert "flash_attn" in findings
 
 
 def test_door_says_that_all_is_well(run_door):

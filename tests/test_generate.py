@@ -6,8 +6,12 @@ import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
-from overture.config.schema import ModelConfig
+from overture.config.schema import GenerationConfig, ModelConfig
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
 from overture.data.encode import Tokens
@@ -16,12 +20,13 @@ from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.data.streams import TokenStream
 from overture.errors import ConfigError
-from overture.generate import Talk, answer, chat_ends, encode_prompts, read_rows
+from overture.generate import answer, encode_prompts, read_rows
 from overture.models.build import load_network
 from overture.predict import ROW
+from overture.talk import Talk, chat_ends
 from overture.tokenizer import load_tokenizer
 from overture.trained import ledgers
-from overture.training.answers import _has_no_spaces, held_out_prompts, score
+from overture.training.answers import Translations, _has_no_spaces, held_out_prompts, score
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,39 @@ def test_what_a_model_came_with_as_an_end_is_one(pair):
     _, made = answer(model, tokenizer, [[5, 6, 7]], 1, max_new_tokens=8)
     model.generation_config.eos_token_id = before
     assert made == 1
+
+
+@pytest.mark.parametrize("kind", ["separator", "mark"])
+def test_an_end_that_the_text_does_not_show_is_one(pair, kind, monkeypatch):
+    model, tokenizer = pair
+    made = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].argmax().item()
+    tokenizer = copy.deepcopy(tokenizer)
+    piece = tokenizer.convert_ids_to_tokens(made)
+    tokenizer.add_special_tokens({"sep_token": piece})
+    assert answer(model, tokenizer, [[5, 6, 7]], 1, max_new_tokens=8)[1] == 8
+    if kind == "separator":  # as BERT's kind has it in the place of an end
+        tokenizer.eos_token = None
+        monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    stop = [piece] if kind == "mark" else []
+    assert answer(model, tokenizer, [[5, 6, 7]], 1, max_new_tokens=8, stop=stop) == ([""], 1)
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "<end>"])
+def test_what_a_tokenizer_does_not_know_is_missed_by_every_answer(unknown):
+    words = {"<pad>": 0, "<end>": 1, "<unk>": 2, "one": 3, "two": 4}  # and no third
+    made = Tokenizer(WordLevel(words, unk_token=unknown))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token=unknown
+    )
+    ids = torch.tensor(tokenizer("one two one two three one")["input_ids"] + [1])
+    rows = [{"input_ids": ids, "labels": ids}]
+    dataset = type("Rows", (list,), {"num_samples": 1})(rows)
+    held_out = Translations(dataset, tokenizer, GenerationConfig(bleu_tokenize="none"), 80)
+    # An end is none of what was meant to be said, also where it stands for the unknown.
+    said = "one two one two <unk> one" if unknown == "<unk>" else "one two one two one"
+    assert held_out.expected == [said]
+    assert (held_out.scores(["one two one two one"])["bleu"] > 99) == (unknown == "<end>")
 
 
 ROWS = [

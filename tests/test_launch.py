@@ -132,6 +132,20 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_experts_that_meet_no_token_stop_no_rank(smoke, tmp_path):
+    shape = "{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 4,"
+    shape += " num_key_value_heads: 2, num_local_experts: 64, num_experts_per_tok: 1}"
+    command = [COMPOSER, "-n", "2", "main.py", "yamls/smoke/pretrain.yaml", "model.name=mixtral"]
+    options = [f"model.config={shape}", "max_duration=3ba", "eval_interval=3ba",
+               f"run_folder={tmp_path / 'run'}", "global_train_batch_size=2",
+               "device_train_microbatch_size=1"]  # fmt: skip
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_ranks_killed_go_on_bit_for_bit_and_one_rank_takes_over(smoke, tmp_path):
     whole, parts, single = (tmp_path / name for name in ("whole", "parts", "single"))
     said, _ = start(2, whole).communicate(timeout=200)

@@ -3,7 +3,8 @@
 import importlib
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,25 @@ def check_environment() -> Iterator[tuple[str, bool, str]]:
 
     cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     yield "CPU", True, f"{processor()}, {torch.get_num_threads()} threads"
+
+    def tried(what: str, of: Callable[[], tuple[bool, str]]) -> tuple[str, bool, str]:
+        try:
+            return what, *of()
+        except RuntimeError as error:  # torch has nothing for this device, or others have it
+            return what, False, str(error).splitlines()[0]
+
+    def memory(device: torch.device) -> tuple[bool, str]:
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        return True, f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
+
     for device in cards:
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        yield str(device), True, f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        yield tried(str(device), partial(memory, device))
     for device in [torch.device("cpu"), *cards]:
         for dtype in (torch.float32, torch.bfloat16):
+            rate = partial(measured_peak, dtype, device)
             label = f"{device} {str(dtype).removeprefix('torch.')}"
-            try:
-                yield label, True, f"{measured_peak(dtype, device) / 1e9:,.0f} GFLOP/s"
-            except RuntimeError as error:
-                yield label, False, str(error).splitlines()[0]
-        fine = _tiny_training_step(device)
-        finding = f"forward and backward {'give' if fine else 'do not give'} finite gradients"
-        yield f"{device} model", fine, finding
+            yield tried(label, lambda rate=rate: (True, f"{rate() / 1e9:,.0f} GFLOP/s"))
+        yield tried(f"{device} model", partial(_tiny_training_step, device))
     for name, purpose in OPTIONAL.items():
         fine, finding = _import(name)
         yield name, True, finding if fine else f"not installed (optional: {purpose})"
@@ -81,7 +87,7 @@ def _import(name: str) -> tuple[bool, str]:
     return True, str(getattr(module, "__version__", "present"))
 
 
-def _tiny_training_step(device: Any) -> bool:
+def _tiny_training_step(device: Any) -> tuple[bool, str]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,4 +96,5 @@ def _tiny_training_step(device: Any) -> bool:
     model = LlamaForCausalLM(config).to(device)
     ids = torch.randint(0, 64, (2, 16), device=device)
     model(input_ids=ids, labels=ids).loss.backward()
-    return all(torch.isfinite(p.grad).all() for p in model.parameters())
+    fine = all(torch.isfinite(p.grad).all() for p in model.parameters())
+    return fine, f"forward and backward {'give' if fine else 'do not give'} finite gradients"

@@ -218,8 +218,7 @@ class RemoteFolder:
     def upload_file(self, path: Path) -> None:
         """Store a file of a checkpoint; GuardError if the store does not take it."""
         with self._named(GuardError, "cannot be written"):
-            name = f"{self.prefix}/{path.parent.name}/{path.name}"
-            self._store.upload_object(name, str(path))
+            self._store.upload_object(f"{self.prefix}/{path.parent.name}/{path.name}", str(path))
 
     def fetch_newest(self, into: Path) -> Path | None:
         """Return the newest checkpoint that is whole, as a folder in `into`, or None; ConfigError
@@ -254,8 +253,7 @@ class RemoteFolder:
                         shutil.rmtree(place)
                         continue
                     self.set_aside.append(f"{set_aside(place, error)}, from {self.uri}")
-                    shown = f"{self.set_aside[-1]}; going back to an earlier checkpoint"
-                    print(shown, flush=True)
+                    print(f"{self.set_aside[-1]}; going back to an earlier checkpoint", flush=True)
         return None
 
     def _fetch(self, name: str, place: Path) -> None:

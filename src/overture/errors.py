@@ -53,23 +53,24 @@ class GuardError(OvertureError):
 class Preempted(BaseException):
     """The run was asked to stop; `batch` is the step that was saved, None if there was none.
 
-    Of other work `saved` says what is kept of it. A signal may raise it in any line, also where
-    libraries, or we, take whatever Exception there is for a fault: hence it is none.
+    Of other work `saved` says what is kept of it, and how it goes on. A signal may raise it in any
+    line, also where libraries, or we, take whatever Exception there is for a fault: hence it is
+    none.
     """
 
     exit_code = EXIT_PREEMPTED
 
     def __init__(self, batch: int | None, saved: str = "nothing was to be saved yet") -> None:
         saved = saved if batch is None else f"saved at step {batch}"
-        super().__init__(f"stopped as asked, {saved}; the same command goes on from there")
+        saved += "" if ";" in saved else "; the same command goes on from there"
+        super().__init__(f"stopped as asked, {saved}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the most similar of the known names, or ``''``."""
     # A case slip is the commonest one, and difflib alone would not see it as a near match.
-    known = list(known)
     folded = {candidate.lower(): candidate for candidate in known}
-    match = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
     return f' (did you mean "{folded[match[0]]}"?)' if match else ""
 
 

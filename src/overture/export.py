@@ -25,9 +25,7 @@ from overture.trained import Trained, ledgers
 # The largest difference of any logit, in standard deviations of them all, that is rounding: of
 # float32 in another order of sums, of the weights themselves in a half precision.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-SENTENCES = (
-    "The capital of Norway is", "Once upon a time, there was", "2 + 2 =", "東京は日本の",
-)  # fmt: skip
+SENTENCES = ("The capital of Norway is", "Once upon a time, there was", "2 + 2 =", "東京は日本の")
 NEW_TOKENS = 24
 MAX_PROMPT = 128  # tokens
 # Plain transformers, in a process that knows nothing of this kit.
@@ -76,11 +74,8 @@ def export_model(
 
     Adapters stay adapters, or are merged into their base. What plain transformers make of the
     folder in a fresh process, with code of its maker's if there is `trust`, is compared with what
-    the model does here. Returns how they load it.
-
-    Raises:
-        ConfigError: an argument does not fit the model.
-        DataError: the exported model is another one.
+    the model does here. Returns how they load it. Raises ConfigError: an argument does not fit the
+    model. DataError: the exported model is another one.
     """
     model, tokenizer = trained.model, trained.tokenizer
     if merge and trained.base is None:
@@ -123,8 +118,7 @@ def export_model(
         _compare(again, asked, kind, f"in {kind}, against float32")
     if merge or dtype:  # of what is written, which rounding has made another model
         before, asked = asked, [_ask(model, ids) for ids in prompts]
-        changed = sum(one.ids != other.ids for one, other in zip(before, asked, strict=True))
-        if changed:
+        if changed := sum(old.ids != new.ids for old, new in zip(before, asked, strict=True)):
             print(f"greedy text of {changed} of {len(asked)} prompts is another one by that")
     with _aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
@@ -193,7 +187,12 @@ def _aside(folder: Path) -> Iterator[Path]:
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         if folder.exists():
             folder.rename(old)
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # which is no OSError, on a full disk either
         raise GuardError(f"{folder}: cannot be written ({error})") from None

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +22,6 @@ from tqdm import tqdm
 from overture.data import convert
 from overture.data.conversion import Conversion
 from overture.data.encode import InstructEncoder, Tokens, missing_bos
-from overture.data.encode_chat import ChatEncoder
 from overture.data.encode_pairs import Seq2SeqEncoder
 from overture.data.examine import dropped, examine
 from overture.data.prompts import PromptTemplate, parse_template, templates
@@ -31,6 +32,7 @@ from overture.models.isolation import in_evaluation
 from overture.models.lora import merge_where_exact
 from overture.models.seq2seq import UNBENT
 from overture.predict import ROW, predict
+from overture.talk import Rows, Talk, encode_conversations
 from overture.trained import Trained, ledgers
 
 GREEDY = {
@@ -38,7 +40,6 @@ GREEDY = {
 }  # fmt: skip
 WRITING = {"max_new_tokens": 64, "num_beams": 1, "stop": []}  # what the door gives by itself
 AS_IT_IS = PromptTemplate(("{text}",))  # of a --prompt; what spells a special token in it is one
-Rows = list[tuple[Any, dict[str, Any]]]  # where each stands, and the record
 
 
 @in_evaluation
@@ -60,8 +61,11 @@ def answer(
         options: of transformers' `generate`; greedy where they do not say otherwise.
     """
     known = {"eos_token_id": end_tokens(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    marks = tokenizer.get_added_vocab()  # which the text of an answer does not show
     drawn = UNBENT if options.get("do_sample") else {}  # then its own settings hold
     options = {**{k: v for k, v in GREEDY.items() if k not in drawn}, **known, **options}
+    ends = {*(options["eos_token_id"] or ()), *(marks[x] for x in stop if x in marks)}
+    options["eos_token_id"] = sorted(ends) or None
     over = torch.tensor([*(options["eos_token_id"] or []), tokenizer.pad_token_id])
     texts, made = [""] * len(prompts), 0
     # On the left, so that answers start together; a decoder of its own starts anew.
@@ -93,20 +97,24 @@ def _stopping(tokenizer: Any, stop: Sequence[str], begin: int) -> Any:
     """Return what ends a row once a text stands in what was made of it: transformers' own looks at
     the prompt too, and knows no text whose last character is several tokens.
     """
-    from transformers import StoppingCriteriaList
 
     def has_one(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         made = tokenizer.batch_decode(ids[:, begin:], skip_special_tokens=True)
         return torch.tensor([any(x in text for x in stop) for text in made], device=ids.device)
 
-    return StoppingCriteriaList([has_one])
+    return [has_one]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """Return the ids that end an answer: the tokenizer's, and those that the model came with."""
+    """Return the ids that end an answer: the tokenizer's, and those that the model came with.
+
+    BERT's kind has a [SEP] in the place of an end, as the encoders of data have it.
+    """
+    ours = tokenizer.eos_token_id
+    ours = tokenizer.sep_token_id if ours is None else ours
     theirs = model.generation_config.eos_token_id
     theirs = theirs if isinstance(theirs, list) else [theirs]
-    return sorted({tokenizer.eos_token_id, *theirs} - {None}) or None
+    return sorted({ours, *theirs} - {None}) or None
 
 
 def encode_prompts(
@@ -188,76 +196,6 @@ def chat(model: Any, tokenizer: Any, room: int, **options: Any) -> None:
             messages.append({"role": "assistant", "content": said})
 
 
-class Talk(ChatEncoder):
-    """Encodes conversations that are to be answered."""
-
-    LEARNS = False
-
-    def asked(
-        self, place: Any, messages: list[dict[str, str]], room: int
-    ) -> tuple[list[int], list[int]]:
-        """Return the ids of a conversation up to the next answer, and what is known to end one.
-
-        As training has them, or, where the template writes earlier turns anew, as it has it. The
-        oldest turns go, as in training; ConfigError if there is no `room` even so. TemplateError is
-        how a template says that it does not take them.
-        """
-        while True:
-            ids, ends = self._ids(messages)
-            system = messages[:1] if messages[0]["role"] == "system" else []
-            if len(ids) <= room:
-                return ids, ends
-            if len(messages) - len(system) <= 2:
-                fault = f"{len(ids):,} tokens, but there is room for {room:,}"
-                raise ConfigError(f"{place}: {fault}")
-            messages = [*system, *messages[len(system) + 2 :]]
-
-    def _ids(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        said = {"role": "assistant", "content": "."}
-        parts = self.parts([*messages, said])
-        texts = [text for text, _ in parts or [(self.render(messages, True), False)]]
-        given = self.tokens.ids(texts[:-1] if parts else texts)
-        last = self.parts([messages[-1], said])  # of which no earlier turn can be written anew
-        ends = [int(self.tokens.ids([last[-1][0]])[0][-1])] if last else []
-        return np.concatenate([missing_bos(self.tokens.bos, given[0]), *given]).tolist(), ends
-
-
-def chat_ends(tokenizer: Any) -> list[int]:
-    """Return what ends an answer by the chat template of a tokenizer, as far as that shows."""
-    talk = Talk(Tokens(tokenizer, specials=True), None, None, "drop")
-    return talk.asked("", [{"role": "user", "content": "a"}], 2**31)[1]
-
-
-def encode_conversations(
-    rows: Rows, tokenizer: Any, room: int
-) -> tuple[list[list[int]], Rows, list[int]]:
-    """Return the ids of conversations up to their last answer, the rows, and what ends an answer.
-
-    Rows in which a text spells a special token, or that the template refuses, are left out, as in
-    training.
-    """
-    encoder = Talk(Tokens(tokenizer, specials=True), None, None, "drop")
-    prompts, kept, ends, lost = [], [], set(), Counter()
-    for place, record in rows:
-        *messages, last = record["messages"]
-        if any(encoder.tokens.special.search(m["content"]) for m in messages):
-            lost["special_token_in_text"] += 1
-            continue
-        try:
-            ids, end = encoder.asked(place, messages, room)
-        except TemplateError:
-            lost["template_refuses"] += 1
-            continue
-        prompts.append(ids)
-        kept.append((place, {"response": last["content"]}))
-        ends |= {*end}
-    if not kept:
-        raise ConfigError(f"--data: no conversation can be asked{dropped(lost)}")
-    if lost:
-        print(f"asked: {len(kept):,} rows{dropped(lost)}")
-    return prompts, kept, sorted(ends)
-
-
 def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
     """Let the processes of a launcher share the rows of a dataset; ConfigError without one."""
     if ranks == 1:
@@ -301,7 +239,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     of_data = isinstance(asked, Conversion)
     talks = not asked or (of_data and asked.task == "chat")
-    known = ledgers(trained.run) if talks or of_data else []
+    known = ledgers(trained.run)
     learned = next((ledger["template"] for ledger in known), None)
     if talks:
         if pairs:
@@ -312,14 +250,21 @@ def generate(
         shown = {} if options["stop"] else {"streamer": streamer}  # which would show the end too
         merge_where_exact(model, positions)
         return chat(model, tokenizer, room, **shown, **options)
+    usual = None
+    if isinstance(learned, dict):
+        usual = parse_template(learned, f"{trained.run}: the template of its data")
     if of_data:
-        if template is None and isinstance(learned, dict):
-            template = parse_template(learned, f"{trained.run}: the template of its data")
+        template = template or usual
         if trained.run and not (known or template or talks):
             fault = f"the data of {trained.run} is not where it was, so its template is not known"
             raise ConfigError(f"--data: {fault}; name it by --prompt_template")
         rows, template = read_rows(asked, template, sample, seed)
     else:
+        if template is None and usual and _is_a_frame(usual):
+            names = [name for name, one in templates().items() if one == usual]
+            how = names[0] if names else "FILE, the YAML that its data were converted with"
+            said = f"the prompt goes in as it is; as in training: --prompt_template {how}"
+            print(said, file=sys.stderr)
         template = template or AS_IT_IS
         rows = _typed(asked, template)
     if talks:
@@ -337,16 +282,16 @@ def generate(
     if dist.get_global_rank():
         return
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    lines = []
+    answers = []
     for prompt, (_, record), text in zip(shown, rows, texts, strict=True):
         expected = record.get("response" if talks else template.response)
-        row = {"prompt": prompt, "expected": expected, "answer": text}
-        said = f"{prompt}\n-> {text}\n" if pairs else f"{prompt}{text}\n"
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n" if out else said)
+        answers.append({"prompt": prompt, "expected": expected, "answer": text})
     if out:
-        _write(out, lines)
+        _write(out, answers)
     elif not streamed:
-        print(*lines, sep="\n")
+        between = "\n-> " if pairs else ""
+        for row in answers:  # in one piece, as a secret could span both
+            print(f"{row['prompt']}{between}{row['answer']}\n")
     rate = f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.1f} tokens/s"
     if differ is not None:
         rate += f"; adapters merged in memory, logits differ by {differ:.0e} of their spread"
@@ -361,24 +306,33 @@ def _label(
         fault = f"{trained.name} classifies: it takes no --chat, no template and no option of text"
         raise ConfigError(f"{fault} that is written; give --prompt or --data alone")
     rows = read_rows(asked, ROW, *drawn)[0] if isinstance(asked, Conversion) else _typed(asked, ROW)
-    if dist.get_world_size() > 1:
-        fault = "classifies, which one process does; leave the launcher out"
-        raise ConfigError(f"{trained.name} {fault}")
     longest = [ledger["max_seq_len"] for ledger in ledgers(trained.run)]  # as in training
     room = min(position_limit(trained.model), *longest[:1], 2**31)
-    found = predict(trained.model, trained.tokenizer, [row for _, row in rows], batch, room)
-    lines = []
-    for (_, row), (label, share) in zip(rows, found, strict=True):
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    share = [row for _, row in rows[rank::ranks]]
+    mine = predict(trained.model, trained.tokenizer, share, batch, room)
+    found: list[Any] = [None] * len(rows)
+    for number, part in enumerate(dist.all_gather_object(mine)):
+        found[number::ranks] = part
+    if rank:
+        return
+    answers = []
+    for (_, row), (label, probability) in zip(rows, found, strict=True):
         content = {"prompt": ROW.prompt(row), "expected": row.get("label") or None}
-        content |= {"answer": label, "probability": share}
-        sure = "" if share is None else f" ({share:.1%})"
-        said = f"{content['prompt']} -> {label}{sure}\n"
-        lines.append(json.dumps(content, ensure_ascii=False) + "\n" if out else said)
+        answers.append(content | {"answer": label, "probability": probability})
+        if not out:
+            sure = "" if probability is None else f" ({probability:.1%})"
+            print(f"{content['prompt']} -> {label}{sure}")
     if out:
-        _write(out, lines)
-    else:
-        print("".join(lines), end="")
-    print(f"{len(lines):,} rows{f' in {out}' if out else ''}")
+        _write(out, answers)
+    print(f"{len(answers):,} rows{f' in {out}' if out else ''}")
+
+
+def _is_a_frame(template: PromptTemplate) -> bool:
+    """Return whether a template puts words around the one text that it needs, for an answer."""
+    needed = [n for n, must in template.fields().items() if must and n != template.response]
+    bare = re.fullmatch(r"\{\w+\}", "".join(template.sections))
+    return template.response is not None and len(needed) == 1 and not bare
 
 
 def _typed(texts: list[str], template: PromptTemplate) -> Rows:
@@ -391,8 +345,8 @@ def _typed(texts: list[str], template: PromptTemplate) -> Rows:
     return [("--prompt", {needed[0]: text}) for text in texts]
 
 
-def _write(out: Path, lines: list[str]) -> None:
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
     try:
-        write_aside(out, "".join(lines))
+        write_aside(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise GuardError(f"--out {out}: cannot be written ({error}); nothing is there") from None

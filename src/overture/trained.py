@@ -130,7 +130,7 @@ def _options_named() -> Iterator[None]:
 
 
 def _run_folder(name: str) -> Path | None:
-    parents = (Path(name), *Path(name).absolute().parents[:2]) if Path(name).exists() else ()
+    parents = (Path(name), *Path(name).absolute().parents[:3]) if Path(name).exists() else ()
     return next((p for p in parents if (p / "environment.json").is_file()), None)
 
 
@@ -184,7 +184,6 @@ def _saved_as(location: str, trust: bool, head: str | None) -> tuple[str, str]:
 
 
 def _labels(use: dict[str, Any], adapters: Path) -> dict[str, Any]:
-    """Return the labels that adapters of a classifier were trained for."""
     labels = use.get("labels")
     if not isinstance(labels, dict):
         fault = f"it is not known which labels the adapters are for ({lora.RECORD})"

@@ -96,6 +96,11 @@ def test_dumped_config_loads_again_to_the_same(yaml, tmp_path):
             "device_train_microbatch_size=3",
             ["device_train_microbatch_size: 3 does not divide the 8"],
         ),
+        ("guards.timeout=-1", ["guards.timeout: must not be negative"]),
+        (
+            "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 0}",
+            ["algorithms.gradient_clipping.clipping_threshold: must be above 0"],
+        ),
         ("device_train_microbatch_size=0", ["device_train_microbatch_size: must be at least 1"]),
         ("device_train_microbatch_size=x", ["expected a whole number or 'auto', got 'x'"]),
         ("console_log_interval=1ba", ["console_log_interval: needs progress_bar: false"]),

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from overture.models.attention import NAME, choose_attention
-from overture.models.mosaic_bert.config import MosaicBertConfig
 from overture.models.mosaic_bert.model import (
     LowPrecisionLayerNorm,
+    MosaicBertConfig,
     MosaicBertForMaskedLM,
     MosaicBertForSequenceClassification,
     MosaicBertModel,

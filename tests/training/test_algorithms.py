@@ -1,12 +1,14 @@
 """Algorithms do what their names say to this model and these batches, or are refused."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from composer import Callback
 from composer.algorithms.low_precision_layernorm.low_precision_layernorm import LPLayerNorm
+from composer.core import Event, Time, Timestamp
 from safetensors.torch import load_file
 
 from overture.config.schema import Config, ModelConfig, MonitorConfig, SeqLengthWarmupConfig
@@ -16,7 +18,7 @@ from overture.models.build import load_network
 from overture.models.causal_lm import CausalLM
 from overture.tokenizer import load_tokenizer
 from overture.training import run as recipe
-from overture.training.monitors import exchange_modules
+from overture.training.monitors import Average, exchange_modules
 from overture.training.seq_length import LengthWarmup, cut_documents
 from runs import records, result
 
@@ -131,6 +133,20 @@ def test_family_that_cannot_keep_pieces_apart_is_refused(tokenizer):
     refused = r"algorithms\.seq_length_warmup: pieces of a document see each other in a GPTNeoFor"
     with pytest.raises(ConfigError, match=refused + r"CausalLM \(gpt_neo\); leave it out"):
         recipe.build_network(config, tokenizer, "cpu", {"train": {"packing": {"method": "none"}}})
+
+
+def test_an_average_leaves_constants_as_they_are():
+    model = torch.nn.Linear(4, 4)
+    model.register_buffer("positions", torch.arange(512))
+    average, begun = Average(half_life="200ba"), Time.from_timestring("0.5dur")
+    state = SimpleNamespace(
+        model=model, timestamp=Timestamp(batch=1), get_elapsed_duration=lambda: begun
+    )
+    average.apply(Event.INIT, state, None)
+    assert average.match(Event.BATCH_END, state)
+    for event in (Event.BATCH_END, Event.EVAL_START):
+        average.apply(event, state, None)
+    assert model.positions.equal(torch.arange(512))
 
 
 class Weights(Callback):

@@ -36,9 +36,18 @@ def bases(tmp_path, smoke):
 def test_adapters_on_another_base_are_refused(run, bases):
     base, other = bases
 
-    _, first = run(*LORA, f"model.name={base}", "run_name=first")
+    asking = (*[x for x in LORA if not x.startswith("eval")], "generation.num_prompts=6",
+              "generation.max_new_tokens=8", "optimizer.lr=5e-2")  # fmt: skip
+    _, first = run(*asking, f"model.name={base}", "run_name=first")
     more = (*LORA, f"load_path={first}", "load_weights_only=true")
-    assert run(*more, f"model.name={base}", "run_name=same")[0] == 0
+    of_first = (f"load_path={first}", "load_weights_only=true", f"model.name={base}")
+    code, same = run(*asking, *of_first, "run_name=same")
+    assert code == 0
+    # What is asked before training is asked of the weights that training begins with.
+    told = [[json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+            for folder in (first, same)]  # fmt: skip
+    assert [row["before"] for row in told[1]] == [row["after"] for row in told[0]]
+    assert not (same / "before.json").exists()
     with pytest.raises(
         ConfigError, match=r"is a .*base, pretrained, but model is a .*other, pretr"
     ):

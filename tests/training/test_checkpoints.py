@@ -35,7 +35,7 @@ from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError
 from overture.training import run as recipe
 from overture.training import run_folder
-from overture.training.resume import check_room
+from overture.training.resume import check_room, checkpoint_bytes
 from runs import assert_same, curve, records, result
 
 
@@ -225,10 +225,10 @@ def test_room_is_asked_for_what_is_not_there_yet(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=13_000_000))
     config = Config("instruct", None, 2, "1ba", 1, run_folder=str(tmp_path))
     with pytest.raises(GuardError, match="3 checkpoints take"):
-        check_room(config, model)
+        check_room(config, checkpoint_bytes(config, model))
     for step in (2, 4):
         (tmp_path / "checkpoints" / f"ba{step}").mkdir(parents=True)
-    check_room(config, model)
+    check_room(config, checkpoint_bytes(config, model))
 
 
 def test_save_folder_is_one_run_s_alone(run, tmp_path):

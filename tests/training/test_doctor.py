@@ -1,12 +1,14 @@
 """The doctor: what it says of a run that can begin, and of those that can not."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
 from overture.config.load import load_config
+from overture.data.schema import read_ledger
 from overture.training import doctor
 from overture.training.doctor import GIB, _gathered, _memory, _step, _time, _weights, examine
 from overture.training.rehearsal import Rehearsal, rehearse
@@ -14,8 +16,9 @@ from overture.training.rehearsal import Rehearsal, rehearse
 PARTS = {"weights": 2 * GIB, "gradients": GIB, "optimizer": 2 * GIB,
          "activations": 16 * GIB, "logits": 0, "workspace": GIB}  # fmt: skip
 FOUND = Rehearsal(
-    described=[], rows=16, samples=1000, tokens=50.0, seconds=4.0, loss=1.0, parts=PARTS,
-    loading=GIB, per_row=GIB, foretold=22 * GIB, whole=False, without=[], checkpoint=GIB,
+    described=[], rows=16, samples=1000, tokens=50.0, seconds=3.5, update=0.5, loss=1.0,
+    parts=PARTS, loading=GIB, per_row=GIB, foretold=22 * GIB, whole=False, without=[],
+    checkpoint=GIB,
 )  # fmt: skip
 
 
@@ -50,14 +53,14 @@ def test_a_model_too_large_is_stopped_before_it_is_made(run_door, smoke):
     done = run_door("src/check_setup.py", "yamls/smoke/pretrain.yaml",
                     f"model.config={json.dumps(shape)}")  # fmt: skip
     assert done.returncode == 2, done.stderr + done.stdout
-    (line,) = [x for x in done.stdout.splitlines() if x.startswith("STOP")]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("STOP"))  # another: the disk
     # 80 layers of attention (q and o whole, k and v an eighth), three products, and two norms;
     # 16 bytes each. The vocabulary has 1,024 pieces at most.
     layers = 80 * (8192 * 8192 * 2.25 + 3 * 8192 * 28672 + 2 * 8192)
     assert float(line.split("take ")[1].split(" ")[0]) == pytest.approx(
         layers * 16 / GIB, rel=0.001
     )
-    assert done.stdout.splitlines()[-1] == "1 of these must be mended first"
+    assert done.stdout.splitlines()[-1].endswith("of these must be mended first")
 
 
 @pytest.mark.parametrize(("bits", "size"), [(4, 0.5), (8, 1)])
@@ -106,13 +109,36 @@ def test_memory_that_is_there_is_fine_and_remedies_are_named_where_it_is_not(con
 
 
 @pytest.mark.parametrize(
-    ("asked", "steps"), [("100ba", 100), ("2ep", 124), ("1600sp", 100), ("80000tok", 100)]
+    ("asked", "steps"),
+    [("100ba", 100), ("2ep", 124), ("1600sp", 100), ("1601sp", 101), ("80000tok", 100)],
 )
 def test_time_is_that_of_all_steps(config, asked, steps):
     options = ("global_train_batch_size=16", f"max_duration={asked}")
     text = _time(config(*options), FOUND).text
     assert text.startswith(f"{steps} steps, {steps * 16 * 50:,} tokens, 200 a second")
     assert f"{steps * 4 / 60:.1f} minutes" in text
+    # Of four microbatches a step has one update.
+    seconds = steps * (4 * 3.5 + 0.5)
+    text = _time(config(*options), FOUND._replace(rows=4)).text
+    assert f"{seconds / 3600:.1f} hours" in text or f"{seconds / 60:.1f} minutes" in text
+    assert f"{steps * 16 * 50 / seconds:,.0f} a second" in text
+
+
+@pytest.mark.parametrize("options", [(), ("trainable=lora", "model.dtype=float32")])
+def test_of_a_model_that_is_too_large_steps_and_disk_are_told(config, monkeypatch, options):
+    monkeypatch.setattr(doctor, "memory_there", lambda: 1000)
+    asked = config(*options, "max_duration=2ep", "global_train_batch_size=4")
+    found = {finding.part: finding for finding in examine(asked)}
+    assert found["memory"].verdict == "stop"
+    samples = read_ledger(Path(asked.data_local) / "train")["samples"]
+    assert found["time"].text.startswith(f"{2 * (samples // 4):,} steps, ")
+    whole = rehearse(asked, 1 << 40)
+    each = "adapters alone" if options else f"of {whole.checkpoint / GIB:.2f} GiB each"
+    assert each in found["disk"].text
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    if not options:
+        *_, last = examine(asked)
+        assert (last.verdict, "checkpoints take" in last.text) == ("stop", True)
 
 
 def test_a_tensor_without_a_gradient_is_named():
@@ -125,9 +151,9 @@ def test_a_tensor_without_a_gradient_is_named():
 def test_what_does_not_fit_at_all_is_told_what_could(config):
     lower = "device_train_microbatch_size=1"
     ways = f"{lower} or model.activation_checkpointing=true or a lower max_seq_len"
-    assert doctor._too_large(config()) == f"it does not fit; try {ways}"
+    assert doctor.too_large(config()) == f"it does not fit; try {ways}"
     least = config(lower, "model.activation_checkpointing=true")
-    assert doctor._too_large(least) == "it does not fit; try a lower max_seq_len"
+    assert doctor.too_large(least) == "it does not fit; try a lower max_seq_len"
 
 
 def test_ddp_keeps_gradients_a_second_time(config, monkeypatch):

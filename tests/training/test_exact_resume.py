@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from outages import RESUMED
 from overture.errors import ConfigError, DataError
 from overture.training.resume import changed_keys
-from runs import assert_same, curve, result
+from runs import assert_same, curve, final_state, records, result
 
 
 def steps_per_epoch(smoke: Path) -> int:
@@ -105,9 +105,33 @@ def test_changes_are_refused_by_name_unless_allowed(broken, run, smoke, tmp_path
         resume(data=data)
     with pytest.raises(ConfigError, match=r"autoresume: false, but begun has checkpoints"):
         resume("autoresume=false", "resume.allow=[autoresume]")
-    code, folder = resume("optimizer.lr=0.5", "resume.allow=[optimizer]", "progress_bar=false")
+    changes = ("optimizer.lr=0.5", "optimizer.betas=[0.5, 0.9]", "resume.allow=[optimizer]")
+    code, folder = resume(*changes, "progress_bar=false")
     assert code == 0
     assert result(folder)["steps"] == 6
+    # From where it was on it is what it would have been by these settings.
+    rates = {r["step"]: r["learning_rate"] for r in records(folder, "train")}
+    run(*RESUMED, *options[:2], "run_name=other", *changes[:2])
+    theirs = {r["step"]: r["learning_rate"] for r in records(Path("runs/other"), "train")}
+    assert [rates[n] for n in (4, 5, 6)] == pytest.approx([theirs[n] for n in (4, 5, 6)])
+    groups = final_state(folder)["optimizers"]["AdamW"]["param_groups"]
+    assert all(tuple(group["betas"]) == (0.5, 0.9) for group in groups)
+
+
+def test_a_run_goes_on_where_its_checkpoints_were(broken, run, tmp_path):
+    options = ("max_duration=6ba", "save_interval=2ba")
+    whole = broken("whole", *options)
+    broken("begun", *options, at=(3,), finish=False)
+    moved = ("run_name=begun", f"save_folder={tmp_path / 'there'}")
+    assert run(*RESUMED, *options, *moved)[0] == 0
+    assert curve(Path("runs/begun")) == curve(whole)
+    assert (tmp_path / "there" / "ba6").is_dir()
+
+
+def test_a_load_path_that_is_as_long_as_the_run_is_refused(run):
+    _, folder = run("max_duration=2ba", "run_name=first")
+    with pytest.raises(ConfigError, match=r"trained for 2ba already.*raise it, or set load_wei"):
+        run("max_duration=2ba", "run_name=second", f"load_path={folder}")
 
 
 def test_another_model_or_tokenizer_under_the_same_name_is_refused(broken, run, smoke, tmp_path):

@@ -22,6 +22,7 @@ from overture.training import glue as whole
 from overture.training import jobs as queue
 from overture.training.glue import evaluate, plan, summarise, table_lines
 from overture.training.glue_tasks import TASKS, convert_task, find_missing
+from overture.training.jobs import ended
 
 ROOT = Path(__file__).parents[2]
 YAML = """
@@ -258,6 +259,16 @@ def test_asked_to_stop_it_leaves_no_process(work, name):
     found = subprocess.run(["pgrep", "-f", str(work.folder)], capture_output=True, text=True)
     assert found.stdout == ""
     assert signal.getsignal(signal.SIGTERM) is not None
+
+
+def test_what_nohup_has_made_deaf_stays_deaf():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended({}):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---- what is kept

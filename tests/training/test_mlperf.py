@@ -106,6 +106,8 @@ def test_a_log_that_was_touched_is_found_out(logged):
         (without("eval_start", log), "stands where"),
         ([*log[:place], *log[place + 1 :]], "stands where"),
         (without("run_start", log), "the log has no run_start"),
+        ([*without("run_start", log), log[[e["key"] for e in log].index("run_start")]],
+         "of ['block_start', 'eval_start', 'run_stop'] follows the last event"),
         ([*log[:-1], last], "the count of samples falls"),
         ([{**e, "metadata": {**e["metadata"], "samples_count": 5}}
           if e["metadata"].get("samples_count") == 4 * 2 else e for e in log],
@@ -278,7 +280,7 @@ def test_runs_that_do_not_end_are_no_result(tmp_path):
     saves = f"import signal; signal.signal(15, lambda *_: exit(open('{tmp_path}/saved', 'w')))"
     asked = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1))
     asked.start()
-    with pytest.raises(Preempted, match="what was running has saved"):
+    with pytest.raises(Preempted, match=r"seeds are kept; the same command begins seed \d+ anew$"):
         list(run_seeds([sys.executable, "-c", f"{saves}; signal.pause()"], "x", [1], tmp_path))
     assert (tmp_path / "saved").exists()
 

@@ -15,6 +15,7 @@ from overture.config.schema import DOORS
 from overture.errors import ConfigError, GuardError
 from overture.trained import load_trained
 from overture.training import run as recipe
+from overture.training import sharding
 from runs import assert_same, curve, result
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,18 @@ def test_other_tasks_in_shards(name, smoke, tmp_path):
                "eval_first=false", *still)  # fmt: skip
     whole = train(1, tmp_path / "whole", *options)
     close(train(2, tmp_path / "parts", *options, "fsdp_config={}"), whole)
+
+
+def test_no_rank_keeps_the_whole_weights_while_they_are_sharded(run, monkeypatch):
+    kept, mark = [], sharding.parallelism
+
+    def marked(config, network):
+        kept.extend(network.parameters())  # as Composer and the optimizer do
+        return mark(config, network)
+
+    monkeypatch.setattr(sharding, "parallelism", marked)
+    assert run("fsdp_config={}", "max_duration=1ba")[0] == 0
+    assert kept and not sum(p.numel() for p in kept)
 
 
 @pytest.mark.parametrize("form", ["full", "sharded"])

@@ -180,6 +180,9 @@ def test_a_cold_cache_is_filled_and_positions_are_asked_for(translate, data, tmp
     remote = (f"data_remote={data / 'data'}", f"data_local={tmp_path / 'cache'}")
     folder = translate(*remote, "max_duration=2ba", "generation=null")
     assert result(folder)["steps"] == 2
+    # Warm, and with nothing to evaluate on, it is opened once all the same.
+    warm = (*remote, "max_duration=2ba", "generation=null", "eval_loader=null", "eval_interval=1ep")
+    assert result(translate(*warm, "run_name=warm"))["steps"] == 2
     with pytest.raises(ConfigError, match="leave no room for a prompt in the model's 32"):
         translate("generation.max_new_tokens=32", "run_name=long")
 

@@ -86,6 +86,22 @@ def test_two_ranks_answer_as_one_does(runs, door, tmp_path):
         join_ranks(2, has_data=False, device_map=None)
 
 
+def test_a_prompt_that_training_had_otherwise_is_told(runs, door, capsys, monkeypatch):
+    ask = ("runs/lora", "--prompt", "Where is the red box?", "--max_new_tokens", "2")
+    monkeypatch.setattr(sys, "argv", ["generate_text", *ask])
+    generate_text.main()
+    assert "as in training: --prompt_template dolly" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["generate_text", *ask, "--prompt_template", "dolly"])
+    generate_text.main()
+    shown = capsys.readouterr()
+    assert "--prompt_template" not in shown.err
+
+
+def test_a_checkpoint_by_its_file_is_of_its_run(runs):
+    state = max((runs / "runs" / "lora" / "checkpoints").iterdir()) / "state.pt"
+    assert load_trained(str(state)).run == runs / "runs" / "lora"
+
+
 def test_a_yaml_of_options_may_hold_a_template(runs, door, tmp_path):
     made = {"sections": ["Q: {instruction}\n", "A: "], "response": "response"}
     options = {"model": "runs/base", "data": "rows.jsonl", "sample": 2, "max_new_tokens": 4}

@@ -36,7 +36,6 @@ class EarlyStop(Callback):
 
     @property
     def is_over(self) -> bool:
-        """Whether there was no fall in `patience` evaluations."""
         return self.waited >= self.patience
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -89,10 +88,6 @@ class EarlyStop(Callback):
         for p in _trained(state).values():
             dist.broadcast(p.data, src=0)
         self.log.note(step, "the weights of this step are kept, as no evaluation was better")
-
-    def forget(self) -> None:
-        """Remove the file, once what the run gives is written: until then it may be needed."""
-        self.path.unlink(missing_ok=True)
 
     def _read(self, state: State) -> str | None:
         from safetensors.torch import load_file

@@ -130,8 +130,7 @@ class GradientGuard(Callback):
         if state.timestamp.batch.value == self.STEPS - 1:
             self._reached = set().union(*dist.all_gather_object(self._reached))  # of all shards
             # An expert waits until a token is sent to it.
-            missing = [n for n in trained if n not in self._reached and ".experts." not in n]
-            if missing:
+            if missing := [n for n in trained if n not in self._reached and ".experts." not in n]:
                 fault = f"{len(missing)} of {len(trained)} trained tensors got no gradient in"
                 shown = f"{self.STEPS} steps, so they would never learn: {', '.join(missing[:3])}"
                 raise GuardError(f"{fault} {shown}; train others (trainable, lora.target_modules)")

@@ -17,14 +17,14 @@ PREFIX = ":::MLLOG "  # of mlperf_logging.mllog
 KINDS = {"start": "INTERVAL_START", "stop": "INTERVAL_END"}  # by the end of a key
 
 
-def facts_of(config: Config, benchmark: str, train_samples: int, eval_samples: int | None) -> dict:
+def facts_of(config: Config, train_samples: int, eval_samples: int | None) -> dict:
     """Return what a log says before the run, by MLPerf's names; what a config lacks is left out."""
     warmup, target = config.scheduler.t_warmup, config.callbacks.loss_target
     clipping, lora = config.algorithms.gradient_clipping, config.lora
     micro = config.device_train_microbatch_size
     per_rank = config.global_train_batch_size // dist.get_world_size()
     found = {
-        "submission_benchmark": benchmark, "seed": config.seed,
+        "submission_benchmark": config.callbacks.mlperf_log.benchmark, "seed": config.seed,
         "global_batch_size": config.global_train_batch_size,
         "gradient_accumulation_steps": None if micro == "auto" else max(per_rank // micro, 1),
         "train_samples": train_samples, "eval_samples": eval_samples,

@@ -54,14 +54,15 @@ class RunLog(Callback):
         self.last_eval: float | None = None
         self.scores: dict[str, float] = {}  # of the last evaluation, where the model has others
         self.more: Callable[[], dict[str, float]] = dict  # asked for more of them
-        self._writes = dist.get_global_rank() == 0
         self._lines: list[str] = []
-        self._written = 0.0
+        self._written = self._rate = 0.0
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._rate = state.schedulers[0].get_last_lr()[0]  # at its end it is that of the next one
 
     def batch_end(self, state: State, logger: Logger) -> None:
         loss = finite(state.total_loss_dict["loss/train/total"])
-        rate = state.schedulers[0].get_last_lr()[0]
-        figures = {"loss": loss, "learning_rate": rate, **self.throughput.figures()}
+        figures = {"loss": loss, "learning_rate": self._rate, **self.throughput.figures()}
         self._append("train", state.timestamp.batch.value, figures)
 
     def eval_end(self, state: State, logger: Logger) -> None:
@@ -74,11 +75,9 @@ class RunLog(Callback):
         self.scores |= self.more()
         figures = {"cross_entropy": loss, **perplexity, **self.scores}
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in figures.items()})
-        figures = {name: finite(value) for name, value in figures.items()}
-        self._append("eval", self.step, figures)
+        self._append("eval", self.step, {name: finite(value) for name, value in figures.items()})
 
     def note(self, step: int, what: str) -> None:
-        """Record an event."""
         self._append("event", step, {"what": redact(what)})
 
     def close(self, state: State, logger: Logger) -> None:
@@ -92,7 +91,7 @@ class RunLog(Callback):
         vars(self).update(state)
 
     def _append(self, kind: str, step: int, more: dict[str, Any]) -> None:
-        if self._writes:
+        if dist.get_global_rank() == 0:
             seconds = round(self.clock.seconds(), 3)
             record = {"kind": kind, "step": step, "seconds": seconds, **more}
             self._lines.append(json.dumps(record) + "\n")

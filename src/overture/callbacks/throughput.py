@@ -21,7 +21,7 @@ class Throughput(Callback):
     def __init__(self, window: int = 10, measure_peak: bool = False) -> None:
         self.measure_peak = measure_peak
         self.tokens = self.label_tokens = 0
-        self._seconds = self._asked = self._waited = self._began = self._inside = 0.0
+        self._seconds = self._asked = self._waited = self._began = 0.0
         # Per step: tokens, label tokens, padded size, FLOPs (all ranks), seconds, of these waited
         # for data, and in the model and its optimizer.
         self._recent: deque[tuple[float, ...]] = deque(maxlen=window)
@@ -49,14 +49,17 @@ class Throughput(Callback):
         self._waited = time.monotonic() - self._asked
         batch = state.batch
         tokens, labels = sum(batch["num_tokens"]), sum(batch["num_labels"])
-        self._counted = tokens, labels, _room(batch), _plain(state).flops_per_batch(batch)
+        room = batch["input_ids"].numel()  # places that are computed on, padding included
+        if "source_room" in batch:  # of pairs, without what all rows of a microbatch pad
+            room = sum(batch["source_room"]) + sum(batch["target_room"])
+        self._counted = tokens, labels, room, _plain(state).flops_per_batch(batch)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._began = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         # Forward, backward and optimizer, and the guards between them.
-        self._inside = time.monotonic() - self._began
+        inside = time.monotonic() - self._began
         counted = torch.tensor(self._counted, dtype=torch.float64)
         if dist.get_world_size() > 1:
             counted = state.device.tensor_to_device(counted)
@@ -66,7 +69,7 @@ class Throughput(Callback):
         self.tokens += int(counted[0])
         self.label_tokens += int(counted[1])
         self._seconds += seconds
-        self._recent.append((*counted, seconds, self._waited, self._inside))
+        self._recent.append((*counted, seconds, self._waited, inside))
         figures = self.figures()
         logger.log_metrics({f"overture/{k}": v for k, v in figures.items() if isinstance(v, float)})
 
@@ -84,11 +87,11 @@ class Throughput(Callback):
             "mfu": flops / seconds / self._peak if self._peak else None,
         }  # fmt: skip
 
-    def rates(self) -> tuple[float | None, float | None]:
-        """Return (tokens, label tokens) per second over the whole run, or None before a step."""
-        if not self._seconds:
-            return None, None
-        return self.tokens / self._seconds, self.label_tokens / self._seconds
+    def rates(self) -> dict[str, float | None]:
+        """Return tokens and label tokens per second over the whole run, None before a step."""
+        counts = {"tokens": self.tokens, "label_tokens": self.label_tokens}
+        seconds = self._seconds
+        return {f"{n}_per_second": c / seconds if seconds else None for n, c in counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "labels": self.label_tokens, "seconds": self._seconds}
@@ -96,13 +99,6 @@ class Throughput(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.label_tokens = state["tokens"], state["labels"]
         self._seconds = state["seconds"]
-
-
-def _room(batch: dict[str, Any]) -> int:
-    """Return the places of a batch that are computed on, padding included."""
-    if "source_room" in batch:  # of pairs, without what all rows of a microbatch pad
-        return sum(batch["source_room"]) + sum(batch["target_room"])
-    return batch["input_ids"].numel()
 
 
 def _plain(state: State) -> Any:

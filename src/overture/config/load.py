@@ -90,8 +90,11 @@ def _read(arguments: list[str], door: str) -> tuple[dict[str, Any], Callable[[st
 
     def place(key: str) -> str:
         key = key.split("[")[0] + "."  # of an item, its list
-        is_set_here = any(f"{o.split('=')[0]}.".startswith(key) for o in overrides)
-        return f"command line (over {path})" if is_set_here else path
+        for named, _, value in (override.partition("=") for override in overrides):
+            within = key.startswith(f"{named}.") and key.split(".")[-2] in value
+            if within or f"{named}.".startswith(key):
+                return f"command line (over {path})"
+        return path
 
     return data, place
 

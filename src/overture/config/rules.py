@@ -25,10 +25,12 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _ABOVE_ZERO = (
     "optimizer.lr", "optimizer.eps", "callbacks.loss_target.cross_entropy", "lora.alpha",
+    "algorithms.gradient_clipping.clipping_threshold",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "optimizer.weight_decay", "train_loader.num_workers", "eval_loader.num_workers",
-    "callbacks.early_stop.min_delta", "generation.num_shown",
+    "callbacks.early_stop.min_delta", "generation.num_shown", "guards.timeout",
+    "guards.max_skips",
 )  # fmt: skip
 # key -> (whether a value is fine, what is wrong with it); what is not set is fine.
 _VALUES: dict[str, tuple[Callable, str]] = {
@@ -138,7 +140,7 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
     each, rest = divmod(total, world_size)
     if total >= 1 and rest:
         yield "global_train_batch_size", f"{total} cannot be divided evenly over {world_size} ranks"
-    elif total >= 1 and micro != "auto" and micro >= 1 and each % micro:
+    elif total >= 1 and micro != "auto" and 1 <= micro < each and each % micro:
         divided = f"global_train_batch_size {total} over {world_size} ranks"
         text = f"{micro} does not divide the {each} samples of each rank ({divided})"
         yield "device_train_microbatch_size", text
@@ -153,16 +155,15 @@ def _trainable(config: Config) -> Iterator[Problem]:
         yield "trainable", text
     if not trainable:
         yield "trainable", "names nothing to train"
-    if trainable == "lora":
-        if model.adapter is None:
-            config.lora = config.lora or LoraConfig()
-    else:
+    if trainable != "lora":
         for key in ("lora", "model.adapter"):
             if _at(config, key) is not None:
                 yield key, f"is set, but trainable is {trainable!r}; set trainable: lora"
         if model.dtype != "float32":
             reason = "needs float32 (bfloat16 loses small updates)"
             yield "model.dtype", f"trainable: {trainable} {reason}"
+    elif model.adapter is None:
+        config.lora = config.lora or LoraConfig()
     quantised = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key)]
     for key in quantised:
         if trainable != "lora":

@@ -303,6 +303,7 @@ class Config:
     # Of a classifier; default: accuracy, f1 (of class 1 where there are two, else the mean over
     # classes) and matthews, or pearson and spearman of a regression.
     metrics: list[Score] | None = None
+    # Rows that a rank passes through the model at once, or all of its batch where that has fewer.
     device_train_microbatch_size: int | Literal["auto"] = 1
     device_eval_batch_size: int = 1
     # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16.

@@ -18,9 +18,7 @@ from overture.models.trainable import numbers
 
 
 class CausalLM(HuggingFaceModel):
-    """A causal language model whose logits are made at label positions only.
-
-    Takes batches of `data/collate.py`. The training loss is the mean over the label tokens of a
+    """Takes batches of `data/collate.py`. The training loss is the mean over the label tokens of a
     microbatch; Composer, accumulating on tokens, weights these to the mean over the global batch.
     """
 
@@ -38,7 +36,7 @@ class CausalLM(HuggingFaceModel):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Through attributes, not sub-modules: the same weights must not be registered twice.
         backbone = base.base_model if base.base_model is not base else base.get_decoder()
-        self._parts = {"backbone": backbone, "head": base.get_output_embeddings()}
+        self._parts = {"base": base, "backbone": backbone, "head": base.get_output_embeddings()}
         config = base.config.get_text_config()
         divided = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         self._scale = 1 / divided if divided else getattr(config, "logit_scale", None) or 1.0
@@ -56,9 +54,11 @@ class CausalLM(HuggingFaceModel):
         base.eval()
         theirs, hidden = self._own_logits(base, ids)
         base.train(was_training)
-        same = False
-        if hidden.shape[-1] == self._head.weight.shape[-1]:
-            ours = self._our_logits(hidden)
+        head, same = self._head, False  # its own forward may do more than the loss will
+        if hidden.shape[-1] == head.weight.shape[-1]:
+            ours = F.linear(hidden, head.weight, head.bias) * self._scale
+            if self._softcap:
+                ours = self._softcap * torch.tanh(ours / self._softcap)
             rounding = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
             same = (ours - theirs).abs().max().item() <= rounding
         if not same:
@@ -70,11 +70,6 @@ class CausalLM(HuggingFaceModel):
         """Return a model's own logits, and the states that enter its output head here."""
         theirs = base(input_ids=ids, use_cache=False).logits
         return theirs, self._parts["backbone"](input_ids=ids, use_cache=False)[0]
-
-    def _our_logits(self, hidden: Tensor) -> Tensor:
-        head = self._head  # whose own forward may do more than the loss will
-        ours = F.linear(hidden, head.weight, head.bias) * self._scale
-        return self._softcap * torch.tanh(ours / self._softcap) if self._softcap else ours
 
     def compile_backbone(self) -> None:
         """Compile the backbone, but not for generation; ConfigError without a C++ compiler."""
@@ -140,7 +135,6 @@ class CausalLM(HuggingFaceModel):
         return loss
 
     def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
-        """Add the losses of an eval batch to a metric."""
         metric.update(outputs["token_losses"], outputs["rows"], batch["sample_ids"])
         return {}
 

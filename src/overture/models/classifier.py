@@ -15,11 +15,9 @@ from overture.models.scores import EvalScore, choose_scores
 
 
 class Classifier(HuggingFaceModel):
-    """An encoder or decoder with a head on whole rows; one output is a regression.
-
-    Takes batches of `data/collate.py`. The loss of a row is its cross-entropy in nats, or
-    for regression its squared error. `scores` are names of `models/scores.py`, None for all that
-    fit; ConfigError if one does not.
+    """Takes batches of `data/collate.py`. The loss of a row is its cross-entropy in nats, or its
+    squared error for regression, which a head of one output is. `scores` are names of
+    `models/scores.py`, None for all that fit; ConfigError if one does not.
     """
 
     def __init__(
@@ -80,7 +78,6 @@ class Classifier(HuggingFaceModel):
         return outputs["losses"].mean()
 
     def update_metric(self, batch: Any, outputs: dict[str, Tensor], metric: Metric) -> dict:
-        """Add an eval batch to a metric."""
         if isinstance(metric, TokenCrossEntropy):  # a row has one label
             rows = torch.arange(len(batch["labels"]), device=batch["labels"].device)
             metric.update(outputs["losses"].detach(), rows, batch["sample_ids"])

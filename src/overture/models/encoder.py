@@ -51,8 +51,7 @@ def head_states(model: Any, hidden: Tensor) -> Tensor:
 def states_of_head(model: Any, **given: Any) -> Tensor:
     """Return what enters the output embedding of a model that is `given` this, [..., width].
 
-    Families differ in what they do between their last layer and it; so the model itself is run,
-    its output embedding keeping what it is handed and making nothing of it.
+    As in `head_states` the model itself is run; its output embedding keeps what it is handed.
     """
     head, kept = model.get_output_embeddings(), []
 

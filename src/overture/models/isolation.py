@@ -20,12 +20,12 @@ def in_evaluation(ask: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function ask its model without dropout and gradients, and leave it as it was."""
 
     @wraps(ask)
+    @torch.no_grad()
     def asked(model: Any, *args: Any, **kwargs: Any) -> Any:
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad():
-                return ask(model, *args, **kwargs)
+            return ask(model, *args, **kwargs)
         finally:
             model.train(was_training)
 
@@ -97,7 +97,6 @@ def prove_encoder(model: Any, vocab_size: int, longest: int, packed: bool) -> No
         return model(input_ids=ids[:, begin:], **given).logits[:, first - begin : end - begin]
 
     def shifts(begin: int) -> bool:
-        """Return whether a token's logits are other ones there than alone, beyond rounding."""
         try:
             return _shifts(logits(begin), alone)
         except (RuntimeError, TypeError, ValueError, IndexError):  # it takes no such mask

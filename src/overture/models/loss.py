@@ -74,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows = F.pad(hidden.to(dtype), (0, 0, 0, -room % CHUNK))
         targets = F.pad(targets, (0, -room % CHUNK))
         chunk = max(min(chunk, len(rows)), 1)
-        weight, types = weight.to(dtype), (hidden.dtype, weight.dtype, bias is not None)
+        weight, types = weight.to(dtype), (hidden.dtype, weight.dtype)
         losses = hidden.new_empty(len(rows), dtype=exact)
         wanted = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(rows) if wanted[0] else None
@@ -135,7 +135,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, given: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         grads = [None if x is None else x * given for x in (of_hidden, of_weight, of_bias)]
-        for i, dtype in enumerate(ctx.types[:2]):
+        for i, dtype in enumerate(ctx.types):
             grads[i] = None if grads[i] is None else grads[i].to(dtype)
         return (*grads, *[None] * 6)
 

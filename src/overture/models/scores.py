@@ -78,11 +78,7 @@ def choose_scores(wanted: list[str] | None, regression: bool) -> dict[str, Score
 
 
 class EvalScore(Metric):
-    """A score over all samples of an eval set, each counted once.
-
-    Streaming repeats samples so that ranks get equal shares: outputs are summed per sample and
-    divided by how often it was seen, so that the figure is the same on any number of ranks.
-    """
+    """A score over all samples of an eval set, each counted once as in `TokenCrossEntropy`."""
 
     full_state_update = False
 

@@ -1,6 +1,7 @@
 """The encoder-decoder as Composer trains it: logits at labels only, as in the other models."""
 
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,6 @@ UNBENT = {
 }  # fmt: skip
 
 
-class Head(NamedTuple):
-    """An output embedding, with what the family adds to its logits."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
 class Seq2SeqLM(CausalLM):
     """CausalLM with an encoder before it: a label is predicted from the whole source and from the
     labels before it. Takes batches of `data/collate.py`.
@@ -39,23 +33,18 @@ class Seq2SeqLM(CausalLM):
     def __init__(self, *args: Any, smoothing: float = 0.0) -> None:
         super().__init__(*args)
         self.smoothing = smoothing
-        base = self._base
+        base = self._parts["base"]
         self._weights = [_weights(side) for side in (base.get_encoder(), base.get_decoder())]
         names = ("encoder_layers", "num_layers"), ("decoder_layers", "num_decoder_layers")
         known = [[getattr(base.config, name, None) for name in of] for of in names]
         self._layers = [next(filter(None, sizes)) for sizes in known]
 
     @property
-    def _base(self) -> Any:
-        """The model of transformers, without adapters around it."""
-        has_adapters = hasattr(self.model, "get_base_model")
-        return self.model.get_base_model() if has_adapters else self.model
-
-    @property
-    def _head(self) -> Head:
-        head, added = self._parts["head"], getattr(self._base, "final_logits_bias", None)
+    def _head(self) -> Any:
+        """The output embedding, with what the family adds to its logits."""
+        head, added = self._parts["head"], getattr(self._parts["base"], "final_logits_bias", None)
         bias = [x.flatten() for x in (head.bias, added) if x is not None]
-        return Head(head.weight, sum(bias) if bias else None)
+        return SimpleNamespace(weight=head.weight, bias=sum(bias) if bias else None)
 
     def _own_logits(self, base: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         given = {"input_ids": ids, "decoder_input_ids": ids.flip(1), "use_cache": False}
@@ -64,11 +53,12 @@ class Seq2SeqLM(CausalLM):
     def _states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         source, target = (max(batch[name]) for name in ("source_room", "target_room"))
         labels = batch["labels"][:, :target]
+        base = self._parts["base"]
         hidden = states_of_head(
-            self._base,
+            base,
             input_ids=batch["input_ids"][:, :source],
             attention_mask=batch["attention_mask"][:, :source],
-            decoder_input_ids=self._base.prepare_decoder_input_ids_from_labels(labels=labels),
+            decoder_input_ids=base.prepare_decoder_input_ids_from_labels(labels=labels),
             use_cache=False,
         )
         return hidden, labels
@@ -86,9 +76,8 @@ class Seq2SeqLM(CausalLM):
         crossed = sum(n * (n + 2.0 * m) for n, m in zip(targets, sources, strict=True))
         count, labels, frozen = sum(sources), sum(targets), self._frozen
         encoder = training_flops(inward, 0, frozen, count, 0, layers, width, squares)
-        return encoder + training_flops(
-            outward, head, frozen, labels, labels, above, width, crossed
-        )
+        decoder = training_flops(outward, head, frozen, labels, labels, above, width, crossed)
+        return encoder + decoder
 
 
 def _weights(side: nn.Module) -> int:

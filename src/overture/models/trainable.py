@@ -92,8 +92,7 @@ def _groups(named: dict[str, Any]) -> Counter[str]:
     sizes: Counter[str] = Counter()
     for name, p in named.items():
         parts = ["*" if part.isdigit() else part for part in name.split(".")]
-        is_adapter = any(part.startswith("lora_") for part in parts)
-        short = ".".join(parts[:-1]).removeprefix("base_model.model.").split(".lora_")[0]
-        sizes[f"{short.removesuffix('.base_layer')} (adapters)" if is_adapter else
-              short.removesuffix(".base_layer") or name] += numbers(p)  # fmt: skip
+        short, *adapter = ".".join(parts[:-1]).removeprefix("base_model.model.").split(".lora_")
+        short = short.removesuffix(".base_layer")
+        sizes[f"{short} (adapters)" if adapter else short or name] += numbers(p)
     return sizes

@@ -1,6 +1,5 @@
 """Answers to held-out prompts before and after training, and how good they are."""
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -9,9 +8,11 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from composer.utils import dist
 
 from overture.callbacks.run_log import RunLog
 from overture.config.schema import GenerationConfig
+from overture.data.encode import special_tokens
 from overture.data.schema import ANSWERS, write_aside
 from overture.errors import ConfigError
 from overture.generate import answer_together, end_tokens
@@ -65,8 +66,12 @@ class HeldOutAnswers:
         self._right = [known for *_, known in pairs]
         self._ends = {expected[-1] for _, expected, _ in pairs}  # of a chat it is no EOS
         self.prompts = tokenizer.batch_decode(self._ids, skip_special_tokens=True)
-        texts = [expected[:-1] for _, expected, _ in pairs]  # a chat's turn may end in two specials
-        self.expected = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        # A chat's turn may end in two special tokens. What the tokenizer does not know is one too,
+        # but stays: no answer has it, and left out of both it would look right.
+        unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        marks = {*special_tokens(tokenizer).values()} - unknown
+        texts = [[n for n in expected[:-1] if n not in marks] for _, expected, _ in pairs]
+        self.expected = tokenizer.batch_decode(texts)
         self.enough: Callable[[], bool] = bool  # asked before each batch; bool() is False
         self.before: list[str] = []
         self.after: list[str] = []
@@ -79,10 +84,16 @@ class HeldOutAnswers:
         how = self._ids, config.batch_size, title
         return answer_together(model, self.tokenizer, *how, enough=self.enough, **options)[0]
 
+    def recall(self, path: Path) -> None:
+        """Take the answers before training from where an earlier part of the run kept them."""
+        kept = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        kept = dist.all_gather_object(kept)[0]  # of rank zero's disk
+        self.before = kept if len(kept) == len(self.prompts) else []
+
     def write(self, path: Path) -> dict[str, float]:
-        """Write one line per prompt and return the scores, before and after training."""
-        names = ("prompt", "expected", "before", "after")
-        columns = zip(self.prompts, self.expected, self.before, self.after, strict=True)
+        """Write one line per prompt and return the scores, after training and, known, before it."""
+        names = ("prompt", "expected", *["before"] * bool(self.before), "after")
+        columns = zip(*(getattr(self, f"{n}s" * (n == "prompt") or n) for n in names), strict=True)
         rows = [dict(zip(names, row, strict=True)) for row in columns]
         for row, right in zip(rows, self._right, strict=True):
             found = {f"exact_{n}": score(row[n], row["expected"], right)[0] for n in names[2:]}
@@ -121,9 +132,8 @@ class Translations(HeldOutAnswers):
 
     @staticmethod
     def pairs(dataset: Any, count: int, longest: int) -> Pairs:
-        rows = (dataset[index] for index in range(dataset.num_samples))
-        pairs = ((row["input_ids"].tolist(), row["labels"].tolist(), None) for row in rows)
-        return list(itertools.islice(pairs, count if longest > 0 else 0))
+        rows = [dataset[n] for n in range(min(count, dataset.num_samples) if longest > 0 else 0)]
+        return [(row["input_ids"].tolist(), row["labels"].tolist(), None) for row in rows]
 
     def scores(self, answers: list[str]) -> dict[str, float]:
         texts, expected = [a.strip() for a in answers], [[e.strip() for e in self.expected]]

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from composer.utils import dist
 
-_ALLOCATORS = ("tcmalloc", "jemalloc")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -29,7 +28,7 @@ def _keep_memory() -> str:
     glibc gives large blocks back to the kernel, which then has to clear them for the next step.
     """
     libraries = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
-    allocator = next((name for name in _ALLOCATORS if name in libraries), None)
+    allocator = next((name for name in ("tcmalloc", "jemalloc") if name in libraries), None)
     if allocator is None and platform.libc_ver()[0] == "glibc":
         allocator = "glibc's allocator, which keeps what is freed"
         for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):

@@ -21,9 +21,11 @@ from overture.data.schema import INDEX
 from overture.data.shards import Split
 from overture.errors import OvertureError
 from overture.models.build import load_network
+from overture.models.trainable import freeze_others
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.jobs import is_finished
+from overture.training.network import check_splits
 from overture.training.rehearsal import Rehearsal, rehearse
 from overture.training.sharding import layer_kinds, parallelism
 from overture.training.tasks import TASKS
@@ -33,15 +35,12 @@ PINNED = ("requirements.txt", "requirements-torch2.11.txt")
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "peft", "omegaconf")
 GIB = 2**30
 SAMPLED = 8 * GIB  # bytes of a split that are read to verify it: half a minute of a slow disk
-NUMBERS = ("  ids", "  lab")  # lines of a sample
 UNTRIED = "too large to be tried whole, as one process does it: what activations take is not known"
 RANKS = tuple(2**n for n in range(11))
 STATE = ("weights", "gradients", "optimizer", "moving average")  # what shards divide
 
 
 class Finding(NamedTuple):
-    """What was found of a part."""
-
     part: str
     verdict: str  # ok, warning or stop
     text: str
@@ -64,8 +63,9 @@ def examine(config: Config) -> Iterator[Finding]:
         check_data(config, SAMPLED)
         yield from _data(config, remote=False)
         room = memory_there()
-        held, besides = yield from _weights(config, room)
+        held, besides, saved = yield from _weights(config, room)
         if held > room:
+            yield from _untried(config, saved)
             return
         # Tried whole, as one process has nobody to share with.
         found = rehearse(replace(config, fsdp_config=None), room)
@@ -74,16 +74,16 @@ def examine(config: Config) -> Iterator[Finding]:
         yield _step(found)
         yield _memory(config, found, room, besides)
         yield _time(config, found)
-        yield _disk(config, found)
+        yield _disk(config, found.checkpoint)
     except OvertureError as error:
         yield Finding("run", "stop", str(error))
     except torch.cuda.OutOfMemoryError as error:
         sharded = config.fsdp_config is not None
-        verdict, text = ("warning", UNTRIED) if sharded else ("stop", _too_large(config))
+        verdict, text = ("warning", UNTRIED) if sharded else ("stop", too_large(config))
         yield Finding("memory", verdict, f"{text}; {str(error).splitlines()[0][:120]}")
 
 
-def _too_large(config: Config) -> str:
+def too_large(config: Config) -> str:
     ways = ["device_train_microbatch_size=1"] * (config.device_train_microbatch_size != 1)
     ways += ["model.activation_checkpointing=true"] * (not config.model.activation_checkpointing)
     return f"it does not fit; try {' or '.join([*ways, 'a lower max_seq_len'])}"
@@ -111,8 +111,7 @@ def _versions() -> Iterator[Finding]:
 def _hub(config: Config) -> Finding:
     wanted = {config.tokenizer_name or config.model.name}
     wanted |= {config.model.name} if config.model.pretrained else set()
-    names = sorted(name for name in wanted if not Path(name).exists())
-    if not names:
+    if not (names := sorted(name for name in wanted if not Path(name).exists())):
         return Finding("hub", "ok", "not needed: model and tokenizer are made here or lie here")
     from huggingface_hub import auth_check, constants, model_info
 
@@ -147,8 +146,8 @@ def _data(config: Config, remote: bool) -> Iterator[Finding]:
                 numbers = range(min(3, len(split))) if is_there else ()
             for sample in samples(split, numbers, tokenizer):
                 first = sample._replace(documents=sample.documents[:1])
-                text = [x for x in sample_lines(first, colour=False) if x[:5] not in NUMBERS]
-                text = [line[:100] for line in text if line.strip()]
+                text = (line[:100] for line in sample_lines(first, colour=False) if line.strip())
+                text = [line for line in text if not line.startswith(("  ids", "  lab"))]
                 lines += text if len(text) < 10 else [*text[:4], "  ...", *text[-4:]]
         learned = f"; learned: {figures['learned']}" if "trained" in figures["tokens"] else ""
         size = sum((shard.packed or shard.raw).bytes for shard in shards)
@@ -161,7 +160,8 @@ def _data(config: Config, remote: bool) -> Iterator[Finding]:
 def _weights(config: Config, room: int) -> Iterator[Finding]:
     """Return the bytes that a model's weights take, made of nothing; a stop if there is no room.
 
-    Behind them those that a rank with a shard holds besides.
+    Behind them those that a rank with a shard holds besides, and those of a checkpoint without
+    adapters.
     """
     name, trust = config.tokenizer_name or config.model.name, config.model.trust_remote_code
     tokenizer = load_tokenizer(name, trust)
@@ -169,7 +169,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
     try:
         network = load_network(wanted, tokenizer, head=TASKS[config.task].head, hollow=True)
     except RuntimeError:  # a model that must see its numbers while it is made
-        return 0, 0
+        return 0, 0, 0
     if config.fsdp_config is not None:
         parallelism(config, network)
     count = sum(p.numel() for p in network.parameters())
@@ -179,13 +179,17 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         tables = {p for end in filter(None, ends) for p in end.parameters()}
         held = sum(p.nbytes for p in tables)
         held += (count - sum(p.numel() for p in tables)) // (2 if config.model.load_in_4bit else 1)
+    saved = 0
+    if config.trainable != "lora":
+        freeze_others(network, config.trainable, TASKS[config.task].head)
+        saved = resume.checkpoint_bytes(config, network)
     if config.trainable == "all":
         held += held + 8 * count  # gradients, and two float32 of Adam's
+    what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     besides = 0 if config.fsdp_config is None else _gathered(config, network)
     if besides:
-        yield _shards(config, besides, held, room)
+        yield _shards(what, besides, held, room)
     elif held > room:
-        what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
         fault = f"{count:,} parameters: {what} take {need}"
         ways = ["model.dtype=bfloat16"] * (config.trainable == "lora" and wanted.dtype == "float32")
@@ -194,7 +198,23 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         if not [*sharding_problems(replace(config, fsdp_config=FSDPConfig()))]:
             ways.append("or several, with fsdp_config={}")
         yield Finding("memory", "stop", "; ".join([fault, *ways]))
-    return held, besides
+    return held, besides, saved
+
+
+def _untried(config: Config, saved: int) -> Iterator[Finding]:
+    """Say what can be said of a run whose model is too large to be tried here."""
+    name = config.tokenizer_name or config.model.name
+    ledgers = check_splits(config, load_tokenizer(name, config.model.trust_remote_code))
+    yield from _data(config, remote=True)
+    trained = config.streams(config.train_loader)
+    if len(trained) == 1:
+        ledger = next(iter(ledgers.values()))
+        samples, tokens = ledger["samples"], ledger["tokens"]["total"]
+        steps, tokens = _length(config, samples, tokens / samples)
+        text = f"{steps:,} steps, {tokens:,.0f} tokens; their pace is not known, as none was taken"
+        yield Finding("time", "ok", text)
+    resume.check_room(config, saved)
+    yield _disk(config, saved)
 
 
 def _may_be_lora(config: Config) -> bool:
@@ -219,19 +239,16 @@ def _gathered(config: Config, network: torch.nn.Module) -> int:
     return max(wide * (2 * largest + apart), (wide + added) * max(largest, apart) * trained)
 
 
-def _shards(config: Config, besides: int, held: int, room: int) -> Finding:
+def _shards(what: str, besides: int, held: int, room: int) -> Finding:
     shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in RANKS[1:])
-    what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     text = f"{what} in shards: GiB on each of so many ranks: {shown}; besides {besides / GIB:.1f}"
-    fitting = [n for n in RANKS if held / n + besides < 0.8 * room]
-    if not fitting:
+    least = next((n for n in RANKS if held / n + besides < 0.8 * room), None)
+    if least is None:
         return Finding("shards", "stop", f"{text}, of which {room / GIB:.1f} are there: too large")
-    least = (
-        f"at least {fitting[0]} ranks like this device of {room / GIB:.1f} GiB, activations apart"
-    )
+    text += f"; at least {least} ranks like this device of {room / GIB:.1f} GiB, activations apart"
     if held > room:
-        return Finding("shards", "warning", f"{text}; {least}; {UNTRIED}")
-    return Finding("shards", "ok", f"{text}; {least}")
+        return Finding("shards", "warning", f"{text}; {UNTRIED}")
+    return Finding("shards", "ok", text)
 
 
 def _step(found: Rehearsal) -> Finding:
@@ -293,17 +310,22 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
     return Finding("memory", verdict, "; or ".join([text, *ways]), tuple(lines))
 
 
-def _time(config: Config, found: Rehearsal) -> Finding:
-    """Foretell steps, tokens and hours, without evaluations, of one device."""
+def _length(config: Config, samples: int, tokens: float) -> tuple[int, float]:
+    """Return the steps and tokens of a run over epochs of `samples` with so many tokens each."""
     batch = config.global_train_batch_size
-    steps = found.samples // batch if config.train_loader.drop_last else -(-found.samples // batch)
+    steps = samples // batch if config.train_loader.drop_last else -(-samples // batch)
     asked = Time.from_timestring(config.max_duration)
-    per = {"ep": steps, "ba": 1, "sp": 1 / batch, "tok": 1 / (batch * found.tokens)}
-    count = max(round(asked.value * per[asked.unit.value]), 1)
-    seconds = count * batch / found.rows * found.seconds
-    tokens = count * batch * found.tokens
+    per = {"ep": steps, "ba": 1, "sp": 1 / batch, "tok": 1 / (batch * tokens)}
+    count = max(math.ceil(asked.value * per[asked.unit.value] - 1e-6), 1)
+    return count, count * batch * tokens
+
+
+def _time(config: Config, found: Rehearsal) -> Finding:
+    count, tokens = _length(config, found.samples, found.tokens)
+    micro = config.global_train_batch_size / found.rows  # batches, in each step
+    seconds = count * (micro * found.seconds + found.update)
     hours = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
-    rate = found.rows * found.tokens / found.seconds
+    rate = tokens / seconds
     where = "one device" if torch.cuda.is_available() else "this CPU"
     text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on {where}"
     if torch.cuda.is_available():
@@ -311,12 +333,13 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     return Finding("time", "ok", f"{text}, evaluations apart, if all rows were as the longest")
 
 
-def _disk(config: Config, found: Rehearsal) -> Finding:
+def _disk(config: Config, checkpoint: int) -> Finding:
     folder = resume.local_folder(config).absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free / GIB
     text = f"{free:.1f} GiB free at {there}, enough for the checkpoints kept"
-    return Finding("disk", "ok", f"{text}, of {found.checkpoint / GIB:.2f} GiB each")
+    each = f"of {checkpoint / GIB:.2f} GiB each" if checkpoint else "which hold adapters alone"
+    return Finding("disk", "ok", f"{text}, {each}")
 
 
 def memory_there() -> int:

@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from overture.config.load import check_config
@@ -23,6 +24,7 @@ from overture.errors import ConfigError
 from overture.models.build import locate_model
 from overture.training.glue_tasks import TASKS, convert_task, files_read, find_missing
 from overture.training.jobs import Job, is_finished, run_jobs
+from overture.training.network import choose_device
 from overture.training.resume import may_be_same
 
 # No loss is above it: a run with this target ends at its first evaluation, before a step.
@@ -38,10 +40,6 @@ def evaluate(config: GlueConfig) -> int:
     """
     find_missing(config)
     jobs, folder = plan(config), Path(config.run_folder)
-    import torch  # after all that can be wrong is found
-
-    from overture.training.network import choose_device
-
     for job in jobs:
         choose_device(check_config(job.config, str, ("classify",)))
     _begin(config, folder, jobs)

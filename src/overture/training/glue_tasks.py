@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from overture.config.schema import GlueConfig
 from overture.data.conversion import Conversion, Origin
+from overture.data.convert import convert
 from overture.data.schema import LEDGER, read_ledger, sha256_file
 from overture.errors import ConfigError
+from overture.tokenizer import load_tokenizer, tokenizer_sha256
 
 
 class Row(NamedTuple):
-    """A row of TASKS."""
-
     folder: str  # of its tsv files
     hub: dict[str, str]  # our fields -> the hub's
     local: dict[str, str]  # our fields -> those of the tsv files
@@ -75,8 +75,7 @@ def find_missing(config: GlueConfig) -> None:
     if not root.is_dir() and (config.data.count("/") != 1 or config.data[0] in "/.~"):
         raise ConfigError(f"data: {config.data}: no such folder, nor a name on the hub")
     files = [f"{row.folder}/{file}" for row in rows for _, file, _ in row.splits]
-    missing = [file for file in files if root.is_dir() and not (root / file).is_file()]
-    if missing:
+    if missing := [file for file in files if root.is_dir() and not (root / file).is_file()]:
         fault = f"{config.data} has no {', '.join(missing)}"
         raise ConfigError(f"data: {fault}; put them there, or leave their tasks out of `tasks`")
 
@@ -93,9 +92,6 @@ def convert_task(config: GlueConfig, task: str, tokenizer: str, max_seq_len: int
 
     Says which rows are lost, if some are: of a dev set they are missing from the score.
     """
-    from overture.data.convert import convert
-    from overture.tokenizer import load_tokenizer, tokenizer_sha256
-
     row, root, out = TASKS[task], Path(config.data), Path(config.data_local) / task
     options: dict[str, Any] = {"fields": {"id": "", **row.hub}, "data_subset": task}
     origins = {split: Origin(config.data, theirs) for split, _, theirs in row.splits}
@@ -110,9 +106,8 @@ def convert_task(config: GlueConfig, task: str, tokenizer: str, max_seq_len: int
     ledgers = [read_ledger(folder) for folder in there]
     found = [[ledger["arguments"], ledger["tokenizer"]["sha256"]] for ledger in ledgers]
     read = [ledger["source"].get("sha256") for ledger in ledgers]
-    if root.is_dir() and read != files_read(config, task):
-        found = []  # the files are others than they were
-    if found == [wanted] * len(origins):
+    is_of_these = not root.is_dir() or read == files_read(config, task)
+    if is_of_these and found == [wanted] * len(origins):
         return True
     convert(job, lambda line: print(line, flush=True) if "dropped" in line else None)
     return False

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +91,7 @@ def _start(job: Job, folder: Path, slot: int | None, parallel: int) -> subproces
     write_aside(path, redact(text))
     log = path.with_suffix(".log")
     if redact(text) != text:  # what the job reads is kept from the folder, and from others
-        path = Path(_private()) / path.name
+        path = private_folder() / path.name
         path.write_text(text, encoding="utf-8")
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -102,27 +101,30 @@ def _start(job: Job, folder: Path, slot: int | None, parallel: int) -> subproces
         )  # fmt: skip
 
 
-@cache
-def _private() -> str:
-    """Return a folder that is this process's alone, and ends with it."""
+def private_folder() -> Path:
+    """Return a new folder that is this process's alone, and ends with it."""
     folder = tempfile.mkdtemp(prefix="overture-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 
 @contextmanager
-def ended(running: dict[subprocess.Popen, Any]) -> Iterator[None]:
-    """Leave no process behind; on a signal to stop they save, and Preempted is raised."""
+def ended(
+    running: dict[subprocess.Popen, Any], saved: str = "what was running has saved"
+) -> Iterator[None]:
+    """Leave no process behind; on a signal to stop they save, and Preempted says what is kept."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    asking = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup has made deaf to it
+        asking.append(signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in asking}
     try:
         yield
     except KeyboardInterrupt:
-        raise Preempted(None, "what was running has saved") from None
+        raise Preempted(None, saved) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

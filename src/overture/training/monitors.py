@@ -22,15 +22,37 @@ CALLBACKS = {
 
 
 class Average(EMA):
-    """EMA that goes on with another number of ranks too: DDP gives the weights other names."""
+    """EMA of the weights alone, that goes on with another number of ranks too.
+
+    DDP gives the weights other names. Composer's averages buffers as well, which are constants
+    here: rounded down to a whole number, a mean of equal positions is another one.
+    """
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         prefix = "module." if hasattr(state.model, "module") else ""
         if event in self.move_device_events:
-            for kept in (self.ema_model.named_parameters_dict, self.ema_model.named_buffers_dict):
-                for name in list(kept):
-                    kept[prefix + name.removeprefix("module.")] = kept.pop(name)
+            kept = self.ema_model.named_parameters_dict
+            for name in list(kept):
+                kept[prefix + name.removeprefix("module.")] = kept.pop(name)
+        self._without_buffers()
         super().apply(event, state, logger)
+        self._without_buffers()
+
+    def _without_buffers(self) -> None:
+        if self.ema_model is not None:
+            self.ema_model.named_buffers_dict.clear()
+
+
+class IdleExperts(Algorithm):
+    """Does nothing but let DDP know that experts may meet no token, and so have no gradient."""
+
+    find_unused_parameters = True
+
+    def match(self, event: Event, state: State) -> bool:
+        return False
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        pass
 
 
 class Clipping(GradientClipping):
@@ -44,8 +66,6 @@ class Clipping(GradientClipping):
 
 
 ALGORITHMS = {"gradient_clipping": Clipping, "ema": Average, "seq_length_warmup": LengthWarmup}
-# They exchange modules of a model, given its precision, before it is trained.
-SURGERY = {"low_precision_layernorm": apply_low_precision_layernorm}
 # Each is named like the package that it needs.
 LOGGERS = {"tensorboard": TensorboardLogger, "wandb": WandBLogger, "mlflow": MLFlowLogger}
 
@@ -55,27 +75,32 @@ def build_callbacks(config: Config) -> list[Callback]:
     return [CALLBACKS[name](**options) for name, options in _set(config.callbacks, CALLBACKS)]
 
 
-def build_algorithms(config: Config) -> list[Algorithm]:
+def build_algorithms(config: Config, network: Any) -> list[Algorithm]:
     """Return the algorithms that the config switches on and that act while a model is trained."""
+    trained = (name for name, p in network.named_parameters() if p.requires_grad)
     chosen = dict(_set(config.algorithms, ALGORITHMS))
     if "seq_length_warmup" in chosen:
         chosen["seq_length_warmup"]["max_seq_length"] = config.max_seq_len
-    return [ALGORITHMS[name](**options) for name, options in chosen.items()]
+    idle = [IdleExperts()] if any(".experts." in name for name in trained) else []
+    return [ALGORITHMS[name](**options) for name, options in chosen.items()] + idle
 
 
 def exchange_modules(network: Any, config: Config, precision: str) -> None:
-    """Apply the algorithms that exchange modules; ConfigError for one that finds none to exchange.
+    """Apply low_precision_layernorm, which exchanges modules before a model is trained, if it is
+    switched on; ConfigError if it finds none to exchange.
 
     `precision` is what Composer trains in: fp32 on a CPU.
     """
-    for name, _ in _set(config.algorithms, SURGERY):
-        before = [type(module) for module in network.modules()]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says so in its own way
-            SURGERY[name](network, Precision(precision))
-        if [type(module) for module in network.modules()] == before:
-            fault = f"changes nothing in a {type(network).__name__} ({config.model.name})"
-            raise ConfigError(f"algorithms.{name}: {fault} trained in {precision}; leave it out")
+    if config.algorithms.low_precision_layernorm is None:
+        return
+    before = [type(module) for module in network.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says so in its own way
+        apply_low_precision_layernorm(network, Precision(precision))
+    if [type(module) for module in network.modules()] == before:
+        fault = f"changes nothing in a {type(network).__name__} ({config.model.name})"
+        remedy = f"trained in {precision}; leave it out"
+        raise ConfigError(f"algorithms.low_precision_layernorm: {fault} {remedy}")
 
 
 def adopt_average(state: State) -> None:

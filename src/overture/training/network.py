@@ -58,10 +58,17 @@ def build_network(
         refuse_unknown_family(network)
     # Quantised, it is where it belongs already. peft's preparation of such models is left out: it
     # makes norms, embeddings and head float32, so that what is trained is not what is loaded later.
-    if not getattr(network, "is_quantized", False) and config.fsdp_config is None:
+    sharded = config.fsdp_config is not None
+    moved = not getattr(network, "is_quantized", False) and not hollow
+    if moved and sharded and device == "gpu":  # for the proof alone, where the whole model fits
+        moved = network.get_memory_footprint() < 0.8 * torch.cuda.mem_get_info()[0]
+    if moved:
         network.to("cuda" if device == "gpu" else "cpu")
-    if network.device.type != "meta":
+    if not hollow:
         _prove(config, network, len(tokenizer), packed)
+    if moved and sharded and device == "gpu":
+        network.to("cpu")  # from where the shards are sent
+        torch.cuda.empty_cache()
     if config.model.activation_checkpointing:
         if not network.supports_gradient_checkpointing:
             fault = f"a {type(network).__name__} has none; leave it out"
@@ -79,9 +86,8 @@ def build_network(
         section = config.lora and vars(config.lora)
         network = continue_adapters(network, config.model.adapter, section)
     elif config.trainable == "lora":
-        within = f"{network.base_model_prefix}."
-        lost = [name for name in network.made_anew if name.startswith(within)]
-        if lost:  # no adapter keeps it
+        within = f"{network.base_model_prefix}."  # of which no adapter keeps a tensor
+        if lost := [name for name in network.made_anew if name.startswith(within)]:
             fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
         network = add_lora(network, **vars(config.lora), head=task.head)

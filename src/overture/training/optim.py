@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from composer import optim
+from composer.core import State
 
 from overture.config.schema import OptimizerConfig, SchedulerConfig
 
@@ -27,6 +28,22 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
     ]
     options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     return OPTIMIZERS[config.name]([group for group in groups if group["params"]], **options)
+
+
+def adopt_settings(state: State, groups: list[dict[str, Any]]) -> None:
+    """Give an optimizer that has read its state the rates and other settings of `groups`, as they
+    were before: they may have been let change, and the state has those of when it was written.
+    """
+    for group, ours in zip(state.optimizers[0].param_groups, groups, strict=True):
+        others = ours.keys() - {"params", "lr", "initial_lr"}
+        group.update({name: ours[name] for name in others})
+        begun = group.setdefault("initial_lr", group["lr"])
+        if begun != ours["lr"]:
+            group["lr"] *= ours["lr"] / begun
+            group["initial_lr"] = ours["lr"]
+    for scheduler in state.schedulers:
+        scheduler.base_lrs = [group["initial_lr"] for group in state.optimizers[0].param_groups]
+        scheduler._last_lr = [group["lr"] for group in state.optimizers[0].param_groups]
 
 
 def build_scheduler(config: SchedulerConfig) -> Any:

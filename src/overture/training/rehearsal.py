@@ -43,7 +43,8 @@ class Rehearsal(NamedTuple):
     rows: int  # of a microbatch
     samples: int  # of an epoch
     tokens: float  # real ones of a row among those that were looked at, mean
-    seconds: float  # for a microbatch, forward and backward pass and the optimizer's step
+    seconds: float  # for a microbatch, forward and backward pass
+    update: float  # seconds of an optimizer's step
     loss: float
     parts: dict[str, int]  # bytes by what they are for, of a microbatch; together the forecast
     loading: int  # bytes while the model was loaded
@@ -79,7 +80,8 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.task == "seq2seq":
         begin_of_targets(config, network, rows, tokenizer)
     model = task.model(config, network, tokenizer, None, cpu_autocast).to(network.device)
-    checkpoint = resume.check_room(config, model)
+    checkpoint = resume.checkpoint_bytes(config, model)
+    resume.check_room(config, checkpoint)
     if config.compile:
         model.compile_backbone()
     optimizer, loading = build_optimizer(model, config.optimizer), meter.peak()
@@ -93,7 +95,6 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     looked_at.sort(key=_tokens, reverse=True)
 
     def passes(size: int) -> float:
-        """Go forward and back on so many rows, and return the loss."""
         batch = collate((looked_at * (size // len(looked_at) + 1))[:size])
         batch = {k: v.to(network.device) if hasattr(v, "to") else v for k, v in batch.items()}
         with get_precision_context(Precision(precision)):
@@ -101,36 +102,38 @@ def rehearse(config: Config, room: int) -> Rehearsal:
         loss.backward()
         return loss.item()
 
-    def step(size: int) -> tuple[int, int, float, float]:
-        """Return the peaks in bytes of both passes and of the optimizer, the seconds, the loss."""
+    def step(size: int) -> tuple[int, int, float, float, float]:
+        """Return the peaks in bytes and the seconds of both passes and of the update; the loss."""
         meter.reset()
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = passes(size)
-        in_passes = meter.peak()
+        in_passes, between = meter.peak(), time.perf_counter()  # a peak waits for a GPU
         optimizer.step()
-        return in_passes, meter.peak(), time.perf_counter() - start, loss
+        peak, end = meter.peak(), time.perf_counter()
+        return in_passes, peak, between - start, end - between, loss
 
     size = config.device_train_microbatch_size
-    size = config.global_train_batch_size if size == "auto" else size
+    batch = config.global_train_batch_size
+    size = batch if size == "auto" else min(size, batch)
     few, more = (min(tried, size) for tried in TRIED)
     *_, before = step(few)  # makes the optimizer's state, and gradients for what is behind zeros
     low, *_ = step(few)
     step(more)
-    high, updating, seconds, _ = step(more)
+    high, updating, seconds, update, _ = step(more)
     per_row = max(high - low, 0) // max(more - few, 1)
     foretold = forecast = max(high + (size - more) * per_row, updating)
     seconds = seconds * size / more
-    whole = foretold < 0.8 * room and seconds < AT_ONCE
+    whole = foretold < 0.8 * room and seconds + update < AT_ONCE
     if whole:
         meter.reset()
         optimizer.zero_grad()
         passes(size)
         start = time.perf_counter()
         passes(size)
-        optimizer.step()
-        meter.peak()  # waits for a GPU
+        meter.peak()
         seconds = time.perf_counter() - start
+        optimizer.step()
         optimizer.zero_grad()
         passes(size)
         forecast = meter.peak()
@@ -146,8 +149,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
         ),
     }  # fmt: skip
     rest = max(forecast - sum(parts.values()), 0)
-    wide = "amp_bf16" if cpu_autocast else precision
-    logits = min(_logits(network, size * _tokens(looked_at[0]), wide), rest)
+    logits = min(_logits(network, size * _tokens(looked_at[0]), config.precision), rest)
     # Of one row alone it is not known what grows with rows.
     parts["activations"] = min(size * per_row, rest) if more > few else rest - logits
     parts["logits"] = min(logits, rest - parts["activations"])
@@ -155,8 +157,8 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.algorithms.ema is not None:  # which was not made here
         parts["moving average"] = parts["gradients"]
     mean = sum(map(_tokens, looked_at)) / len(looked_at)
-    return Rehearsal(described, size, rows.epoch_size, mean, seconds, before, parts, loading,
-                     per_row, foretold, whole, without, checkpoint)  # fmt: skip
+    return Rehearsal(described, size, rows.epoch_size, mean, seconds, update, before, parts,
+                     loading, per_row, foretold, whole, without, checkpoint)  # fmt: skip
 
 
 def _logits(network: torch.nn.Module, labels: int, precision: str) -> int:

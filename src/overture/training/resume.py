@@ -5,12 +5,11 @@ numbers is never restored, so that dropout differs; and a checkpoint at the end 
 that epoch's number for the data, so that the next one repeats its order.
 """
 
-import atexit
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
 from overture.models.lora import check_base
+from overture.training import sharding
+from overture.training.jobs import private_folder
 from overture.training.preemption import StopRequest
-from overture.training.sharding import rest_of_state, save_shards
 
 # Settings of the terminal, of loggers and of where and how often to save do not change a result.
 FREE = (
@@ -43,6 +43,13 @@ def local_folder(config: Config) -> Path:
     return Path(config.run_folder) / "checkpoints"
 
 
+def _folder_before(config: Config) -> Path:
+    """Return where the run that is in a run folder had its checkpoints: save_folder may change."""
+    known = Path(config.run_folder) / "config.yaml"
+    before = OmegaConf.load(known).get("save_folder") if known.is_file() else config.save_folder
+    return local_folder(replace(config, save_folder=before))
+
+
 def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest whole checkpoint of this run and its manifest, the same on every rank;
     ConfigError if it is of a run with another config, or autoresume is off.
@@ -55,16 +62,17 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
 
     def look() -> tuple[Path, dict[str, Any]] | None:
         try:
-            found = store.newest_checkpoint(local_folder(config))
+            places = dict.fromkeys((local_folder(config), _folder_before(config)))
+            every = [store.newest_checkpoint(place) for place in places]
         except DataError as error:
             raise DataError(f"{error}{there}") from None
+        found = max(filter(None, every), key=lambda one: one[1]["batch"], default=None)
         if found is None:
             return None
         found[1]["set_aside"][:0] = broken
         remedy = f"choose another run_name, or delete {config.run_folder}"
-        changed = changed_keys(found[1]["config"], dump_config(config))
-        changed = [key for key in changed if key not in config.resume.allow]
-        if changed:
+        every = changed_keys(found[1]["config"], dump_config(config))
+        if changed := [key for key in every if key not in config.resume.allow]:
             theirs, ours = _models(found[1]["config"], config)
             named = f", of a {theirs} and not a {ours}" if theirs != ours else ""
             fault = f"was begun with another config ({', '.join(changed)} changed{named})"
@@ -83,9 +91,7 @@ def find_load_path(config: Config, model: str) -> Path:
 
     def look() -> Path:
         # Of this process alone: what lies in a folder that others know could be theirs.
-        cache = Path(tempfile.mkdtemp(prefix="overture-")) if remote else Path()
-        if remote:
-            atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        cache = private_folder() if remote else Path()
         state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
         manifest = state.parent / store.MANIFEST
         if manifest.is_file() and "model" not in config.resume.allow:
@@ -156,8 +162,7 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
     """Raise DataError if the dataset, the tokenizer or the model of a run is another one now, by
     its content, under the same name.
     """
-    changed = [key for key in now if before.get(key) != now[key] and key not in allow]
-    if changed:
+    if changed := [key for key in now if before.get(key) != now[key] and key not in allow]:
         what, allow = " and the ".join(changed), f"resume.allow=[{','.join(changed)}]"
         fault = f"the {what} of this run is not what it was begun with, though its name is the same"
         raise DataError(f"{fault}; begin a new run, or set {allow}")
@@ -171,6 +176,21 @@ def _models(before: str, config: Config) -> list[str]:
         else f"{m['name']} of {m['config'] or 'default shape'}"
         for m in (theirs, vars(config.model))
     ]  # fmt: skip
+
+
+def take_weights(model: torch.nn.Module, path: Path, trained: dict[str, list[int]]) -> None:
+    """Give a model the weights of another run's checkpoint, before it is asked anything.
+
+    Raises ConfigError as `check_shapes` does.
+    """
+    if (path.parent / sharding.METADATA).is_file():
+        found = sharding.whole_from_shards(path.parent).items()
+        weights = {sharding.PREFIX + name: tensor for name, tensor in found}
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=False)  # verified, as all are
+        weights = state["state"]["model"]
+    check_shapes({name: list(tensor.shape) for name, tensor in weights.items()}, trained, path)
+    model.load_state_dict(weights, strict=False)
 
 
 def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:
@@ -193,24 +213,27 @@ def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], pa
             fault = f"{name} is {theirs[name]} there, but {trained[name]} here"
             remedy = "name its run as model.name, and a head that does not fit is made anew"
             raise ConfigError(f"load_path: {path}: {fault}; {remedy}")
-    missing = sorted(trained.keys() - theirs.keys())
-    if missing:
+    if missing := sorted(trained.keys() - theirs.keys()):
         fault = f"has not {len(missing)} of the {len(trained)} tensors that are to be trained"
         shown = f"({missing[0]}, ...), so it is of another model"
         raise ConfigError(f"load_path: {path}: {fault} {shown}")
 
 
-def check_room(config: Config, model: torch.nn.Module) -> int:
-    """Return a checkpoint's bytes; GuardError if too few are free where it goes for those that are
-    kept and the one that is being written; with save_num_checkpoints_to_keep of -1, for two.
-
-    Those that are there already are counted as kept. A quota of the user's is not seen.
-    """
+def checkpoint_bytes(config: Config, model: torch.nn.Module) -> int:
+    """Return the size of a checkpoint of a model that is made of something, or of nothing."""
     trained = [p for p in model.parameters() if p.requires_grad]
     # What is not trained is saved too, but beside adapters. Adam keeps two float32 of each.
     weights = sum(t.nbytes for t in model.state_dict().values() if torch.is_tensor(t))
     copies = config.algorithms.ema is not None
-    one = weights + sum(p.numel() * (copies * p.element_size() + 8) for p in trained)
+    return weights + sum(p.numel() * (copies * p.element_size() + 8) for p in trained)
+
+
+def check_room(config: Config, one: int) -> None:
+    """Raise GuardError if checkpoints of `one` size have no room where they go: those that are
+    kept and the one that is being written; with save_num_checkpoints_to_keep of -1, two.
+
+    Those that are there already are counted as kept. A quota of the user's is not seen.
+    """
     place = local_folder(config).absolute()
     keep = max(config.save_num_checkpoints_to_keep, 1)
     count = max(keep - len(store.numbered(place)), 0) + 1
@@ -219,7 +242,6 @@ def check_room(config: Config, model: torch.nn.Module) -> int:
         fault = f"{count} checkpoints take {count * one / 2**30:.1f} GiB, but {free / 2**30:.1f}"
         remedy = "name another one or lower save_num_checkpoints_to_keep"
         raise GuardError(f"save_folder: {place}: {fault} GiB are free; {remedy}")
-    return one
 
 
 class Checkpointer(Callback):
@@ -278,7 +300,7 @@ class Checkpointer(Callback):
         finite = bool(torch.stack(torch._foreach_norm(trained)).isfinite().all())
         if not all(dist.all_gather_object(finite)):
             raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")
-        kept = rest_of_state(state) if self.sharded else state.state_dict()
+        kept = sharding.rest_of_state(state) if self.sharded else state.state_dict()
         content = {"state": kept, "rng": reproducibility.get_rng_state()}
         if state.timestamp.batch_in_epoch == 0:
             # Streaming still counts the epoch that is over.
@@ -306,7 +328,7 @@ class Checkpointer(Callback):
         if self.sharded:
             self._on_rank_zero(begin, batch)
             try:
-                save_shards(state, shards)
+                sharding.save_shards(state, shards)
             except OSError as error:
                 shutil.rmtree(shards, ignore_errors=True)
                 raise self._unwritten(batch, error) from None

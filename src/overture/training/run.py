@@ -1,9 +1,8 @@
 """The recipe: config in, trained model and run folder out. Reads top to bottom."""
 
-import errno
+import json
 import math
 import os
-import re
 import signal
 import tempfile
 import time
@@ -24,17 +23,19 @@ from overture.callbacks.run_log import RunClock, RunLog
 from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
 from overture.config.schema import Config, LoaderConfig
+from overture.config.secrets import redact
 from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
-from overture.data.schema import INDEX, sha256_file
-from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, FULL, ConfigError, GuardError, Preempted
+from overture.data.schema import INDEX, sha256_file, write_aside
+from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, Preempted
 from overture.export import save_model
-from overture.generate import chat_ends, end_tokens
+from overture.generate import end_tokens
 from overture.models.attention import describe_attention
 from overture.models.build import position_limit
 from overture.models.lora import base_record, model_fingerprint
 from overture.models.trainable import describe_trained
 from overture.report import TOKEN_LOSSES, build_report, summary_lines
+from overture.talk import chat_ends
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
 from overture.training import monitors, resume, sharding
 from overture.training import run_folder as runs
@@ -42,17 +43,13 @@ from overture.training.answers import HeldOutAnswers, Translations
 from overture.training.cores import use_cores
 from overture.training.monitors import build_callbacks
 from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
-from overture.training.optim import build_optimizer, build_scheduler
+from overture.training.optim import adopt_settings, build_optimizer, build_scheduler
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
 from overture.training.tasks import TASKS
 from overture.training.token_losses import write_token_losses
 
-# What torch says, in any line of ours, of another process that is gone.
-LOST = {
-    r"DataLoader worker": "a worker of the loader died",
-    r"(reset|closed) by peer|likely closed|Broken pipe|NCCL|process exited": "another rank ended",
-}
+BEFORE = "before.json"  # the answers before training, until the end
 BEST = "best.safetensors"  # the trained weights of the best evaluation, until the end
 
 
@@ -66,7 +63,7 @@ def train(config: Config, command: str) -> int:
     try:
         return _train(config, command, request)
     except (RuntimeError, OSError) as error:  # ranks that are gone and full disks, at any time
-        raise _explain(error, Path(config.run_folder)) from None
+        raise runs.explain(error, config) from None
     finally:
         request.close()
         runs.end_run()
@@ -78,11 +75,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     precision = "fp32" if cpu_autocast else config.precision
     # Ranks wait for rank zero while it saves; one that is gone is noticed at once.
-    dist.initialize_dist(device, timeout=max(config.guards.timeout, 300.0))
+    dist.initialize_dist(device, timeout=max(config.guards.timeout or 7 * 86_400.0, 300.0))
     reproducibility.seed_all(config.seed)
     run_folder = runs.refuse_finished_run(config)
     found = resume.find_checkpoint(config)
-    say = print if dist.get_global_rank() == 0 else lambda *_: None
+    say = print if dist.get_global_rank() == 0 else lambda *_, **__: None
 
     # Model: base weights, then adapters.
     name = config.tokenizer_name or config.model.name
@@ -101,8 +98,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         say(f"going on from {found[0]}")
     if not any(p.requires_grad for p in network.parameters()):
         raise ConfigError(f"trainable: {config.trainable}: no parameter would be trained")
-    for line in [config.model.name, *describe_trained(network)]:
-        say(line)
+    say(config.model.name, *describe_trained(network), sep="\n")
     if config.trainable == "lora" and not config.model.pretrained:
         say("warning: adapters over weights drawn at random, which nobody can use without them")
     if network.made_anew:
@@ -123,27 +119,38 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         return build_loader(config, of, collate, batch_size, workers)
 
     per_rank = config.global_train_batch_size // dist.get_world_size()
-    evaluation = samples = None
+    evaluation = samples = training = None
     if config.eval_loader is not None:
         evaluation = loader(config.eval_loader, config.device_eval_batch_size, training=False)
         samples = evaluation.num_samples
     if config.task == "classify":
         facts["use"] = {"labels": head_config(ledgers)}
     if config.task == "seq2seq":
-        batches = evaluation or loader(config.train_loader, per_rank, training=True)
-        begins = begin_of_targets(config, network, batches.dataloader.dataset, tokenizer)
+        if evaluation is None:
+            training = loader(config.train_loader, per_rank, training=True)
+        targets = (evaluation or training).dataloader.dataset
+        begins = begin_of_targets(config, network, targets, tokenizer)
         facts["use"] = {"generation": begins}
     model = task.model(config, network, tokenizer, samples, cpu_autocast)
     if config.fsdp_config is None:
         model.to("cuda" if device == "gpu" else "cpu")
     if config.compile:
         model.compile_backbone()
+    shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    start = found[0] / STATE if found else None
+    if config.load_path and not found:
+        start = resume.find_load_path(config, facts["model"])
     answers = None
     if config.generation is not None:
         held_out, limit = evaluation.dataloader.dataset, position_limit(network)
         asks = Translations if config.task == "seq2seq" else HeldOutAnswers
         answers = asks(held_out, tokenizer, config.generation, limit)
-        answers.before = answers.ask(network, "answers before training")
+        if found:
+            answers.recall(run_folder / BEFORE)
+        elif config.load_path:
+            resume.take_weights(model, start, shapes)
+        if not answers.before and not (found and config.load_path):  # whose weights are not here
+            answers.before = answers.ask(network, "answers before training")
 
     # Time to train starts here, before the first touch of the training data.
     clock = RunClock()
@@ -155,27 +162,28 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         early = EarlyStop(**vars(config.callbacks.early_stop), path=run_folder / BEST, log=log)
     if config.callbacks.loss_target is not None:
         target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
-    training = loader(config.train_loader, per_rank, training=True)
-    resume.check_room(config, model)
-    shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    start = found[0] / STATE if found else None
-    if config.load_path and not found:
-        start = resume.find_load_path(config, facts["model"])
+    training = training or loader(config.train_loader, per_rank, training=True)
+    resume.check_room(config, resume.checkpoint_bytes(config, model))
     weights_only = config.load_weights_only and not found
     strict = config.trainable == "all"  # adapters are saved by themselves
     sharded = start is not None and (start.parent / sharding.METADATA).is_file()
     foreign = partial(resume.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
     runs.begin_run(config, command, found is not None, ledgers)
+    if answers and dist.get_global_rank() == 0:  # a part that goes on has other weights
+        write_aside(run_folder / BEFORE, json.dumps(answers.before))
     for event in [*found[1]["set_aside"], "resumed"] if found else []:
         log.note(found[1]["batch"], event)
     saver = resume.Checkpointer(config, facts, request)
     exact, stacks = resume.ExactResume(), run_folder / f"stacks-{os.getpid()}.txt"
 
     def fail(why: str, preempted: bool = False) -> None:
-        with suppress(OSError):
+        status = "preempted" if preempted else "failed"
+        known = {"run_name": config.run_name, "status": status, "error": redact(why)}
+        with suppress(OSError):  # a full disk may be why
             log.flush()
-        runs.write_failure(run_folder, config, why, preempted)
+        with suppress(OSError):
+            runs.write_result(run_folder, known)
         if dist.get_global_rank() == 0 and not preempted:
             with suppress(Exception):  # the page shows where it went wrong, if it can be made
                 build_report(run_folder)
@@ -188,20 +196,20 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     spikes = SpikeGuard(config.guards.loss_spike == "stop", log)
     mlperf = None
     if config.callbacks.mlperf_log is not None:
-        known = facts_of(
-            config, config.callbacks.mlperf_log.benchmark, training.num_samples, samples
-        )
+        known = facts_of(config, training.num_samples, samples)
         mlperf = MLPerfLog(run_folder / "mlperf.log", known, clock_ms, resumed=found is not None)
+    optimizer = build_optimizer(model, config.optimizer)
+    settings = [dict(group) for group in optimizer.param_groups]
     trainer = Trainer(
         model=model,
         train_dataloader=training,
         eval_dataloader=evaluation,
         eval_interval=config.eval_interval,
         max_duration=config.max_duration,
-        optimizers=build_optimizer(model, config.optimizer),
+        optimizers=optimizer,
         schedulers=build_scheduler(config.scheduler),
         parallelism_config=sharding.parallelism(config, network),
-        algorithms=monitors.build_algorithms(config),
+        algorithms=monitors.build_algorithms(config, network),
         callbacks=[
             exact,
             *build_callbacks(config),
@@ -239,6 +247,11 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         if not found:
             resume.check_shapes(sharding.shard_shapes(start.parent), shapes, start)
         sharding.load_shards(trainer.state, start.parent, weights_only, strict)
+    if start and not weights_only:
+        adopt_settings(trainer.state, settings)
+    if config.load_path and not found and trainer.state.timestamp >= trainer.state.max_duration:
+        fault = f"has been trained for {trainer.state.timestamp.batch} already, all of max_duration"
+        raise ConfigError(f"load_path: {start}: {fault}; raise it, or set load_weights_only")
     quiet_trainer(trainer)
     exact.rng, trainer._rng_state = trainer._rng_state, None
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
@@ -255,7 +268,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             early.restore(trainer.state)
     except (Exception, Preempted) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
-        error = _explain(error, run_folder)
+        error = runs.explain(error, config)
         fail(str(error), preempted=isinstance(error, Preempted))
         with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
             trainer.close()
@@ -291,8 +304,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             if answers:
                 result["metrics"] |= answers.write(run_folder / "generations.jsonl")
             runs.write_result(run_folder, result)
-            if early:
-                early.forget()
+            for path in (run_folder / BEFORE, run_folder / BEST):  # which might have been needed
+                path.unlink(missing_ok=True)
             page = build_report(run_folder)
             print("\n".join([*summary_lines(result), f"report: {page}"]))
     except Preempted as error:  # what is left of the run is made by the same command
@@ -301,19 +314,6 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     with suppress(RuntimeError):  # rank zero may have been stopped, which speaks for all
         dist.barrier()
     return _exit_code(target, log)
-
-
-def _explain(error: Exception, run_folder: Path) -> Exception:
-    """Return a GuardError for a process that is gone or a disk that is full, else the error."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        how = "read or written to" if error.errno == errno.EIO else "written to"
-        fault = f"{error.filename or run_folder}: cannot be {how} ({error.strerror}); free space"
-        return GuardError(f"{fault}, then run the same command again: the last checkpoint is whole")
-    for pattern, said in LOST.items():
-        if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
-            reason = str(error).strip().splitlines()[0][:200]
-            return GuardError(f"{said} ({reason}); the same command goes on")
-    return error
 
 
 def _fit(
@@ -337,7 +337,6 @@ def _result(
     config: Config, log: RunLog, throughput: Throughput, target: LossTarget | None, seconds: float
 ) -> dict[str, Any]:
     """Return the content of result.json, but for the task's own metrics and what guards did."""
-    tokens_per_second, label_tokens_per_second = throughput.rates()
     status = "target_reached" if target and target.reached else "target_missed"
     of_tokens = log.last_eval and config.task != "classify"
     perplexity = math.exp(min(log.last_eval, 700.0)) if of_tokens else None
@@ -348,8 +347,7 @@ def _result(
         "eval_cross_entropy_before": log.first_eval if config.eval_first else None,
         "time_to_train_seconds": target.seconds_to_train if target else seconds,
         "tokens_seen": throughput.tokens, "label_tokens_seen": throughput.label_tokens,
-        "tokens_per_second": tokens_per_second, "label_tokens_per_second": label_tokens_per_second,
-        "seed": config.seed,
+        **throughput.rates(), "seed": config.seed,
     }  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The run folder: begun once, gone on with after an interruption, refused when finished."""
 
+import errno
 import fcntl
 import importlib.metadata
 import json
 import platform
-from contextlib import suppress
+import re
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,15 +16,20 @@ import overture
 from overture.callbacks.run_log import finite
 from overture.config.load import dump_config
 from overture.config.schema import Config
-from overture.config.secrets import redact
 from overture.data.schema import write_aside
-from overture.errors import ConfigError
+from overture.errors import FULL, ConfigError, GuardError
 from overture.training.cores import processor
+from overture.training.doctor import too_large
 from overture.training.resume import local_folder, on_rank_zero
 
 FINISHED = ("target_reached", "target_missed", "completed")
 _held: dict[Path, TextIO] = {}  # locks of this process
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "datasets", "peft", "numpy")
+# What torch says, in any line of ours, of another process that is gone.
+LOST = {
+    r"DataLoader worker": "a worker of the loader died",
+    r"(reset|closed) by peer|likely closed|Broken pipe|NCCL|process exited": "another rank ended",
+}
 
 
 def refuse_finished_run(config: Config) -> Path:
@@ -112,15 +118,28 @@ def _data(named: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     return {"split": name, **source, **much}
 
 
-def write_failure(folder: Path, config: Config, why: str, preempted: bool = False) -> None:
-    """Write the result.json of a run that did not come to its end."""
-    status = "preempted" if preempted else "failed"
-    with suppress(OSError):  # a full disk may be why
-        write_result(folder, {"run_name": config.run_name, "status": status, "error": redact(why)})
-
-
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json; figures that are not finite become null, as JSON has no NaN."""
     if dist.get_global_rank() == 0:
         clean = {k: finite(v) if isinstance(v, float) else v for k, v in result.items()}
         write_aside(folder / "result.json", json.dumps(clean, indent=1) + "\n")
+
+
+def explain(error: Exception, config: Config) -> Exception:
+    """Return a GuardError for a process that is gone, a disk or a memory that is full, else the
+    error.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        allow = "where it had saved already with resume.allow=[device_train_microbatch_size,model]"
+        return GuardError(f"out of memory: {too_large(config)}; {allow}")
+    if isinstance(error, OSError) and error.errno in FULL:
+        how = "read or written to" if error.errno == errno.EIO else "written to"
+        fault = (
+            f"{error.filename or config.run_folder}: cannot be {how} ({error.strerror}); free space"
+        )
+        return GuardError(f"{fault}, then run the same command again: the last checkpoint is whole")
+    for pattern, said in LOST.items():
+        if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
+            reason = str(error).strip().splitlines()[0][:200]
+            return GuardError(f"{said} ({reason}); the same command goes on")
+    return error

@@ -30,7 +30,6 @@ class LengthWarmup(Algorithm):
         return event == Event.AFTER_DATALOADER
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Cut the batch that is about to be trained on."""
         elapsed = float(state.get_elapsed_duration())
         if state.max_duration.unit == TimeUnit.EPOCH:  # which elapse by the step too
             of_epoch = state.timestamp.batch_in_epoch.value / state.dataloader_len.value

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from composer.core import State
+from composer.distributed import fsdp2
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn import ModuleList
 
 from overture.config.schema import Config
@@ -38,9 +40,22 @@ def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
     for module in network.modules():
         module._fsdp_wrap = type(module).__name__ in kinds
     network._fsdp_wrap = True
+    fsdp2.fully_shard = _shard_and_let_go
     # Composer's own sharded checkpoints hold its clocks too, and load on as many ranks only.
     options = vars(config.fsdp_config) | {"state_dict_type": "full"}
     return ParallelismConfig(fsdp2=FSDP2Config(**options))
+
+
+def _shard_and_let_go(module: Any, **options: Any) -> Any:
+    """Shard a module as torch does, and let go of its whole weights, of which a rank has its shard
+    now. Composer keeps them by name, and the optimizer too, until the last module is sharded: on a
+    GPU, where torch has moved them, rank zero would have to hold the whole model.
+    """
+    whole = [p for p in module.parameters() if not isinstance(p, DTensor)]
+    sharded = fully_shard(module, **options)
+    for p in whole:
+        p.data = p.data.new_empty(0)
+    return sharded
 
 
 def layer_kinds(network: Any) -> set[str]:

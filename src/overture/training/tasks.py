@@ -15,8 +15,6 @@ from overture.models.seq2seq import Seq2SeqLM
 
 
 class Task(NamedTuple):
-    """A row of TASKS."""
-
     head: str  # of transformers: AutoModelFor<head>
     # (network, ids below, tokens of the longest row, whether rows are packed): ConfigError unless
     # tokens see what they may and nothing else

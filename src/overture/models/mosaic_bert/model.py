@@ -13,15 +13,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models import auto
 from transformers.utils import can_return_tuple
 
 from overture.models.attention import attention, takes_rows_end_to_end
-from overture.models.mosaic_bert.config import MosaicBertConfig
 from overture.models.mosaic_bert.unpadding import keep_padding, starts_of, unpad
+
+SHAPE = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072,  # of the gated linear unit, which has two such inputs
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0,
+    "classifier_dropout": None,  # default: hidden_dropout_prob
+    "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+
+
+class MosaicBertConfig(PretrainedConfig):
+    """Shape of a MosaicBERT, as config.json has it; the defaults are those of its base.
+
+    `vocab_size` of a new one is rounded up to a multiple of 64, as matrix products want it. There
+    is no limit of positions: ALiBi knows distances only.
+    """
+
+    model_type = "mosaic_bert"
+
+    def __init__(self, vocab_size: int = 30522, **more: Any) -> None:
+        super().__init__(**{**SHAPE, **more})
+        is_saved = "transformers_version" in more  # with whatever size its weights have
+        self.vocab_size = vocab_size if is_saved else -(-vocab_size // 64) * 64
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
@@ -166,8 +188,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         if document_starts is None:
             document_starts = starts_of(attention_mask, input_ids.shape).to(input_ids.device)
         kind, weight = input_ids.device.type, self.embeddings.word_embeddings.weight
-        cast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         size = self.config.hidden_size // self.config.num_attention_heads
         if takes_rows_end_to_end(self.config._attn_implementation, weight.device, dtype, size):
             tokens = unpad(document_starts, num_tokens, num_documents)
