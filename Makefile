@@ -144,5 +144,6 @@ requirements: venv
 	cp $(PINS_2.7) $(PINS_2.11)
 	$(COMPILE) requirements.in --override requirements-torch2.11.in -o $(PINS_2.11)
 
+# What make has written itself; data and runs of yours stay.
 clean:
-	rm -rf .venv .venv-torch2.11 data runs
+	rm -rf .venv .venv-torch2.11 data/smoke $(QUICK) runs/quickstart-base runs/quickstart

@@ -25,14 +25,16 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.prove_resume and not args.config:
         raise ConfigError("--prove_resume needs a config; without one, the machine is checked")
-    if args.config:
-        config = load_config(args.config, tasks=tuple(DOORS))
-        return _prove(config, args.config) if args.prove_resume else _examine(config)
-
-    from overture.check import check_environment
+    config = load_config(args.config, tasks=tuple(DOORS)) if args.config else None
+    if args.prove_resume:
+        return _prove(config, args.config)
     from overture.training.quiet import quiet_libraries
 
     quiet_libraries()
+    if config:
+        return _examine(config)
+    from overture.check import check_environment
+
     broken = 0
     for what, fine, finding in check_environment():
         broken += not fine
@@ -42,9 +44,6 @@ def main() -> int:
 
 
 def _examine(config: Config) -> int:
-    from overture.training.quiet import quiet_libraries
-
-    quiet_libraries()
     from overture.training.doctor import examine
 
     found = []

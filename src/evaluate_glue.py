@@ -14,7 +14,6 @@ from overture.errors import exit_on_error
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate as the YAML says and return the process's exit code."""
     config = load_glue(arguments)
     from overture.training.glue import evaluate  # imports torch, so after the config is known good
 

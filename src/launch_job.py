@@ -59,7 +59,7 @@ def main() -> None:
     if wanted:
         print(submit(script, job), file=sys.stderr)
     else:
-        command = " ".join(submit_command(job, str(out or "FILE")))
+        command = " ".join([*submit_command(job), str(out or "FILE")])
         print(f"not submitted; that is done by: {command}", file=sys.stderr)
 
 

@@ -35,8 +35,9 @@ def folders(tmp_path):
                    "data": [{"split": "train", "rows": 7 + number}]}  # fmt: skip
         (folder / "environment.json").write_text(json.dumps(machine))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        answers = [{"prompt": "<b>same</b>", "expected": "x", "after": "x"},
-                   {"prompt": "other", "expected": "y", "after": f"y{number}"},
+        of_this = {"before": f"b{number}", "after": f"y{number}"}
+        answers = [{"prompt": "<b>same</b>", "expected": "x", "before": "alike", "after": "x"},
+                   {"prompt": "other", "expected": "y", **of_this},
                    {"prompt": f"only {name}", "expected": "z", "after": "z"}]  # fmt: skip
         text = "".join(json.dumps(a) + "\n" for a in answers)
         (folder / "generations.jsonl").write_text(text)
@@ -71,7 +72,24 @@ def test_answers_that_differ_come_first_and_text_stays_text(folders, tmp_path):
     text = page.read_text()
     assert text.index("<span>y0</span>") < text.index("<span>y1</span>") < text.index("&lt;b&gt;")
     assert "only one" not in text and "<b>same" not in text
+    assert text.count("<span>alike</span>") == text.count("<span>b0 | b1</span>") == 1
     assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_a_run_that_was_asked_nothing_takes_no_answers_away(folders, tmp_path):
+    (folders[1] / "generations.jsonl").unlink()
+    page = tmp_path / "page.html"
+    compare_runs(folders, page)
+    assert "<span>y0</span>" in page.read_text() and "only one" in page.read_text()
+
+
+def test_losses_of_regressions_have_their_unit(folders, tmp_path):
+    for folder, scores in zip(folders, ({"pearson": 0.5}, {}), strict=True):
+        outcome = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(outcome | {"metrics": scores}))
+    page = tmp_path / "page.html"
+    compare_runs(folders, page)
+    assert "cross-entropy (nats per label) or squared error" in page.read_text()
 
 
 def test_machines_data_events_and_losses_are_beside_each_other(folders, tmp_path):

@@ -64,6 +64,9 @@ def faults(folder: Path) -> Iterator[str]:
             yield f"event {first + number + 2}, {key}, stands where {sorted(expected)} may"
             return
         expected = follows[key]
+    if expected:
+        yield f"nothing of {sorted(expected)} follows the last event"
+        return
     times = [event["time_ms"] for event in log if event["key"] not in facts]
     if times != sorted(times):
         yield "time runs backwards"
@@ -83,10 +86,10 @@ def faults(folder: Path) -> Iterator[str]:
         yield f"eval_interval {config['eval_interval']} cannot be counted in samples"
         return
     places = [event["metadata"]["samples_count"] for event in evals]
-    if result["status"] != "target_reached" and places[-1] != samples[-1]:
+    missed = result["status"] != "target_reached"
+    if missed and places[-1] != samples[-1]:
         yield f"the last evaluation came after {places[-1]} of {samples[-1]} samples"
     end = _interval(config["max_duration"], config, facts["train_samples"])
-    missed = result["status"] != "target_reached"
     for before, after in itertools.pairwise([-every if config["eval_first"] else 0, *places]):
         # Composer evaluates at the end of training too.
         is_last = after == places[-1] and (missed or (end and after >= end // batch * batch))
@@ -98,12 +101,9 @@ def faults(folder: Path) -> Iterator[str]:
         if records.get(place // batch, {}).get("cross_entropy") != event["value"]:
             yield f"the evaluation after {place} samples is another one in metrics.jsonl"
     last = evals[-1]["value"]
-    reached = last <= target
     if any(event["value"] <= target for event in evals[:-1]):
         yield "training went on after the target"
-    if {reached, log[-1]["metadata"]["status"] == "success"} != {
-        result["status"] == "target_reached"
-    }:
+    if {last <= target, log[-1]["metadata"]["status"] == "success"} != {not missed}:
         yield f"ended {result['status']} with {last:.4f}, the target being {target}"
     seconds = (log[-1]["time_ms"] - log[first]["time_ms"]) / 1000
     said = result["time_to_train_seconds"]
@@ -127,12 +127,10 @@ def _interval(wanted: str, config: dict[str, Any], train_samples: int) -> int | 
 
 def faults_of_set(folders: Sequence[Path]) -> Iterator[str]:
     """Yield what is wrong with runs as a set: a seed used twice, configs that differ."""
-    configs = [_config(folder) for folder in folders]
-    seeds = [config["seed"] for config in configs]
+    known = [_config(folder) | machine_of(folder) | made_of(folder) for folder in folders]
+    seeds = [found["seed"] for found in known]
     if len({*seeds}) < len(seeds):
         yield f"seeds {seeds}: one was used twice"
-    machines = [machine_of(folder) for folder in folders]
-    known = [c | m | made_of(f) for c, m, f in zip(configs, machines, folders, strict=True)]
     for folder, found in zip(folders, known, strict=True):
         for key in _differences(found, known[0]):
             yield f"{folder.name}: {key} is another one than in {folders[0].name}"
@@ -190,8 +188,7 @@ def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
     }.items():  # fmt: skip
         if (p := 2 * as_far / len(sums)) <= SUSPICIOUS:
             figures = f"{means[0]:,.0f} on average, the reference {means[1]:,.0f}"
-            chance = f"p {p:.3f}"
-            return f"{word} samples to the target than chance allows: {figures} ({chance})"
+            return f"{word} samples to the target than chance allows: {figures} (p {p:.3f})"
     return None
 
 
@@ -236,12 +233,13 @@ def run_seeds(
         options.append("save_folder=null")  # nothing is to be gone on from
         if not is_finished(folder):
             _clear(folder)
-            with folder.with_suffix(".log").open("ab") as log, ended(running := {}):
+            kept = f"finished seeds are kept; the same command begins seed {seed} anew"
+            with folder.with_suffix(".log").open("ab") as log, ended(running := {}, kept):
                 process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
                 running[process] = None
                 code = process.wait()
             if code == errors.EXIT_PREEMPTED:
-                raise Preempted(None, "what was running has saved")
+                raise Preempted(None, kept)
             if code not in (errors.EXIT_DONE, errors.EXIT_TARGET_MISSED):
                 path = folder.with_suffix(".log")
                 said = path.read_text("utf-8", "replace").strip().split("\n")[-1][-500:]
@@ -358,14 +356,13 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
             f"{statistics.mean(joules) / 1000:>8.1f}" if joules else f"{'-':>8}",
             f"{one['cost']:>9.4f}" if one["cost"] is not None else f"{'-':>9}",
         )  # fmt: skip
-        devices = one["machine"]["devices"]
+        machine = f"{one['machine']['ranks']} x {one['machine']['devices'][0]}"
         mark = "" if one["valid"] else "  (not valid)"
-        lines.append(
-            f"{one['name']:<24}{''.join(cells)}  {one['machine']['ranks']} x {devices[0]}{mark}"
-        )
+        lines.append(f"{one['name']:<24}{''.join(cells)}  {machine}{mark}")
         if other := other_setting(one, benchmarks[0].get("setting", {})):
             lines.append(f"  of another setting than the first: {other}")
+    if without := [one["name"] for one in benchmarks if "config" not in one]:
+        lines.append(f"  written before configs were kept, so not compared: {', '.join(without)}")
     configs = [json.dumps(one["config"]) for one in benchmarks if "config" in one]
-    if len(configs) == len(benchmarks):  # those of before have none
-        lines += [f"  {key}: {' | '.join(found)}" for key, *found in differences(configs)]
+    lines += [f"  {key}: {' | '.join(found)}" for key, *found in differences(configs) if configs]
     return lines

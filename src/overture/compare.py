@@ -9,7 +9,7 @@ import yaml
 
 from overture.data.page import write_page
 from overture.errors import ConfigError
-from overture.report import UNIT, Run, chart, load_run, points, summary_rows
+from overture.report import Run, chart, load_run, points, summary_rows, unit_of
 
 MOST = 6  # runs, for which there are colours
 OWN = {"run_name", "run_folder", "save_folder"}  # differ between any two runs
@@ -63,17 +63,25 @@ def _charts(runs: dict[str, Run]) -> Iterator[dict | None]:
 
     targets = {run.result.get("target") for run in runs.values()}
     target = targets.pop() if len(targets) == 1 else None
-    held_out = curves("evals", "cross_entropy", "dots")
-    yield chart("Held-out loss", UNIT, held_out, target)
-    yield chart("Training loss", UNIT, curves("train", "loss"))
+    unit = " or ".join(sorted({unit_of(run) for run in runs.values()}))
+    yield chart("Held-out loss", unit, curves("evals", "cross_entropy", "dots"), target)
+    yield chart("Training loss", unit, curves("train", "loss"))
     yield chart("Throughput", "tokens per second", curves("train", "tokens_per_second"),
                 from_zero=True)  # fmt: skip
 
 
 def _answers(runs: list[Run]) -> list[list[str]]:
-    """Return [prompt, expected, answer of each run], those first that are not all the same."""
+    """Return [prompt, expected, before, answer of each run], those first that are not all alike.
+
+    What stood before training is given once for runs that began alike. Runs that were asked
+    nothing have "" each; the prompts are those that all the others share.
+    """
     found = [{str(r.get("prompt")): r for r in run.generations} for run in runs]
-    common = [prompt for prompt in found[0] if all(prompt in one for one in found)]
-    rows = [[p, str(found[0][p].get("expected")), *(str(one[p].get("after")) for one in found)]
-            for p in common]  # fmt: skip
-    return sorted(rows, key=lambda row: len(set(row[2:])) == 1)
+    asked = [one for one in found if one]
+    rows = []
+    for prompt in asked[0] if asked else ():
+        if all(prompt in one for one in asked):
+            before = " | ".join(dict.fromkeys(str(one[prompt].get("before")) for one in asked))
+            after = [str(one[prompt].get("after")) if one else "" for one in found]
+            rows.append([prompt, str(asked[0][prompt].get("expected")), before, *after])
+    return sorted(rows, key=lambda row: len(set(row[3:])) == 1)

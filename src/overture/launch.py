@@ -59,8 +59,7 @@ def render(arguments: list[str], job: Job) -> str:
     """
     ranks = max(1, job.nodes * job.gpus)
     config = load_config(arguments, tuple(DOORS), world_size=ranks)
-    problems = list(_problems([*arguments, config.run_folder], job))
-    if problems:
+    if problems := list(_problems([*arguments, config.run_folder], job)):
         raise ConfigError("\n  ".join(problems))
     mark, _ = SCHEDULERS[job.scheduler]
     set_here = {name: value for name in _DIRECTIVES if (value := getattr(job, name)) is not None}
@@ -82,15 +81,15 @@ def render(arguments: list[str], job: Job) -> str:
     return script
 
 
-def submit_command(job: Job, script: str = "FILE") -> list[str]:
-    """Return the command that hands a script to the scheduler."""
+def submit_command(job: Job) -> list[str]:
+    """Return the command that hands a script, named behind it or on its input, to the scheduler."""
     group = ["-g", job.group] if job.group else []
-    return [SCHEDULERS[job.scheduler][1], *group, script]
+    return [SCHEDULERS[job.scheduler][1], *group]
 
 
 def submit(script: str, job: Job) -> str:
     """Hand a script to the scheduler and return its answer; ConfigError if it refuses."""
-    program, *options, _ = submit_command(job)
+    program, *options = submit_command(job)
     if job.scheduler == "ssh":
         raise ConfigError("--submit: ssh has no queue; write the script with --out and run it")
     try:
@@ -135,14 +134,12 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
 def _variables(arguments: list[str], config: Config, job: Job, notice: int) -> str:
     """Return the assignments that a template begins with, each value quoted for the shell."""
     here = Path.cwd()
-    door = ROOT / DOORS[config.task]
     logs = f"{config.run_folder}/logs"
     launcher = [str(Path(sys.executable).parent / "composer")]
     if job.container:
         seen = [here, ROOT, *([job.scratch.absolute()] if job.scratch else [])]
         binds = [word for path in dict.fromkeys(seen) for word in ("--bind", str(path))]
-        is_file = "://" not in job.container
-        image = str(Path(job.container).absolute()) if is_file else job.container
+        image = job.container if "://" in job.container else str(Path(job.container).absolute())
         launcher = ["apptainer", "exec", "--nv", *binds, "--pwd", str(here), image]
         # Apptainer hands signals on, and undoes that its child is deaf to them (node.sh).
         launcher += ["bash", "-c", 'trap "" USR1 USR2 TERM INT; exec "$@"', "composer", "composer"]
@@ -151,7 +148,7 @@ def _variables(arguments: list[str], config: Config, job: Job, notice: int) -> s
         # Composer fills in {rank}; other braces are the path's own.
         "rank_logs": logs.replace("{", "{{").replace("}", "}}") + "/rank{rank}",
         "nodes": job.nodes, "gpus": job.gpus, "launcher": launcher,
-        "command": [door, *arguments], "modules": job.modules,
+        "command": [ROOT / DOORS[config.task], *arguments], "modules": job.modules,
         "scratch": job.scratch.absolute() if job.scratch else "",
     }  # fmt: skip
     if job.scheduler == "sge":  # seconds until the ranks are asked, if there is a limit

@@ -1,7 +1,6 @@
 """The proof on a user's own config, in miniature, that a kill changes nothing."""
 
 import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from overture.checkpoint import STATE
 from overture.config.schema import DOORS, Config
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
+from overture.report import read_records
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -97,7 +97,5 @@ def _kill(command: list[str], folder: Path, after: int) -> int | None:
 
 
 def _losses(folder: Path) -> dict[int, float]:
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    return {record["step"]: record["loss"] for record in records}
+    records = read_records(folder / "metrics.jsonl", [])
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}

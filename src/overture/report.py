@@ -86,14 +86,14 @@ def load_run(folder: Path) -> Run:
         raise ConfigError(f"{folder}: no readable result.json; give the folder of a run that ended")
     environment = _parse(_read(folder / "environment.json")) or {}
     run = Run(result, config=_read(folder / "config.yaml"), environment=environment)
-    metrics = _records(folder / "metrics.jsonl", run.notes)
+    metrics = read_records(folder / "metrics.jsonl", run.notes)
     for kind, kept in {"train": run.train, "eval": run.evals}.items():
         found = (r for r in metrics if r.get("kind") == kind and _finite(r.get("step")))
         kept += sorted({r["step"]: r for r in found}.values(), key=lambda record: record["step"])
     events = [r for r in metrics if r.get("kind") == "event" and _finite(r.get("step"))]
     run.events = sorted({(r["step"], str(r.get("what"))) for r in events})
-    run.generations = _records(folder / "generations.jsonl", run.notes)
-    run.losses = _records(folder / TOKEN_LOSSES, run.notes)
+    run.generations = read_records(folder / "generations.jsonl", run.notes)
+    run.losses = read_records(folder / TOKEN_LOSSES, run.notes)
     if lost := sum(not _finite(record.get("loss")) for record in run.train):
         run.notes.append(f"Training records without a finite loss, not drawn: {lost}.")
     return run
@@ -111,7 +111,8 @@ def _parse(text: str) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def _records(path: Path, notes: list[str]) -> list[dict]:
+def read_records(path: Path, notes: list[str]) -> list[dict]:
+    """Returns the records of a file of JSON lines, [] if there is none; `notes` get its faults."""
     parsed = [_parse(line) for line in _read(path).split("\n") if line.strip()]
     if broken := parsed.count(None):  # a killed run leaves half a line
         notes.append(f"Unreadable lines of {path.name}, skipped: {broken}.")
@@ -180,9 +181,13 @@ def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fal
     }  # fmt: skip
 
 
-def _charts(run: Run) -> list[dict | None]:
+def unit_of(run: Run) -> str:
+    """Returns what a run's losses are measured in."""
     scores = run.result.get("metrics") or {}
-    unit = "squared error" if {"pearson", "spearman"} & {*scores} else UNIT
+    return "squared error" if {"pearson", "spearman"} & {*scores} else UNIT
+
+
+def _charts(run: Run) -> list[dict | None]:
     loss = ("train loss", "faint", points(run.train, "loss"))
     held = ("eval cross-entropy", "strong dots", points(run.evals, "cross_entropy"))
     every = ("all tokens", "strong", points(run.train, "tokens_per_second"))
@@ -190,7 +195,7 @@ def _charts(run: Run) -> list[dict | None]:
     rate = ("learning rate", "strong", points(run.train, "learning_rate"))
     marks = {"target": run.result.get("target"), "events": run.events}
     return [
-        chart("Loss", unit, [loss, held], **marks),
+        chart("Loss", unit_of(run), [loss, held], **marks),
         chart("Throughput", "tokens per second", [every, label], from_zero=True),
         chart("Schedule", "learning rate", [rate], from_zero=True),
     ]
