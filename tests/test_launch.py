@@ -132,6 +132,25 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_what_one_rank_alone_meets_ends_all_of_them(smoke, tmp_path):
+    folder = tmp_path / "run"
+    longer = ("max_duration=4000ba", "eval_interval=4000ba", "save_interval=4000ba")
+    process = start(2, folder, *longer, "train_loader.num_workers=1")
+
+    def children(of: int) -> list[int]:
+        found = subprocess.run(["pgrep", "-P", str(of)], capture_output=True, text=True)
+        return [*map(int, found.stdout.split())]
+
+    wait_for(folder, 5, process)
+    begin = time.monotonic()
+    os.kill(children(children(process.pid)[-1])[-1], signal.SIGKILL)  # the last rank's worker
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode and time.monotonic() - begin < 100
+    assert b"a worker of the loader died" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_experts_that_meet_no_token_stop_no_rank(smoke, tmp_path):
     shape = "{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 4,"
     shape += " num_key_value_heads: 2, num_local_experts: 64, num_experts_per_tok: 1}"

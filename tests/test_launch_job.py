@@ -185,6 +185,8 @@ def test_config_is_checked_for_its_ranks(run_door):
         (Job("slurm", account="$(id)"), "--account: '$(id)' is not a name"),
         (Job("slurm", option=["--mem=1;id"]), "--option: '--mem=1;id' is not"),
         (Job("slurm", option=["mem=1"]), "--option: 'mem=1' is not"),
+        (Job("slurm", option=["--nodes=4"]), "--option: --nodes is set by the script"),
+        (Job("slurm", option=["-N 4"]), "--option: -N is set by the script"),
         (Job("slurm", resource="rt_F"), "--resource: slurm has no such thing (only sge)"),
         (Job("sge", partition="gpu"), "--partition: sge has no such thing (only slurm)"),
         (Job("sge", time="1-00:00:00"), "--time: '1-00:00:00' is not hours:minutes:seconds"),

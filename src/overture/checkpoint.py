@@ -7,10 +7,11 @@ must be the same for a run to go on. It is written aside, brought to the disk, a
 """
 
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from overture.errors import ConfigError, DataError, GuardError, OvertureError
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 OLD = ".old-"  # begins the name of one that another of the same step is about to replace
-REST = re.compile(r"\.(old-)?ba\d+(\.\d+)?")
+REST = re.compile(r"\.(old-)?ba\d+(\.\d+(-.*)?)?")
 # Of S3: a store that is silent is answered for within a minute.
 PATIENCE = {
     "connect_timeout": 15, "read_timeout": 15,
@@ -132,7 +133,8 @@ def newest_checkpoint(parent: Path, ours: bool = True) -> tuple[Path, dict[str, 
 def set_aside(folder: Path, error: DataError) -> str:
     """Give a broken checkpoint another name, and return what to say of it."""
     aside = folder.with_name(f"broken-{folder.name}-{len([*folder.parent.glob('broken-*')])}")
-    folder.rename(aside)
+    with suppress(FileNotFoundError):  # another node was first
+        folder.rename(aside)
     return f"{error}; set aside as {aside.name}"
 
 
@@ -206,7 +208,10 @@ class RemoteFolder:
         backend, bucket, _ = parse_uri(uri)
         with self._named():
             if backend == "s3":
-                self._store = S3ObjectStore(bucket, client_config={**PATIENCE})
+                once = {"num_download_attempts": 1}  # the client's own three tries are enough
+                self._store = S3ObjectStore(
+                    bucket, client_config={**PATIENCE}, transfer_config=once
+                )
             else:
                 self._store = maybe_create_object_store_from_uri(uri)
 
@@ -229,7 +234,7 @@ class RemoteFolder:
         """
         found = {}
         with self._named():
-            names = self._store.list_objects(f"{self.prefix}/")
+            names = {*self._store.list_objects(f"{self.prefix}/")}
         for name in names:
             folder, _, file = name.removeprefix(f"{self.prefix}/").partition("/")
             if file == MANIFEST and folder[2:].isdigit() and self.only in (None, folder):
@@ -244,29 +249,33 @@ class RemoteFolder:
                     self.set_aside.append(set_aside(place, error))
                     print(f"{self.set_aside[-1]}; fetched again from {self.uri}", flush=True)
             for again in (True, False):  # what was sent wrongly comes well
-                self._fetch(found[batch], place)
+                self._fetch(found[batch], place, names)
                 try:
                     read_checkpoint(place)
                     return place
                 except DataError as error:
                     if again:
-                        shutil.rmtree(place)
+                        shutil.rmtree(place, ignore_errors=True)
                         continue
                     self.set_aside.append(f"{set_aside(place, error)}, from {self.uri}")
                     print(f"{self.set_aside[-1]}; going back to an earlier checkpoint", flush=True)
         return None
 
-    def _fetch(self, name: str, place: Path) -> None:
-        aside = place.with_name(f".{name}.{os.getpid()}")
+    def _fetch(self, name: str, place: Path, there: set[str]) -> None:
+        # Other nodes may fetch the same into the same folder.
+        aside = place.with_name(f".{name}.{os.getpid()}-{platform.node()}")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for file in (MANIFEST, STATE):
-            with self._named():
-                try:
-                    self._store.download_object(f"{self.prefix}/{name}/{file}", str(aside / file))
-                except FileNotFoundError:
-                    break  # as whoever reads it will see
-        aside.rename(place)
+        for path in (f"{self.prefix}/{name}/{file}" for file in (MANIFEST, STATE)):
+            if path in there:  # if not, whoever reads it will see
+                with self._named():
+                    self._store.download_object(path, str(aside / Path(path).name))
+        try:
+            aside.rename(place)
+        except OSError:
+            if not place.is_dir():
+                raise
+            shutil.rmtree(aside)
 
     @contextmanager
     def _named(

@@ -9,10 +9,13 @@ with the backward pass (PaLM, arXiv 2204.02311, appendix B). The output head cou
 only, since there are no other logits.
 """
 
-# Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name.
+import re
+
+# Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a word of the device's name.
 BF16_PEAK = {
-    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12,
+    "B200": 2250e12, "GB200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "A10G": 70e12,
 }  # fmt: skip
 
 
@@ -33,4 +36,5 @@ def training_flops(
 
 def peak_flops(device_name: str) -> float | None:
     """Return a device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
-    return next((peak for name, peak in BF16_PEAK.items() if name in device_name), None)
+    known = BF16_PEAK.items()
+    return next((p for name, p in known if re.search(rf"\b{name}\b", device_name)), None)

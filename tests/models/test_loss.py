@@ -136,7 +136,7 @@ def test_metric_takes_batches_of_several_samples():
     [
         ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
-        ("Tesla T4", None),
+        ("Tesla T4", None), ("NVIDIA RTX A1000", None), ("NVIDIA GH200 480GB", 989e12),
     ],
 )  # fmt: skip
 def test_peaks_are_those_of_data_sheets(name, peak):

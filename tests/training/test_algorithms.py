@@ -211,6 +211,15 @@ def test_exchanged_modules_are_counted_on_the_model_itself(tokenizer):
             exchange_modules(network(family, tokenizer), config_with(family, **wanted), precision)
 
 
+def test_exchanged_modules_stay_as_frozen_and_as_narrow_as_they_were(tokenizer):
+    gpt = network("gpt2", tokenizer).to(torch.bfloat16).requires_grad_(False)
+    gpt.transformer.ln_f.requires_grad_(True)
+    before = {name: (p.dtype, p.requires_grad) for name, p in gpt.named_parameters()}
+    wanted = {"low_precision_layernorm": MonitorConfig()}
+    exchange_modules(gpt, config_with("gpt2", **wanted), "amp_bf16")
+    assert {name: (p.dtype, p.requires_grad) for name, p in gpt.named_parameters()} == before
+
+
 def test_run_with_an_algorithm_without_effect_leaves_nothing(run, tmp_path):
     with pytest.raises(ConfigError, match=r"low_precision_layernorm: changes nothing in a Llama"):
         run("algorithms.low_precision_layernorm={}", "precision=amp_bf16", "run_name=idle")

@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -331,6 +333,9 @@ def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch,
             body = b"not what was stored"
             client.put_object(Bucket="runs", Key="there/parts/ba4/state.pt", Body=body)
 
+        def forbidden(*_: object) -> None:
+            raise FileNotFoundError("403")  # as Composer's client has it
+
         def spoil(folder: Path) -> None:
             (folder / "checkpoints" / "ba4" / STATE).write_bytes(b"x")
 
@@ -348,6 +353,21 @@ def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch,
             loaded = (f"load_path=s3://runs/there/{place}", "load_weights_only=true")
             name = place.replace("/", "-")
             assert result(broken(f"from-{name}", *options, *loaded))["status"] == "completed"
+        # Two nodes that share a folder fetch the same at once; what may not be read is no gap.
+        nodes = [RemoteFolder("s3://runs/there/parts") for _ in range(2)]
+        meet, fetch = threading.Barrier(2), RemoteFolder._fetch
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteFolder, "_fetch", lambda *a: (meet.wait(30), fetch(*a)))
+            patch.setattr("platform.node", lambda: f"node{threading.get_ident()}")
+            with ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(lambda one: one.fetch_newest(Path("shared")), nodes))
+        assert found[0] == found[1] and read_checkpoint(found[0])
+        (node,) = nodes[:1]
+        with monkeypatch.context() as patch:
+            patch.setattr(node._store, "download_object", forbidden)
+            with pytest.raises(ConfigError, match=r"s3://runs/there/parts: cannot be read"):
+                node.fetch_newest(Path("none"))
+        assert not [*Path("none").glob("b*")]
         # All broken, in the store alone: it is not begun anew, as if nothing had been.
         shutil.rmtree(parts)
         for thing in client.list_objects_v2(Bucket="runs", Prefix="there/parts/")["Contents"]:

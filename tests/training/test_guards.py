@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from composer import Callback
+from composer.core import Precision
 
 from overture.callbacks.guards import FiniteGuard, GradientGuard
 from overture.errors import ConfigError, GuardError, Preempted
@@ -346,10 +347,10 @@ def test_scaler_does_not_skip_for_ever(tmp_path):
     weight = torch.nn.Linear(2, 2)
     log = SimpleNamespace(path=tmp_path / "metrics.jsonl", note=lambda *_: None)
     guard = FiniteGuard("stop", 3, log)
-    scaler = SimpleNamespace(is_enabled=lambda: True)
     step = SimpleNamespace(batch=SimpleNamespace(value=0))
     batch = {"sample_ids": torch.zeros(1), "num_labels": [1]}
-    state = SimpleNamespace(model=weight, scaler=scaler, timestamp=step, batch=batch)
+    common = {"model": weight, "timestamp": step, "batch": batch}
+    state = SimpleNamespace(**common, precision=Precision.AMP_FP16)
 
     def bad(value):
         guard.after_dataloader(state, None)
@@ -363,6 +364,10 @@ def test_scaler_does_not_skip_for_ever(tmp_path):
     with pytest.raises(GuardError, match="a gradient is not finite"):
         for _ in range(FiniteGuard.SCALED):
             bad(math.nan)
+    # Composer's scaler is there in every precision, on a GPU, and skips in that one alone.
+    state.precision, state.scaler = Precision.AMP_BF16, SimpleNamespace(is_enabled=lambda: True)
+    with pytest.raises(GuardError, match="a gradient is not finite"):
+        bad(math.nan)
 
 
 def test_dead_worker_of_the_loader(smoke, tmp_path):

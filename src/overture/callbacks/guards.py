@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
@@ -59,7 +59,7 @@ class FiniteGuard(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Look at the gradients of all microbatches, after the ranks have added theirs up."""
         norms_bad = gradients_not_finite(state.model)
-        scaled = state.scaler is not None and state.scaler.is_enabled()  # it skips such steps
+        scaled = state.precision == Precision.AMP_FP16  # whose scaler skips such steps
         loss_bad = self._bad.clone()
         if norms_bad is not None:
             if scaled:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from overture.data.collate import TokenCollator
+from overture.data.encode import special_tokens
 
 
 class MaskingCollator:
@@ -28,7 +29,7 @@ class MaskingCollator:
         self.collate, self.share, self.seed, self.anew = collate, share, seed, anew
         self.mask = tokenizer.mask_token_id
         self.is_ordinary = np.ones(len(tokenizer), bool)
-        self.is_ordinary[tokenizer.all_special_ids] = False
+        self.is_ordinary[[*special_tokens(tokenizer).values()]] = False
         self.ordinary = np.flatnonzero(self.is_ordinary)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Finished splits to object stores (s3://, gs://, ...), through Streaming's own uploaders."""
 
+import re
 import tempfile
 import threading
 import time
@@ -51,12 +52,21 @@ def fetch(remote: str, local: Path, download: Callable[[], Any] | None = None) -
 
 
 def holds_split(remote: str) -> bool:
-    """Return whether a ledger is at `remote`, which is what makes a split whole there."""
-    # Each store's client has its own way to say no such object.
-    with tempfile.TemporaryDirectory() as folder, suppress(Exception):
-        fetch(f"{remote}/{LEDGER}", Path(folder, LEDGER))
-        return True
-    return False
+    """Return whether a ledger is at `remote`, which is what makes a split whole there.
+
+    ConfigError if that cannot be asked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fetch(f"{remote}/{LEDGER}", Path(folder, LEDGER))
+        except Exception as error:  # each store's client has its own way to say no such object
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            refused = getattr(error, "response", {}).get("Error", {}).get("Code") == "403"
+            if not refused and re.search(r"404|NoSuch|not ?found", said, re.IGNORECASE):
+                return False
+            fault = f"--out_root: {remote} cannot be asked for what is there ({said[:200]})"
+            raise ConfigError(f"{fault}; if nothing is, give --overwrite") from None
+    return True
 
 
 def upload_split(folder: Path, remote: str) -> None:

@@ -231,13 +231,14 @@ class Layout:
         self._masks: dict[torch.dtype, Tensor] = {}
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return [rows, 1, tokens, tokens] bool, True where a query (third) sees a key (last); with
-        ALiBi what is added to scores, [rows, heads, tokens, tokens].
+        """Return [rows, 1, tokens, tokens] bool, True where a query (third) sees a key (last); on a
+        GPU, and with ALiBi, [rows, heads, tokens, tokens], what is added to scores: of a bool
+        torch's kernel would make that in each layer anew, and keep it for the backward pass.
         """
         if dtype not in self._masks:
             places = torch.arange(self.starts.shape[1], device=self.starts.device)
             sees = self._sees(self.starts, places, places)[:, None]
-            is_plain = self.slopes is None
+            is_plain = self.slopes is None and not sees.is_cuda
             self._masks[dtype] = sees if is_plain else self._bias(sees, places, places, dtype)
         return self._masks[dtype]
 

@@ -71,7 +71,15 @@ def _shifts(logits: Tensor, alone: Tensor) -> bool:
     moved = (logits - alone).float().square().mean(-1).sqrt().max().item()
     # A leak shifts them by about their own spread; rounding to bfloat16 by 3 steps of the type in
     # 16 layers, by more in more. The greatest of millions of logits would say less.
-    return not moved <= max(0.02, 8 * torch.finfo(alone.dtype).eps) * alone.float().std().item()
+    return not moved <= max(0.02, 8 * _rounding(alone)) * alone.float().std().item()
+
+
+def _rounding(logits: Tensor) -> float:
+    """Return the step of the type that logits were computed in, which may have been widened."""
+    kind, step = logits.device.type, torch.finfo(logits.dtype).eps
+    if torch.is_autocast_enabled(kind):
+        step = max(step, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+    return step
 
 
 @in_evaluation
@@ -135,7 +143,7 @@ def prove_padding(model: Any, vocab_size: int, longest: int, packed: bool) -> No
         return model(**given).logits[:, :short]
 
     alone, padded, longer = logits(short, short), logits(room, short), logits(short, room)
-    bound = max(1e-3, 16 * torch.finfo(alone.dtype).eps) * alone.abs().max().item()
+    bound = max(1e-3, 16 * _rounding(alone)) * alone.abs().max().item()
     name = type(model).__name__
     for others, fault in {
         padded: f"padding changes what a {name} makes of a row",

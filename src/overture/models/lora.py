@@ -44,16 +44,16 @@ def add_lora(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
         use_rslora=rslora, use_dora=dora, task_type=TASK_TYPES.get(head),
     )  # fmt: skip
+    names = [name for name, _ in model.named_modules()]
+    for target in target_modules if isinstance(target_modules, list) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            hint = nearest(target, {name.rpartition(".")[2] for name in names})
+            raise ConfigError(f"lora.target_modules: {target!r} is the name of no module{hint}")
     try:
         # peft casts the adapters of a half-precision base to float32 (autocast_adapter_dtype).
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
-    names = [name for name, _ in model.named_modules()]  # peft has put its own within them
-    for target in target_modules if isinstance(target_modules, list) else []:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            hint = nearest(target, {name.rpartition(".")[2] for name in names})
-            raise ConfigError(f"lora.target_modules: {target!r} is the name of no module{hint}")
     if _changes_head(model):
         fault = "the output head takes no adapter here"
         raise ConfigError(f"lora.target_modules: {fault}; leave it out")

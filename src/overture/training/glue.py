@@ -74,10 +74,11 @@ def plan(config: GlueConfig) -> list[Job]:
     jobs = [_job(config, task, seed) for task in ordered for seed in _seeds(config, task)]
     if "mnli" in config.tasks:
         jobs.append(_mismatched(config))
+    by_name = {job.name: job for job in jobs}
     for job in jobs:
         place = f"{config.run_name}, job {job.name}"
         check_config(job.config, lambda _, place=place: place, ("classify",))
-        if job.needs and job.config.get("trainable") == "lora":
+        if job.needs and by_name[job.needs].config.get("trainable") == "lora":
             fault = f"lora leaves adapters of MNLI's head, from which {job.name} cannot start"
             raise ConfigError(f"finetune.trainable: {fault}; leave mnli out of tasks, or train all")
     return jobs

@@ -94,9 +94,14 @@ def exchange_modules(network: Any, config: Config, precision: str) -> None:
     if config.algorithms.low_precision_layernorm is None:
         return
     before = [type(module) for module in network.modules()]
+    were = {name: (p.dtype, p.requires_grad) for name, p in network.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says so in its own way
         apply_low_precision_layernorm(network, Precision(precision))
+    for name, p in network.named_parameters():  # made anew, they are all trained, in float32
+        dtype, trained = were[name]
+        p.data = p.data.to(dtype)
+        p.requires_grad_(trained)
     if [type(module) for module in network.modules()] == before:
         fault = f"changes nothing in a {type(network).__name__} ({config.model.name})"
         remedy = f"trained in {precision}; leave it out"

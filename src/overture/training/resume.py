@@ -43,6 +43,11 @@ def local_folder(config: Config) -> Path:
     return Path(config.run_folder) / "checkpoints"
 
 
+def places_of(config: Config) -> str:
+    """Return what is to be deleted of a run that is to begin anew."""
+    return " and ".join(filter(None, (config.run_folder, config.save_folder)))
+
+
 def _folder_before(config: Config) -> Path:
     """Return where the run that is in a run folder had its checkpoints: save_folder may change."""
     known = Path(config.run_folder) / "config.yaml"
@@ -70,7 +75,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         if found is None:
             return None
         found[1]["set_aside"][:0] = broken
-        remedy = f"choose another run_name, or delete {config.run_folder}"
+        remedy = f"choose another run_name, or delete {places_of(config)}"
         every = changed_keys(found[1]["config"], dump_config(config))
         if changed := [key for key in every if key not in config.resume.allow]:
             theirs, ours = _models(found[1]["config"], config)

@@ -270,8 +270,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from it, in any line
         error = runs.explain(error, config)
         fail(str(error), preempted=isinstance(error, Preempted))
-        with suppress(RuntimeError):  # it waits for the other ranks, which may be gone
-            trainer.close()
+        trainer.engine.close()  # not the trainer, which waits for the others: they may be waiting
         raise error from None
     monitors.adopt_average(trainer.state)
     trainer.close()

@@ -20,7 +20,7 @@ from overture.data.schema import write_aside
 from overture.errors import FULL, ConfigError, GuardError
 from overture.training.cores import processor
 from overture.training.doctor import too_large
-from overture.training.resume import local_folder, on_rank_zero
+from overture.training.resume import local_folder, on_rank_zero, places_of
 
 FINISHED = ("target_reached", "target_missed", "completed")
 _held: dict[Path, TextIO] = {}  # locks of this process
@@ -43,7 +43,7 @@ def refuse_finished_run(config: Config) -> Path:
         raise ConfigError(f"run_folder: {fault}; name another")
     if status in FINISHED:
         fault = f"run_name: {config.run_name} is finished ({status})"
-        raise ConfigError(f"{fault}; choose another run_name, or delete {folder}")
+        raise ConfigError(f"{fault}; choose another run_name, or delete {places_of(config)}")
     return folder
 
 
