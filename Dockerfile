@@ -6,6 +6,7 @@
 # torch's wheels carry CUDA 12.6 themselves; the base gives the driver hooks and the compilers that
 # flash-attn (where no wheel fits) and torch.compile need. --build-arg GPU=0 leaves out flash-attn,
 # liger-kernel and bitsandbytes; attention on CUDA then takes the varlen kernel that torch carries.
+# For Blackwell: --build-arg PINS=requirements-torch2.11.txt.
 # This image has not been built where the kit is developed. Of its CUDA kernels torch's own have run, on an
 # H100 with torch 2.11, as have bitsandbytes and liger-kernel (which benchmarks alone use); flash-attn has not.
 FROM nvidia/cuda:12.6.3-devel-ubuntu24.04
@@ -16,14 +17,15 @@ RUN apt-get update \
 
 # The code belongs to root and cannot be changed from inside; data/ and runs/ are the user's.
 WORKDIR /overture
-COPY requirements.txt requirements-uv.txt requirements-gpu.txt ./
+COPY requirements.txt requirements-torch2.11.txt requirements-uv.txt requirements-gpu.txt ./
 ARG GPU=1
+ARG PINS=requirements.txt
 # Every file is held against its hash, but for the GPU packages and what they build with.
 # Compiled modules: without them importing Composer takes more than twice as long.
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir --require-hashes -r requirements-uv.txt \
  && export UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1 VIRTUAL_ENV=/opt/venv \
- && /opt/venv/bin/uv pip install --require-hashes -r requirements.txt \
+ && /opt/venv/bin/uv pip install --require-hashes --no-deps -r "$PINS" \
  && if [ "$GPU" = 1 ]; then /opt/venv/bin/uv pip install wheel ninja \
       && /opt/venv/bin/uv pip install --no-build-isolation -r requirements-gpu.txt; fi
 COPY . .

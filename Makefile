@@ -34,8 +34,8 @@ $(VENV)/.installed: $(PINS) requirements-dev.txt requirements-uv.txt
 	  { echo "error: Python 3.10 to 3.12 is needed; name one with make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@command -v uv >/dev/null || \
-	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements-uv.txt
-	uv pip install --quiet --require-hashes --no-deps --python $(BIN)/python -r $(PINS) \
+	  "$(BIN)/python" -m pip install --quiet --require-hashes -r requirements-uv.txt
+	uv pip install --quiet --require-hashes --no-deps --python "$(BIN)/python" -r $(PINS) \
 	  -r requirements-dev.txt
 	@touch $@
 
@@ -106,7 +106,7 @@ faults: venv
 
 # OVERTURE_DATA names the real datasets; --search looks for the peers' best batch sizes again.
 benchmark: venv
-	uv pip install --quiet --python $(BIN)/python -r requirements-benchmark.txt
+	uv pip install --quiet --python "$(BIN)/python" -r requirements-benchmark.txt
 	python benchmarks/finetune_throughput.py $(BENCHMARK_FLAGS)
 	python benchmarks/pretrain_throughput.py $(BENCHMARK_FLAGS)
 	python benchmarks/ablation.py

@@ -25,4 +25,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_error(lambda: main(sys.argv[1:])))
+    sys.exit(exit_on_error(lambda: main(sys.argv[1:]), trains=True))

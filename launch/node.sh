@@ -44,8 +44,10 @@ load_modules() {
 # Return the exit code of the launcher; 75 means: saved, run again. Sets `deleted` where USR2 says that
 # the job will be killed (Grid Engine).
 run_node() { # number of the node, from 0
-  local node=$1 rank=$(($1 * gpus)) asking="" launched code
-  cd "$directory" && mkdir -p "$logs" && echo "$$" > "$logs/node$node.pid" || return 2
+  local node=$1 rank=$(($1 * gpus)) asking="" early="" launched code
+  trap 'early=yes' USR1 TERM
+  trap 'early=yes deleted=yes' USR2
+  cd "$directory" && mkdir -p "$logs" && echo "$$" > "$logs/node$node-$job.pid" || return 2
   if [ "${#modules[@]}" -gt 0 ]; then
     load_modules "${modules[@]}" || return 2
   fi
@@ -66,12 +68,13 @@ run_node() { # number of the node, from 0
   launched=$!
   trap stop_ranks USR1 TERM
   trap "deleted=yes; stop_ranks" USR2
+  [ -z "$early" ] || stop_ranks
   await "$launched"
   code=$?
   trap '' USR1 USR2 TERM
   [ -z "$asking" ] || kill "$asking" 2> /dev/null
   [ -z "$scratch" ] || rm -rf -- "$TMPDIR"
-  rm -f "$logs/node$node.pid"
+  rm -f "$logs/node$node-$job.pid"
   return "$code"
 }
 

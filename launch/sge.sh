@@ -27,7 +27,8 @@ script=$(
   as_script
   declare -p job "${!HF_@}" "${!HUGGINGFACE_@}" "${!WANDB_@}" "${!MLFLOW_@}" "${!AWS_@}" \
     "${!NCCL_@}" "${!GLOO_@}" "${!OMP_@}" "${!APPTAINER_@}" "${!OVERTURE_@}" "${!SCRATCH@}" \
-    "${!S3_@}" "${!GOOGLE_@}" "${!AZURE_@}" "${!http@}" "${!no_proxy@}"
+    "${!S3_@}" "${!GOOGLE_@}" "${!GCS_@}" "${!AZURE_@}" "${!http@}" "${!HTTP@}" "${!no_proxy@}" \
+    "${!NO_PROXY@}" "${!TORCH_@}" "${!PYTORCH_@}" "${!JOB_ID@}"
 )
 
 echo "$(date -Is) job $job on ${hosts[*]}"

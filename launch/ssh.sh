@@ -15,7 +15,8 @@ script=$(
   as_script
   declare -p job "${!HF_@}" "${!HUGGINGFACE_@}" "${!WANDB_@}" "${!MLFLOW_@}" "${!AWS_@}" \
     "${!NCCL_@}" "${!GLOO_@}" "${!OMP_@}" "${!APPTAINER_@}" "${!OVERTURE_@}" "${!SCRATCH@}" \
-    "${!S3_@}" "${!GOOGLE_@}" "${!AZURE_@}" "${!http@}" "${!no_proxy@}"
+    "${!S3_@}" "${!GOOGLE_@}" "${!GCS_@}" "${!AZURE_@}" "${!http@}" "${!HTTP@}" "${!no_proxy@}" \
+    "${!NO_PROXY@}" "${!TORCH_@}" "${!PYTORCH_@}" "${!CUDA_VISIBLE@}"
 )
 
 on_node() { # number of the node, what to do there
@@ -24,7 +25,7 @@ on_node() { # number of the node, what to do there
 
 stop() {
   echo "asking the ranks to save ..."
-  on_node 0 'cd "$directory" && kill -USR1 "$(cat "$logs/node0.pid")"'
+  on_node 0 'cd "$directory" && kill -USR1 "$(cat "$logs/node0-$job.pid")"'
 }
 
 echo "logs of the ranks: $directory, $logs"

@@ -30,6 +30,7 @@ def main() -> None:
     add("--nodes", type=int, default=1)
     add("--gpus", type=int, default=1, help="of each node; each gets one rank")
     add("--time", metavar="H:MM:SS", help="limit; ranks save before it and the job goes on anew")
+    add("--notice", type=int, default=300, help="seconds before it in which a run has to save")
     add("--partition", help="slurm: where to queue")
     add("--account", help="slurm: who pays")
     add("--queue", help="sge: where to queue")

@@ -105,6 +105,14 @@ def test_killed_run_goes_on_with_the_same_command(smoke, tmp_path):
     assert [s for k, s in curve(folder) if k == "train"] == list(range(1, 41))
 
 
+def test_sigterm_while_libraries_are_imported_is_heard():
+    code = "import sys; from overture.errors import exit_on_error as run; "
+    code += "sys.exit(run(lambda: sys.exit(143), trains=True))"  # as Composer answers to it
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": "src"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, "the same command goes on" in done.stderr) == (75, True)
+
+
 TWO = (
     "model.dtype=float32", "global_train_batch_size=4", "device_train_microbatch_size=2",
     "lora.dropout=0.1", "eval_first=false", "max_duration=24ba", "eval_interval=12ba",

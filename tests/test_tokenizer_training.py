@@ -119,8 +119,10 @@ def test_what_is_said_is_learned_of_conversations_and_lines_of_a_folder(made, tm
     talks, _ = made(inputs=[str(tmp_path / "chats.jsonl")])
     assert not {"human", "gpt"} & {*talks.get_vocab()}
     assert "the" in "".join(talks.get_vocab())
-    _, figures = made(inputs=[str(tmp_path / "texts")])
-    assert figures.texts == 2  # every hundredth line
+    options = {"model": "unigram", "vocab_size": 70}
+    texts, figures = made(inputs=[str(tmp_path / "texts")], **options)
+    assert figures.texts == 2  # every hundredth line, its end included
+    assert back(texts, "the\nowl") == "the\nowl"
 
 
 def test_special_tokens_have_their_roles(made):

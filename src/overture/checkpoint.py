@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 STATE = "state.pt"
 OLD = ".old-"  # begins the name of one that another of the same step is about to replace
 REST = re.compile(r"\.(old-)?ba\d+(\.\d+(-.*)?)?")
-# Of S3: a store that is silent is answered for within a minute.
+# Of S3: a store that is silent is answered for within a minute, a download within three.
 PATIENCE = {
     "connect_timeout": 15, "read_timeout": 15,
     "retries": {"mode": "standard", "total_max_attempts": 3},
@@ -208,9 +208,9 @@ class RemoteFolder:
         backend, bucket, _ = parse_uri(uri)
         with self._named():
             if backend == "s3":
-                once = {"num_download_attempts": 1}  # the client's own three tries are enough
+                tries = {"num_download_attempts": 3}  # also of what breaks off
                 self._store = S3ObjectStore(
-                    bucket, client_config={**PATIENCE}, transfer_config=once
+                    bucket, client_config={**PATIENCE}, transfer_config=tries
                 )
             else:
                 self._store = maybe_create_object_store_from_uri(uri)

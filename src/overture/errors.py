@@ -74,10 +74,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (did you mean "{folded[match[0]]}"?)' if match else ""
 
 
-def exit_on_error(function: Callable[[], int | None]) -> int:
+def _asked(function: Callable[[], int | None], trains: bool) -> int | None:
+    try:
+        return function()
+    except SystemExit as error:  # Composer's answer to SIGTERM, as long as there is no run
+        if trains and error.code == 128 + signal.SIGTERM:
+            raise Preempted(None) from None
+        raise
+
+
+def exit_on_error(function: Callable[[], int | None], trains: bool = False) -> int:
     """Run a door's main function; print an OvertureError as one sentence and return its code.
 
-    From here on nothing that this process prints, or a library logs, shows a secret.
+    A door that `trains` hears SIGTERM from its first import on. From here on nothing that this
+    process prints, or a library logs, shows a secret.
     """
     given = [*os.environ.items(), *(("", argument) for argument in sys.argv)]
     given += [argument.partition("=")[::2] for argument in sys.argv]
@@ -94,7 +104,7 @@ def exit_on_error(function: Callable[[], int | None]) -> int:
     if "LOCAL_RANK" in os.environ:
         follow_launcher()
     try:
-        return function() or EXIT_DONE
+        return _asked(function, trains) or EXIT_DONE
     except (OvertureError, Preempted) as error:
         # Mostly every rank meets the same error. Rank zero goes first: the launcher then ends the
         # others and returns its code. If rank zero was fine, this rank speaks for itself.

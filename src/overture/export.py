@@ -109,6 +109,8 @@ def export_model(
     asked = [_ask(model, ids) for ids in prompts]
     if merge:
         model = model.merge_and_unload(safe_merge=True)
+        for module in model.modules():  # a head that was trained in float32 over half a base
+            module._forward_pre_hooks.clear()
         again = (_logits(model, a.prompt, a.ids) for a in asked)
         _compare(again, asked, "float32", "merged, against base and adapters")
     if (merge or dtype) and kind != "float32":

@@ -33,15 +33,19 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     if base and not Path(base).exists():  # a path here means nothing there
         head["base_model"] = base
     what = {True: f"Adapters for {base}", False: f"{base} with its adapters merged in"}
+    own = ("lora_", ".modules_to_save.") if is_adapter else ("",)
     beside = ("lora_", ".original_module.") if merged else ()
-    named = trained.model.named_parameters()
-    count = sum(numbers(p) for name, p in named if not any(part in name for part in beside))
+    count = sum(
+        numbers(p) for name, p in trained.model.named_parameters()
+        if any(part in name for part in own) and not any(part in name for part in beside)
+    )  # fmt: skip
     about = what[is_adapter] if base else f"A model of {trained.head}"
     parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
     parts.append(f"{about}; {count:,} parameters.")
     if rows := json.loads((run / "environment.json").read_text("utf-8")).get("data") if run else []:
         table = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-        lines = [f"| {' | '.join(str(x or '') for x in row)} |" for row in table]
+        shown = [["" if x is None else str(x) for x in row] for row in table]
+        lines = [f"| {' | '.join(row)} |" for row in shown]
         parts.append("## Data\n\n" + "\n".join(lines))
     for file, heading, form in SHOWN if run else ():
         # The figures are those of the end.

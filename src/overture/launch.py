@@ -28,7 +28,7 @@ _DIRECTIVES = {
     "queue": {"sge": "-q {}"}, "resource": {"sge": "-l {}={nodes}"},
     "group": {"sge": ""}, "hosts": {"ssh": ""},  # the group is of qsub, not of the script
 }  # fmt: skip
-_OURS = re.compile(r"--(nodes|ntasks|gpus|time|requeue|no-requeue|signal)\b|-[Nnt](?![a-z-])")
+_OURS = re.compile(r"--(nodes|ntasks|gpus|time(?!-)|requeue|no-requeue|signal)\b|-[Nnt](?![a-z-])")
 _WORD = re.compile(r"[\w.,:=/+%*@~^-]+")
 
 
@@ -46,6 +46,7 @@ class Job:
     resource: str | None = None
     group: str | None = None
     hosts: list[str] | None = None
+    notice: int = NOTICE
     option: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     scratch: Path | None = None
@@ -66,7 +67,7 @@ def render(arguments: list[str], job: Job) -> str:
     set_here = {name: value for name in _DIRECTIVES if (value := getattr(job, name)) is not None}
     forms = {name: _DIRECTIVES[name][job.scheduler] for name in set_here}
     options = [forms[n].format(set_here[n], nodes=job.nodes) for n in forms if forms[n]]
-    notice = min(NOTICE, _seconds(job.time) // 2) if job.time else NOTICE
+    notice = min(job.notice, _seconds(job.time) // 2) if job.time else job.notice
     parts = {
         "name": config.run_name, "nodes": str(job.nodes), "gpus": str(job.gpus),
         "notice": str(notice),
@@ -104,7 +105,7 @@ def submit(script: str, job: Job) -> str:
 
 
 def _problems(texts: list[str], job: Job) -> Iterator[str]:
-    for name in ("nodes", "gpus"):
+    for name in ("nodes", "gpus", "notice"):
         if getattr(job, name) < 1:
             yield f"--{name}: must be at least 1"
     for name, forms in _DIRECTIVES.items():
@@ -126,7 +127,7 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
         if not option.startswith("-") or not all(map(_WORD.fullmatch, option.split(" "))):
             yield f"--option: {option!r} is not an option that can stand in a job script"
         if job.scheduler == "slurm" and (own := _OURS.match(option)):
-            yield f"--option: {own[0]} is set by the script: --nodes, --gpus, --time"
+            yield f"--option: {own[0]} is set by the script: --nodes, --gpus, --time, --notice"
     if job.container and "://" not in job.container and not Path(job.container).is_file():
         yield f"--container: {job.container}: no such image (launch/apptainer.def makes one)"
     for text in [*texts, *job.modules, str(job.scratch), str(Path.cwd())]:

@@ -39,7 +39,7 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
             sharded = config.fsdp_config is not None  # one process has no need of shards
             small = (*SMALL, "fsdp_config.state_dict_type=full") if sharded else SMALL
             options = [*arguments, *small, f"max_duration={count}ba", f"eval_interval={count}ba"]
-            command = [sys.executable, DOORS[config.task], *options]
+            command = [sys.executable, str(ROOT / DOORS[config.task]), *options]
             _finish([*command, f"run_folder={whole}"])
             yield f"{count} steps without an interruption"
             step = _kill([*command, f"run_folder={parts}"], parts, count // 2)
@@ -80,7 +80,7 @@ def _saved(folder: Path, step: int) -> dict[str, bytes]:
 
 
 def _finish(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"the run fails by itself: {done.stderr.strip()[-500:]}")
 
@@ -88,7 +88,7 @@ def _finish(command: list[str]) -> None:
 def _kill(command: list[str], folder: Path, after: int) -> int | None:
     """Return the step that a process was killed after, None if it was over before."""
     silent = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-    process = subprocess.Popen(command, cwd=ROOT, **silent)
+    process = subprocess.Popen(command, **silent)
     while process.poll() is None and len(_losses(folder)) < after:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

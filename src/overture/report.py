@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+import yaml
+
 from overture.data.page import write_page
 from overture.errors import ConfigError
 
@@ -85,6 +87,9 @@ def load_run(folder: Path) -> Run:
     if result is None:
         raise ConfigError(f"{folder}: no readable result.json; give the folder of a run that ended")
     environment = _parse(_read(folder / "environment.json")) or {}
+    asked = yaml.safe_load(_read(folder / "config.yaml")) or {}
+    target = (asked.get("callbacks") or {}).get("loss_target") or {}
+    result.setdefault("target", target.get("cross_entropy"))  # one that broke off says none
     run = Run(result, config=_read(folder / "config.yaml"), environment=environment)
     metrics = read_records(folder / "metrics.jsonl", run.notes)
     for kind, kept in {"train": run.train, "eval": run.evals}.items():
@@ -144,7 +149,8 @@ def points(records: list[dict], key: str) -> list[tuple[float, float]]:
     points = [(record["step"], record[key]) for record in records if _finite(record.get(key))]
     size = math.ceil(2 * len(points) / MAX_CURVE_POINTS) if len(points) > MAX_CURVE_POINTS else 1
     parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return sorted({f(part, key=lambda point: point[1]) for part in parts for f in (min, max)})
+    extremes = (f(part, key=lambda point: point[1]) for part in parts for f in (min, max))
+    return sorted({*extremes, *points[-1:]})  # the last one is named at its place
 
 
 def _ticks(low: float, high: float, least: float = 0.0, parts: int = 5) -> list[tuple[float, str]]:
@@ -183,13 +189,14 @@ def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fal
 
 def unit_of(run: Run) -> str:
     """Returns what a run's losses are measured in."""
-    scores = run.result.get("metrics") or {}
+    scores = {**(run.result.get("metrics") or {}), **(run.evals[-1] if run.evals else {})}
     return "squared error" if {"pearson", "spearman"} & {*scores} else UNIT
 
 
 def _charts(run: Run) -> list[dict | None]:
     loss = ("train loss", "faint", points(run.train, "loss"))
-    held = ("eval cross-entropy", "strong dots", points(run.evals, "cross_entropy"))
+    name = "eval cross-entropy" if unit_of(run) == UNIT else "eval loss"
+    held = (name, "strong dots", points(run.evals, "cross_entropy"))
     every = ("all tokens", "strong", points(run.train, "tokens_per_second"))
     label = ("label tokens", "faint", points(run.train, "label_tokens_per_second"))
     rate = ("learning rate", "strong", points(run.train, "learning_rate"))

@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from overture.data.conversion import refuse
 from overture.data.encode import Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.prompts import PromptTemplate, chat_template, template
-from overture.data.readers import READERS, Format, Malformed, open_bytes, reader
-from overture.data.sources import open_source
+from overture.data.readers import READERS, Malformed, open_bytes, reader
+from overture.data.sources import local_files, open_source
 from overture.errors import FULL, ConfigError, GuardError
 from overture.vocabulary import BYTES, UNKNOWN
 
@@ -128,9 +129,9 @@ class Figures(NamedTuple):
 def train_tokenizer(plan: Plan) -> tuple[int, Figures]:
     """Train a tokenizer, write it to `plan.out`, return its size and its figures on other texts.
 
-    Every string field of a record counts as text or, with a prompt template, what the model will
-    see of it, so that the template's own words become single pieces too. Raises ConfigError: what
-    `check` finds, a bad input, or a text that does not give this size.
+    Every text in a record counts, of a message what is said, or, with a prompt template, what the
+    model will see of it, so that the template's own words become single pieces too. Raises
+    ConfigError: what `check` finds, a bad input, or a text that does not give this size.
     """
     plan.check()
     specials, size, file = plan.specials(), plan.vocab_size, None
@@ -189,16 +190,13 @@ class _Corpus:
 
 def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[], Iterator[str]]:
     """Return what yields the texts of a file or dataset, from its start each time."""
-    path = Path(name)
-    if path.is_file() and reader(path) in (None, READERS[".txt"]):
+    files = [Path(name)] if Path(name).is_file() else local_files(name, "train")
+    if files and {reader(path) for path in files} <= {None, READERS[".txt"]}:
         for option in ("prompt_template", "data_subset"):
             if getattr(plan, option):
                 refuse(f"--{option} {getattr(plan, option)}: {name} is text, without fields")
-        return lambda: _lines(path)
-    try:
-        source = open_source(name, form=Format(text_rows="line"), subset=plan.data_subset)
-    except ConfigError:  # no folder or pattern of texts
-        source = open_source(name, subset=plan.data_subset)
+        return lambda: chain.from_iterable(map(_lines, files))
+    source = open_source(name, subset=plan.data_subset)
 
     def read() -> Iterator[str]:
         for place, record in source.read():

@@ -190,6 +190,7 @@ def test_adapters_and_head_are_trained_and_saved(classify, capsys):
     [
         ("sst2", (), BERT), ("sst2", (), LLAMA), ("stars", (), BERT),
         ("mnli", ("trainable=lora", "lora.r=4"), BERT), ("mnli", ("trainable=last_layer",), BERT),
+        ("mnli", ("trainable=lora", "lora.r=4", "model.dtype=bfloat16"), BERT),
     ],
 )  # fmt: skip
 def test_what_was_trained_is_asked_exported_and_asked_again(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from outages import RESUMED
 from overture.errors import ConfigError, DataError
+from overture.training import run as recipe
 from overture.training.resume import changed_keys
 from runs import assert_same, curve, final_state, records, result
 
@@ -118,11 +119,14 @@ def test_changes_are_refused_by_name_unless_allowed(broken, run, smoke, tmp_path
     assert all(tuple(group["betas"]) == (0.5, 0.9) for group in groups)
 
 
-def test_a_run_goes_on_where_its_checkpoints_were(broken, run, tmp_path):
+def test_a_run_goes_on_where_its_checkpoints_were(broken, run, tmp_path, monkeypatch):
     options = ("max_duration=6ba", "save_interval=2ba")
     whole = broken("whole", *options)
     broken("begun", *options, at=(3,), finish=False)
     moved = ("run_name=begun", f"save_folder={tmp_path / 'there'}")
+    with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:  # before it can save
+        patch.setattr(recipe, "build_callbacks", lambda config: 1 / 0)
+        run(*RESUMED, *options, *moved)
     assert run(*RESUMED, *options, *moved)[0] == 0
     assert curve(Path("runs/begun")) == curve(whole)
     assert (tmp_path / "there" / "ba6").is_dir()

@@ -186,7 +186,8 @@ def test_one_rank_goes_on_bit_for_bit_and_guards_see_shards(run, monkeypatch, fo
     assert curve(whole) == curve(parts)
     # From the weights alone, into a run without shards; not from those of another shape.
     begun = ("trainable=lora", f"load_path={whole}", "load_weights_only=true", "max_duration=1ba")
-    _, third = run(*begun, "lora.r=4", "run_name=third")
+    asks = ("generation.num_prompts=4", "generation.max_new_tokens=4")
+    _, third = run(*begun, "lora.r=4", "run_name=third", *asks)
     start = result(third)["eval_cross_entropy_before"]
     assert start == pytest.approx(result(whole)["eval_cross_entropy"], abs=1e-5)
     with pytest.raises(ConfigError, match=r"load_path: .* is \[4, \d+\] there, but \[8, "):

@@ -157,8 +157,10 @@ def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> 
 
 def command_line(arguments: list[str]) -> str:
     """Return the command that reproduces this process, for the run folder; secrets redacted."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = {None: ["python"], "1": ["composer"]}.get(ranks, ["composer", "-n", ranks])
+    ranks, world = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    launcher = ["composer", "-n", ranks] if ranks else ["python"]
+    if ranks and world not in (None, ranks):  # this line on each node, with its rank
+        launcher += ["--world_size", world, "--node_rank", os.environ.get("NODE_RANK", "0")]
     parts = (argument.partition("=") for argument in arguments)
     shown = [redact(key) + equals + redact(value, key) for key, equals, value in parts]
     return shlex.join(launcher + shown)

@@ -120,6 +120,8 @@ def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> I
             if start > ends:
                 yield f"note: rows {ends:,} to {start:,} of {source[0]} are in no part of {name}"
             ends = start if stop is None else stop
+        if stop is not None:
+            yield f"note: rows from {ends:,} on of {source[0]}, if any, are in no part of {name}"
 
 
 def _contents(ledger: dict[str, Any]) -> Any:

@@ -61,7 +61,8 @@ def holds_split(remote: str) -> bool:
             fetch(f"{remote}/{LEDGER}", Path(folder, LEDGER))
         except Exception as error:  # each store's client has its own way to say no such object
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            refused = getattr(error, "response", {}).get("Error", {}).get("Code") == "403"
+            response = getattr(error, "response", None)  # botocore's is a dict
+            refused = isinstance(response, dict) and response["Error"]["Code"] == "403"
             if not refused and re.search(r"404|NoSuch|not ?found", said, re.IGNORECASE):
                 return False
             fault = f"--out_root: {remote} cannot be asked for what is there ({said[:200]})"

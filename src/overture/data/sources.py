@@ -86,7 +86,7 @@ def open_source(
         if not pair[1].is_file():
             raise ConfigError(f"{pair[1]}: no such file")
         return Source(name, lambda: _readable(name, read_parallel(pair)), _fingerprint(pair))
-    if files := _local_files(name, split):
+    if files := local_files(name, split):
         _refuse_choice(name, "train", subset, revision)
         return _file_source(name, files, form)
     looks_local = reader(Path(name)) or name.startswith(("/", ".", "~")) or glob.has_magic(name)
@@ -102,7 +102,11 @@ def _refuse_choice(name: str, split: str, subset: str | None, revision: str | No
         raise ConfigError(f"{name}: is local: --data_subset and --revision are for hub names")
 
 
-def _local_files(name: str, split: str) -> list[Path]:
+def local_files(name: str, split: str) -> list[Path]:
+    """Return the files of a split that a path, a pattern or a folder stands for, [] for none.
+
+    Raises ConfigError where a folder's names do not say which they are.
+    """
     path = Path(name)
     if path.is_file() or (glob.has_magic(name) and not path.is_dir()):
         _refuse_choice(name, split, None, None)
@@ -115,9 +119,14 @@ def _local_files(name: str, split: str) -> list[Path]:
     if not files:
         raise ConfigError(f"{name}: holds no file of a known kind ({', '.join(READERS)})")
     below = {p: p.relative_to(path) for p in files}
+    trained, others = (
+        [p for p in files if any(_is_called(below[p], s, within=True) for s in names)]
+        for names in (("train",), _HELD_OUT)
+    )
+    divided = bool(trained and others)  # or a word may be no more than that: Night train.txt
     named = [p for p in files if _is_called(below[p], split)]
-    named = named or [p for p in files if _is_called(below[p], split, within=True)]
-    others = [p for p in files if any(_is_called(below[p], s, within=True) for s in _HELD_OUT)]
+    named = named or [p for p in files if divided and _is_called(below[p], split, within=True)]
+    others = [p for p in files if any(_is_called(below[p], s, divided) for s in _HELD_OUT)]
     if not named and (split != "train" or others):
         there = ", ".join(str(p.relative_to(path)) for p in files[:8])
         raise ConfigError(f"{name}: has no files for split {split!r}; there are: {there}")
@@ -131,11 +140,12 @@ def _local_files(name: str, split: str) -> list[Path]:
 
 def _is_called(path: Path, split: str, within: bool = False) -> bool:
     """Return whether the name of a file or of one of its folders begins with that of a split, or
-    has it as a word `within`, as the hub has them: train.tsv, my_train.jsonl, Train-0.csv.
+    has it as a word `within`, of any case, as the hub has them: train.tsv, my_Train.jsonl.
     """
-    word = re.compile(rf"{re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
-    inner = re.compile(rf"(?<![a-z0-9]){word.pattern}", re.IGNORECASE)
-    return any(inner.search(part) if within else word.match(part) for part in path.parts)
+    word = rf"{re.escape(split)}(?![^\W_])"
+    if within:
+        return any(re.search(rf"(?<![^\W_]){word}", part, re.I) for part in path.parts)
+    return any(re.match(word, part) for part in path.parts)
 
 
 def _file_source(name: str, files: list[Path], form: Format) -> Source:

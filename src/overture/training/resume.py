@@ -6,6 +6,7 @@ that epoch's number for the data, so that the next one repeats its order.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -88,6 +89,20 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         return found
 
     return on_rank_zero(look)
+
+
+def bring(folder: Path, config: Config) -> None:
+    """Copy a checkpoint from where save_folder was to where it is now, for the next start too."""
+    place = local_folder(config) / folder.name
+
+    def copy() -> None:
+        if not place.exists():
+            aside = place.with_name(f".{place.name}.{os.getpid()}")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(folder, aside)
+            aside.rename(place)
+
+    on_rank_zero(copy)
 
 
 def find_load_path(config: Config, model: str) -> Path:
@@ -189,8 +204,7 @@ def take_weights(model: torch.nn.Module, path: Path, trained: dict[str, list[int
     Raises ConfigError as `check_shapes` does.
     """
     if (path.parent / sharding.METADATA).is_file():
-        found = sharding.whole_from_shards(path.parent).items()
-        weights = {sharding.PREFIX + name: tensor for name, tensor in found}
+        weights = sharding.whole_from_shards(path.parent)
     else:
         state = torch.load(path, map_location="cpu", weights_only=False)  # verified, as all are
         weights = state["state"]["model"]

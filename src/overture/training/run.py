@@ -123,6 +123,9 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     if config.eval_loader is not None:
         evaluation = loader(config.eval_loader, config.device_eval_batch_size, training=False)
         samples = evaluation.num_samples
+    if config.task == "chat":
+        ends = network.generation_config.eos_token_id
+        facts["use"] = {"generation": {"eos_token_id": ends}}
     if config.task == "classify":
         facts["use"] = {"labels": head_config(ledgers)}
     if config.task == "seq2seq":
@@ -169,6 +172,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     sharded = start is not None and (start.parent / sharding.METADATA).is_file()
     foreign = partial(resume.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
+    if found:
+        resume.bring(found[0], config)
     runs.begin_run(config, command, found is not None, ledgers)
     if answers and dist.get_global_rank() == 0:  # a part that goes on has other weights
         write_aside(run_folder / BEFORE, json.dumps(answers.before))
@@ -280,9 +285,6 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         weights = sharding.whole_weights(network)
         if dist.get_global_rank() == 0:
             trained_on = base_record(vars(config.model), facts)
-            if config.task == "chat":
-                use = {"generation": {"eos_token_id": network.generation_config.eos_token_id}}
-                trained_on["facts"] = {**facts, "use": use}
             save_model(network, tokenizer, run_folder / "hf", trained_on, weights)
         if answers:
             answers.after = answers.ask(network, "answers after training")
