@@ -107,8 +107,8 @@ def test_rows_that_are_in_no_part_and_those_that_are_in_two(part, tmp_path):
         f"note: rows {gap} of {tmp_path}/all.jsonl are in no part of train"
         for gap in ("0 to 10", "40 to 60")
     ]
-    closed = [part("3", 0, 40), part("4", 40, 60)]
-    assert join(closed, tmp_path / "closed")[:1] == [
+    closed = [part("x/3", 0, 40), part("x/4", 40, 60)]
+    assert join(closed, tmp_path / "x" / "all")[:1] == [
         f"note: rows from 60 on of {tmp_path}/all.jsonl, if any, are in no part of train"
     ]
     (tmp_path / "copy").mkdir()
