@@ -6,7 +6,7 @@
 # torch's wheels carry CUDA 12.6 themselves; the base gives the driver hooks and the compilers that
 # flash-attn (where no wheel fits) and torch.compile need. --build-arg GPU=0 leaves out flash-attn,
 # liger-kernel and bitsandbytes; attention on CUDA then takes the varlen kernel that torch carries.
-# For Blackwell: --build-arg PINS=requirements-torch2.11.txt.
+# For Blackwell: --build-arg PINS=requirements-torch2.11.txt --build-arg GPU=0 (CUDA 13, which the base has not).
 # This image has not been built where the kit is developed. Of its CUDA kernels torch's own have run, on an
 # H100 with torch 2.11, as have bitsandbytes and liger-kernel (which benchmarks alone use); flash-attn has not.
 FROM nvidia/cuda:12.6.3-devel-ubuntu24.04

@@ -76,11 +76,13 @@ quickstart: venv
 	@echo "== 4/4 done: open runs/quickstart/report.html"
 
 # The same way on databricks-dolly-15k. Families that cannot keep packed documents apart say so;
-# they need CONVERT_FLAGS="--packing none".
+# they need CONVERT_FLAGS="--packing none". TRAIN_FLAGS are overrides of the YAML.
 dolly: venv
+	@! test -f runs/$(NAME)/result.json || \
+	  { echo "error: runs/$(NAME) is there: give another NAME=..., or delete it"; exit 2; }
 	python src/convert_dataset.py --dataset $(DATA) --task instruct --tokenizer $(MODEL) \
 	  --test_fraction 0.1 --max_seq_len 512 --out_root data/$(NAME) --overwrite $(CONVERT_FLAGS)
-	composer finetune.py $(CONFIG) run_name=$(NAME) model.name=$(MODEL) data_local=data/$(NAME)
+	composer finetune.py $(CONFIG) run_name=$(NAME) model.name=$(MODEL) data_local=data/$(NAME) $(TRAIN_FLAGS)
 
 # Both kinds of BERT pretrained for a few steps, and the eight tasks of GLUE in small from each.
 GLUE := yamls/glue/smoke.yaml

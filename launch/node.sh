@@ -68,7 +68,7 @@ run_node() { # number of the node, from 0
   launched=$!
   trap stop_ranks USR1 TERM
   trap "deleted=yes; stop_ranks" USR2
-  [ -z "$early" ] || stop_ranks
+  [ -z "$early" ] || { sleep 1 && stop_ranks; } # until what is launched is deaf to it
   await "$launched"
   code=$?
   trap '' USR1 USR2 TERM

@@ -46,7 +46,7 @@ def main() -> None:
     add("--chat", action="store_true", help="talk in the terminal; with --data: its rows are talks")
     add("--out", type=Path, metavar="FILE.jsonl")
     add("--overwrite", action="store_true")
-    add("--max_new_tokens", type=int, default=64)
+    add("--max_new_tokens", type=int, help="of an answer; default: 64, talking 512")
     add("--batch_size", type=int, default=16)
     add("--num_beams", type=int, default=1)
     drawn = "draw tokens, rather than take the likeliest"
@@ -74,6 +74,8 @@ def main() -> None:
         raise ConfigError("give one of --prompt, --data and --chat")
     if args.chat and not args.data and (args.out or args.num_beams > 1):
         raise ConfigError("--chat answers word by word, in the terminal: no --out and --num_beams")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 512 if args.chat and not args.data else 64
     for name, of in DEPENDENT.items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, of):
             raise ConfigError(f"--{name} is of --{of}: give that too")

@@ -100,7 +100,7 @@ def test_doors_import_nothing_heavy_at_the_top():
         roots = {n.split(".")[0] for n in imported(door, top_level_only=True)}
         assert not roots & HEAVY, door
         # These doors are one line per option.
-        most = 115 if door.name in ("convert_dataset.py", "generate_text.py") else 80
+        most = 120 if door.name in ("convert_dataset.py", "generate_text.py") else 80
         assert len(door.read_text().splitlines()) <= most, door
 
 
@@ -125,7 +125,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 8740
+DEBT = 8800
 
 
 def test_sizes():

@@ -159,6 +159,26 @@ def test_what_one_rank_alone_meets_ends_all_of_them(smoke, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_a_rank_that_fails_alone_before_training_is_no_request_to_stop(smoke, tmp_path):
+    # As one that runs out of memory where the other is still busy.
+    code = (
+        "import os, sys, time; sys.path.insert(0, 'src'); from overture.errors import *\n"
+        "from overture.training.preemption import StopRequest\n"
+        "def main():\n"
+        "    StopRequest(); time.sleep(2)\n"
+        "    if os.environ['LOCAL_RANK'] == '1': raise GuardError('out of memory')\n"
+        "    time.sleep(60)\n"
+        "sys.exit(exit_on_error(main, trains=True))\n"
+    )
+    (tmp_path / "door.py").write_text(code)
+    command = [COMPOSER, "-n", "2", str(tmp_path / "door.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 5, done.stderr + done.stdout
+    assert "another rank ended" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_experts_that_meet_no_token_stop_no_rank(smoke, tmp_path):
     shape = "{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 4,"
     shape += " num_key_value_heads: 2, num_local_experts: 64, num_experts_per_tok: 1}"

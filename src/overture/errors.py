@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from overture.config.secrets import learn, redact
-from overture.launcher import follow_launcher
+from overture.launcher import follow_launcher, rank_is_gone
 
 EXIT_DONE = 0
 EXIT_TARGET_MISSED = 3
@@ -66,6 +66,15 @@ class Preempted(BaseException):
         super().__init__(f"stopped as asked, {saved}")
 
 
+def stopped(batch: int | None) -> BaseException:
+    """Return what to raise on a signal to stop: Preempted, unless the launcher sends it for a rank
+    that has ended, whose own error says why.
+    """
+    if rank_is_gone(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        return GuardError("another rank ended; the same command goes on once that is mended")
+    return Preempted(batch)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the most similar of the known names, or ``''``."""
     # A case slip is the commonest one, and difflib alone would not see it as a near match.
@@ -77,10 +86,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _asked(function: Callable[[], int | None], trains: bool) -> int | None:
     try:
         return function()
-    except SystemExit as error:  # Composer's answer to SIGTERM, as long as there is no run
-        if trains and error.code == 128 + signal.SIGTERM:
-            raise Preempted(None) from None
-        raise
+    except SystemExit as error:  # ours or Composer's answer to SIGTERM, as long as there is no run
+        if not trains or error.code != 128 + signal.SIGTERM:
+            raise
+        raise stopped(None) from None
 
 
 def exit_on_error(function: Callable[[], int | None], trains: bool = False) -> int:
@@ -103,15 +112,17 @@ def exit_on_error(function: Callable[[], int | None], trains: bool = False) -> i
             stream.write = partial(lambda write, text: write(redact(text)), stream.write)
     if "LOCAL_RANK" in os.environ:
         follow_launcher()
+    if trains and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return _asked(function, trains) or EXIT_DONE
     except (OvertureError, Preempted) as error:
         # Mostly every rank meets the same error. Rank zero goes first: the launcher then ends the
         # others and returns its code. If rank zero was fine, this rank speaks for itself.
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)
             if isinstance(error, Preempted):  # rank zero says so; of two codes the launcher
                 return EXIT_DONE  # would make one of its own
-            time.sleep(3)
         print(error if isinstance(error, Preempted) else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

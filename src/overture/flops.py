@@ -13,7 +13,7 @@ import re
 
 # Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a word of the device's name.
 BF16_PEAK = {
-    "B200": 2250e12, "GB200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12,
     "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L40": 181e12, "L4": 121e12, "A10G": 70e12,
 }  # fmt: skip

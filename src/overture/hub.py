@@ -33,12 +33,13 @@ def model_card(trained: Trained, merged: bool, license: str) -> str:
     if base and not Path(base).exists():  # a path here means nothing there
         head["base_model"] = base
     what = {True: f"Adapters for {base}", False: f"{base} with its adapters merged in"}
-    own = ("lora_", ".modules_to_save.") if is_adapter else ("",)
     beside = ("lora_", ".original_module.") if merged else ()
-    count = sum(
-        numbers(p) for name, p in trained.model.named_parameters()
-        if any(part in name for part in own) and not any(part in name for part in beside)
-    )  # fmt: skip
+    named = dict(trained.model.named_parameters())
+    if is_adapter:
+        from peft import get_peft_model_state_dict
+
+        named = get_peft_model_state_dict(trained.model)
+    count = sum(numbers(p) for n, p in named.items() if not any(part in n for part in beside))
     about = what[is_adapter] if base else f"A model of {trained.head}"
     parts = [f"---\n{yaml.safe_dump(head)}---", f"# {(run or Path(trained.name)).name}"]
     parts.append(f"{about}; {count:,} parameters.")

@@ -28,7 +28,9 @@ _DIRECTIVES = {
     "queue": {"sge": "-q {}"}, "resource": {"sge": "-l {}={nodes}"},
     "group": {"sge": ""}, "hosts": {"ssh": ""},  # the group is of qsub, not of the script
 }  # fmt: skip
-_OURS = re.compile(r"--(nodes|ntasks|gpus|time(?!-)|requeue|no-requeue|signal)\b|-[Nnt](?![a-z-])")
+_OURS = re.compile(
+    r"--(nodes|ntasks|gpus(?!-)|time(?!-)|requeue|no-requeue|signal)\b|-[NntG](?![a-z-])"
+)
 _WORD = re.compile(r"[\w.,:=/+%*@~^-]+")
 
 
@@ -126,7 +128,8 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
             yield "--option: ssh has none"
         if not option.startswith("-") or not all(map(_WORD.fullmatch, option.split(" "))):
             yield f"--option: {option!r} is not an option that can stand in a job script"
-        if job.scheduler == "slurm" and (own := _OURS.match(option)):
+        own = next(filter(None, map(_OURS.match, option.split(" "))), None)
+        if job.scheduler == "slurm" and own:
             yield f"--option: {own[0]} is set by the script: --nodes, --gpus, --time, --notice"
     if job.container and "://" not in job.container and not Path(job.container).is_file():
         yield f"--container: {job.container}: no such image (launch/apptainer.def makes one)"

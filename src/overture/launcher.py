@@ -29,3 +29,17 @@ def follow_launcher() -> bool:
         if os.getppid() != parent:  # gone in between
             os.kill(os.getpid(), signal.SIGTERM)
     return launched
+
+
+def rank_is_gone(ranks: int) -> bool:
+    """Return whether the launcher of this one of `ranks` has lost another: it then ends all by
+    SIGTERM, which is no request of a user's to stop.
+    """
+    if not follow_launcher():
+        return False
+    parent = os.getppid()
+    try:
+        left = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:  # it is gone itself, or the kernel does not tell
+        return False
+    return 0 < len(left) < ranks

@@ -87,7 +87,11 @@ def load_trained(
             fault = "not all of the base fits on the devices, and adapters want it there"
             raise ConfigError(f"--device_map {device_map}: {name}: {fault}")
         if not device_map and not getattr(model, "is_quantized", False):
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            try:
+                model.to("cuda" if torch.cuda.is_available() else "cpu")
+            except torch.OutOfMemoryError:
+                advice = "give --device_map auto, or for a CPU set CUDA_VISIBLE_DEVICES="
+                raise ConfigError(f"{name}: does not fit on one GPU; {advice}") from None
         model.eval()
         if "generation" in use:  # how the decoder begins, which the base does not know
             model.generation_config.update(**use["generation"], _from_model_config=False)

@@ -302,9 +302,11 @@ def test_splits_are_words_in_names_too(tmp_path):
     assert records(tmp_path, "dev") == [ROWS[1]]
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
     assert records(tmp_path) == [ROWS[2]]  # which is called so before anything else
-    # One alone may be no more than a word.
     for name in ("my_train.jsonl", "train.jsonl"):
         (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=r"no files for split 'train'; there are:.*name a patt"):
+        records(tmp_path)
+    (tmp_path / "my_Dev.jsonl").rename(tmp_path / "night train.jsonl")  # one alone is but a word
     assert records(tmp_path) == [ROWS[2], ROWS[1]]
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer.core.data_spec import _default_split_batch
+from transformers import GenerationConfig
 
 from overture.config.schema import ModelConfig
 from overture.data.collate import PairCollator
@@ -109,7 +110,7 @@ def test_loss_and_gradients_are_the_familys_own_row_by_row(family, smoothing, to
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_begins_as_training_does(family, tokenizer):
+def test_generation_begins_as_training_does(family, tokenizer, tmp_path):
     network = build(family, tokenizer)
     targets = [row["labels"].tolist() for row in rows(tokenizer)]
     begin_as_trained(network, targets, {*tokenizer.all_special_ids})
@@ -122,6 +123,11 @@ def test_generation_begins_as_training_does(family, tokenizer):
     begin_as_trained(network, targets, {*tokenizer.all_special_ids})
     assert network.generation_config.no_repeat_ngram_size == 0
     assert network.generation_config.min_length == 0
+    network.config.no_repeat_ngram_size = 3  # where older models have it
+    begin_as_trained(network, targets, {*tokenizer.all_special_ids})
+    network.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    assert (again.no_repeat_ngram_size or 0, again.min_length or 0) == (0, 0)
     # A language code that all targets begin with is not left to the model.
     code = tokenizer.all_special_ids[0]
     begin_as_trained(network, [[code, *ids] for ids in targets], {*tokenizer.all_special_ids})

@@ -160,7 +160,9 @@ def command_line(arguments: list[str]) -> str:
     ranks, world = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     launcher = ["composer", "-n", ranks] if ranks else ["python"]
     if ranks and world not in (None, ranks):  # this line on each node, with its rank
-        launcher += ["--world_size", world, "--node_rank", os.environ.get("NODE_RANK", "0")]
+        launcher += ["--world_size", world]
+        for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            launcher += [f"--{name.lower()}", os.environ.get(name, "0")]
     parts = (argument.partition("=") for argument in arguments)
     shown = [redact(key) + equals + redact(value, key) for key, equals, value in parts]
     return shlex.join(launcher + shown)

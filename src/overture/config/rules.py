@@ -178,7 +178,7 @@ def sharding_problems(config: Config) -> Iterator[Problem]:
     whole = "needs the whole model on each rank, so it cannot be used with fsdp_config"
     for key in (
         "compile", "generation", "model.adapter", "model.load_in_4bit", "model.load_in_8bit",
-        "algorithms.ema", "callbacks.early_stop.keep_best",
+        "algorithms.ema", "callbacks.early_stop.keep_best", "algorithms.low_precision_layernorm",
     ):  # fmt: skip
         if _at(config, key):
             yield key, whole

@@ -126,10 +126,10 @@ def local_files(name: str, split: str) -> list[Path]:
     divided = bool(trained and others)  # or a word may be no more than that: Night train.txt
     named = [p for p in files if _is_called(below[p], split)]
     named = named or [p for p in files if divided and _is_called(below[p], split, within=True)]
-    others = [p for p in files if any(_is_called(below[p], s, divided) for s in _HELD_OUT)]
     if not named and (split != "train" or others):
         there = ", ".join(str(p.relative_to(path)) for p in files[:8])
-        raise ConfigError(f"{name}: has no files for split {split!r}; there are: {there}")
+        fault = f"has no files for split {split!r}; there are: {there}"
+        raise ConfigError(f"{name}: {fault}; name a pattern, as in '*.jsonl'")
     files = named or files
     kinds = {reader(p): p.name for p in files}
     if len(kinds) > 1:

@@ -110,6 +110,9 @@ def begin_as_trained(model: Any, targets: list[list[int]], special: set[int]) ->
     begins = {"decoder_start_token_id": first.pop(), **UNBENT}
     begins["forced_bos_token_id"] = codes.pop() if len(codes) == 1 and codes <= special else None
     model.generation_config.update(**begins, _from_model_config=False)
+    for known in begins.keys() - {"decoder_start_token_id"}:  # what is saved takes it from here
+        if getattr(model.config, known, None) is not None:
+            setattr(model.config, known, None)
     return begins
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from composer.utils import dist, get_device
 
-from overture.errors import Preempted
+from overture.errors import Preempted, stopped
 from overture.launcher import follow_launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -31,7 +31,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         if not self.training:
-            raise Preempted(self.saved)
+            raise stopped(self.saved) if number == signal.SIGTERM else Preempted(self.saved)
         print(f"{signal.Signals(number).name}: saving after this batch ...", flush=True)
 
     def finish(self) -> None:
