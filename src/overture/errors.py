@@ -22,6 +22,7 @@ EXIT_DONE = 0
 EXIT_TARGET_MISSED = 3
 EXIT_GUARD = 5
 EXIT_PREEMPTED = 75
+GOES_ON = "the same command goes on from there"
 # What OSError says of a disk that takes no more.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -60,9 +61,10 @@ class Preempted(BaseException):
 
     exit_code = EXIT_PREEMPTED
 
-    def __init__(self, batch: int | None, saved: str = "nothing was to be saved yet") -> None:
-        saved = saved if batch is None else f"saved at step {batch}"
-        saved += "" if ";" in saved else "; the same command goes on from there"
+    def __init__(
+        self, batch: int | None, saved: str = f"nothing was to be saved yet; {GOES_ON}"
+    ) -> None:
+        saved = saved if batch is None else f"saved at step {batch}; {GOES_ON}"
         super().__init__(f"stopped as asked, {saved}")
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from overture.data.conversion import Conversion, Origin
 from overture.data.convert import convert
-from overture.data.prompts import template
 from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.errors import ConfigError
@@ -318,17 +317,6 @@ def test_fields_inside_of_a_field(job):
 def test_missing_source(job, name):
     with pytest.raises(ConfigError, match="no such file"):
         job(name)
-
-
-def test_missing_tokenizer(job):
-    with pytest.raises(ConfigError, match="no such tokenizer folder"):
-        job(rows(3), tokenizer="/no/such/tokenizer")
-
-
-def test_templates_name_their_fields():
-    assert template("dolly").fields() == {"instruction": True, "context": False, "response": True}
-    with pytest.raises(ConfigError, match='did you mean "dolly"'):
-        template("doly")
 
 
 def test_compressed_shards_read_back_the_same(job):

@@ -7,6 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from handmade import pair, talk
 from overture.data.conversion import Origin
+from overture.data.prompts import template
 from overture.data.schema import read_ledger
 from overture.data.shards import Split
 from overture.errors import ConfigError
@@ -113,3 +114,9 @@ def test_a_class_row_that_cannot_be_cut_enough_is_dropped(run):
     records = [{"text": "a b c", "label": "x"}, {"text": "d e f", "text_pair": "g h", "label": "x"}]
     _, rows, _ = run([*records, {"text": "a", "label": "x"}], "classify", max_seq_len=2)
     assert all(len(row["input_ids"]) <= 2 for row in rows)
+
+
+def test_templates_name_their_fields():
+    assert template("dolly").fields() == {"instruction": True, "context": False, "response": True}
+    with pytest.raises(ConfigError, match='did you mean "dolly"'):
+        template("doly")

@@ -68,3 +68,12 @@ def test_two_texts_never_run_together(run, tmp_path):
         [{"text": "a", "text_pair": "b", "label": "x"}], "classify", tokenizer=folder
     )
     assert row["input_ids"].tolist() == [0, 3, 1, 3]
+
+
+def test_a_second_text_may_be_left_out(run):
+    records = [{"sentence1": f"a{n}", "sentence2": "b", "label": "xy"[n % 2]} for n in range(6)]
+    fields = {"text": "sentence1"}
+    with pytest.raises(ConfigError, match="or --field text_pair= for none"):
+        run(records, "classify", fields=fields, packing="none")
+    _, rows, _ = run(records, "classify", fields={**fields, "text_pair": ""}, packing="none")
+    assert len(rows) == 6

@@ -230,8 +230,8 @@ def test_marks_of_a_template_count_and_those_in_its_fields_do_not(run, tokenizer
 
 def test_marks_count_without_a_role_and_columns_that_nobody_reads_do_not(run, tokenizer, tmp_path):
     made = json.loads(tokenizer.backend_tokenizer.to_str())
-    mark = {**made["added_tokens"][0], "id": len(tokenizer), "content": "<|header|>"}
-    made["added_tokens"].append({**mark, "special": True})
+    more = {"id": len(tokenizer), "content": "<|header|>", "special": True}
+    made["added_tokens"].append({**made["added_tokens"][0], **more})
     backend = Tokenizer.from_str(json.dumps(made))
     own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token,
                                   pad_token=tokenizer.pad_token)  # fmt: skip
@@ -241,13 +241,12 @@ def test_marks_count_without_a_role_and_columns_that_nobody_reads_do_not(run, to
     template = tmp_path / "t.yaml"
     template.write_text('sections: ["<|header|>{instruction}"]\nresponse: response\n')
     records = [pair(1, html="<|header|> <|endoftext|>"), pair(2, response="a<|header|>b")]
-    options = {"tokenizer": str(tmp_path / "own"), "prompt_template": str(template)}
-    _, (row,), rejected = run(records, "instruct", **options)
+    options = {"tokenizer": str(tmp_path / "own")}
+    _, (row,), rejected = run(records, "instruct", **options, prompt_template=str(template))
     assert row["input_ids"].tolist().count(len(tokenizer)) == 1
     assert [(r["line"], r["reason"]) for r in rejected] == [(2, "special_token_in_text")]
-    talks = [talk("q", "a"), talk("<|header|>system", "a")]
-    _, rows, rejected = run(talks, "chat", tokenizer=str(tmp_path / "own"))
-    assert len(rows) == 1 and [r["line"] for r in rejected] == [2]
+    _, rows, rejected = run([talk("q", "a"), talk("<|header|>system", "a")], "chat", **options)
+    assert (len(rows), [r["line"] for r in rejected]) == (1, [2])
 
 
 def test_a_template_that_asks_for_the_day_gets_the_same_one(run, tokenizer, tmp_path):
@@ -393,18 +392,9 @@ def test_a_field_that_may_be_left_out_is_not_overlooked(smoke, tmp_path):
 
     with pytest.raises(ConfigError, match="no row has 'context', but 'input'; say --field cont"):
         tokens("none")
-    assert tokens("with", context="input") > tokens("without", context="")
+    named = tokens("without", context="")
+    assert tokens("with", context="input") > named
     # A table that was saved with its index has a column without a name.
-    named = tokens("without2", context="")
-    records = [{"": str(n), **row} for n, row in enumerate(records)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+    lines = (json.dumps({"": str(n), **row}) for n, row in enumerate(records))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert tokens("index", context="", id="") == named
-
-
-def test_a_second_text_may_be_left_out(run):
-    records = [{"sentence1": f"a{n}", "sentence2": "b", "label": "xy"[n % 2]} for n in range(6)]
-    fields = {"text": "sentence1"}
-    with pytest.raises(ConfigError, match="or --field text_pair= for none"):
-        run(records, "classify", fields=fields, packing="none")
-    _, rows, _ = run(records, "classify", fields={**fields, "text_pair": ""}, packing="none")
-    assert len(rows) == 6

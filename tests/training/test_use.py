@@ -93,8 +93,7 @@ def test_a_prompt_that_training_had_otherwise_is_told(runs, door, capsys, monkey
     assert "as in training: --prompt_template dolly" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["generate_text", *ask, "--prompt_template", "dolly"])
     generate_text.main()
-    shown = capsys.readouterr()
-    assert "--prompt_template" not in shown.err
+    assert "--prompt_template" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_by_its_file_is_of_its_run(runs):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from overture.config.load import child_environment
 from overture.config.secrets import redact
 from overture.data.schema import write_aside
-from overture.errors import EXIT_GUARD, Preempted
+from overture.errors import EXIT_GUARD, GOES_ON, Preempted
 
 FINETUNE = Path(__file__).parents[3] / "finetune.py"
 HOPELESS = (2, 4)  # exit codes of a wrong config and of broken data: the next try meets the same
@@ -110,7 +110,7 @@ def private_folder() -> Path:
 
 @contextmanager
 def ended(
-    running: dict[subprocess.Popen, Any], saved: str = "what was running has saved"
+    running: dict[subprocess.Popen, Any], saved: str = f"what was running has saved; {GOES_ON}"
 ) -> Iterator[None]:
     """Leave no process behind; on a signal to stop they save, and Preempted says what is kept."""
 
