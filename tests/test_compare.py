@@ -2,11 +2,10 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
+from browser import check_charts, drawn, height_of, needs_chromium
 from overture.compare import compare_runs, differences
 from overture.errors import ConfigError
 
@@ -26,6 +25,7 @@ def folders(tmp_path):
         records = [{"kind": "train", "step": s, "loss": 2.0 - s / 10, "tokens_per_second": 100.0}
                    for s in range(1, 5)]  # fmt: skip
         records += [
+            {"kind": "eval", "step": 2, "cross_entropy": 1.9 + number},
             {"kind": "eval", "step": 4, "cross_entropy": 0.4 + number},
             {"kind": "event", "step": 3, "what": f"skipped a step of {name}"},
         ]
@@ -48,7 +48,7 @@ def folders(tmp_path):
 def test_what_differs_is_shown_and_nothing_else(folders, tmp_path):
     configs = [(folder / "config.yaml").read_text() for folder in folders]
     assert list(differences(configs)) == [
-        ["lora", "null", ""], ["lora.r", "", "8"], ["optimizer.lr", "0.1", "1.1"],
+        ["lora.r", "", "8"], ["optimizer.lr", "0.1", "1.1"],
     ]  # fmt: skip
     page = tmp_path / "page.html"
     compare_runs(folders, page)
@@ -63,7 +63,7 @@ def test_each_chart_has_a_curve_of_each_run(folders, tmp_path):
     curves = re.findall(r'<polyline points="([^"]*)" class="(run\d) ?\w*" data-name="(\w+)"',
                         page.read_text())  # fmt: skip
     assert [(c, n) for _, c, n in curves] == [("run0", "one"), ("run1", "other")] * 3
-    assert [len(points.split()) for points, _, _ in curves] == [1, 1, 4, 4, 4, 4]
+    assert [len(points.split()) for points, _, _ in curves] == [2, 2, 4, 4, 4, 4]
 
 
 def test_answers_that_differ_come_first_and_text_stays_text(folders, tmp_path):
@@ -97,7 +97,7 @@ def test_machines_data_events_and_losses_are_beside_each_other(folders, tmp_path
     compare_runs(folders, page)
     text = page.read_text()
     for number, name in enumerate(("one", "other")):
-        assert f"[&#34;card {number}&#34;]" in text and f"&#34;rows&#34;: {7 + number}" in text
+        assert f"[&#34;card {number}&#34;]" in text and f"<td>{7 + number}</td>" in text
         assert f"<td>skipped a step of {name}</td>" in text
         assert f'title="3.000 nats" style="--wrong: 95%">&lt;i&gt;{name}</b>' in text
     assert "versions" not in text
@@ -118,17 +118,26 @@ def test_refusals(folders, tmp_path, run_door):
     assert not (tmp_path / "p.html").exists()
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_draws_it_without_an_error(folders, tmp_path, run_door):
+@needs_chromium
+@pytest.mark.parametrize("look", ["--window-size=390,1200", "--force-dark-mode"])
+def test_a_browser_shows_every_figure(folders, tmp_path, run_door, look):
     done = run_door("src/report_run.py", *folders, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
-    for width in (390, 1000):
-        picture = tmp_path / f"{width}.png"
-        done = subprocess.run(
-            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-             f"--window-size={width},1200", f"--screenshot={picture}",
-             f"file://{tmp_path}/page.html"],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert "CONSOLE" not in done.stderr
-        assert picture.stat().st_size > 20_000  # of a white page: 5,000
+    found = drawn(tmp_path / "page.html", look)
+    check_charts(found)
+    assert [[curve["name"] for curve in figure["curves"]] for figure in found["figures"]] == [
+        ["one", "other"]
+    ] * 3
+    held_out, train, _ = found["figures"]
+    heights = [(top + bottom) / 2 for _, top, _, bottom in held_out["dots"]]
+    assert heights == pytest.approx([height_of(held_out, v) for v in (1.9, 0.4, 2.9, 1.4)], abs=2)
+    assert train["curves"][0]["box"][1] == pytest.approx(height_of(train, 1.9), abs=2)
+    outcomes, configs, around, answers = found["tables"]
+    assert ["eval cross-entropy", "0.4000", "1.4000"] in outcomes
+    assert configs[1:] == [["lora.r", "–", "8"], ["optimizer.lr", "0.1", "1.1"]]
+    assert around[1:] == [["data.train.rows", "7", "8"], ["devices", '["card 0"]', '["card 1"]']]
+    assert answers[1:] == [["other", "y", "b0 | b1", "y0", "y1"],
+                           ["<b>same</b>", "x", "alike", "x", "x"]]  # fmt: skip
+    folded = ["What one still gets wrong", "What other still gets wrong", "Events of one",
+              "Events of other"]  # fmt: skip
+    assert found["headings"][-4:] == folded

@@ -2,15 +2,14 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from browser import browse, check_charts, drawn, height_of, needs_chromium
 from overture.errors import ConfigError
 from overture.report import build_report, load_run, summary_lines
 
@@ -311,31 +310,44 @@ def test_the_door(folder, tmp_path_factory):
     assert str(empty) in refused.stderr and "Traceback" not in refused.stderr
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_and_prints_it_without_an_error(folder):
-    page, least = build_report(folder), {"png": 20_000, "pdf": 20_000}
-    for name, options in {
-        "phone.png": ("--window-size=390,1200", "--screenshot="),
-        "dark.png": ("--window-size=1000,1600", "--force-dark-mode", "--screenshot="),
-        "print.pdf": ("--print-to-pdf=",),
-    }.items():
-        made = folder / name
-        done = subprocess.run(
-            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-             *options[:-1], f"{options[-1]}{made}", f"file://{page}"],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert "CONSOLE" not in done.stderr
-        assert made.stat().st_size > least[name[-3:]]
-        if name.endswith("png"):
-            corner = Image.open(made).convert("L").getpixel((2, 2))
-            assert corner < 60 if name == "dark.png" else corner > 200
-    # Drawn wider, as a reader chooses: another picture of the same page.
-    wider = page.with_name("wider.html")
-    text = page.read_text().replace('value="1" checked>', 'value="1">')
-    wider.write_text(text.replace('value="8">', 'value="8" checked>'))
-    assert wider.read_text() != page.read_text()
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,1200"]
-    subprocess.run([*command, f"--screenshot={folder / 'wider.png'}", f"file://{wider}"],
-                   capture_output=True, timeout=120, check=True)  # fmt: skip
-    assert (folder / "wider.png").read_bytes() != (folder / "phone.png").read_bytes()
+@needs_chromium
+@pytest.mark.parametrize("look", ["--window-size=390,1200", "--force-dark-mode"])
+def test_a_browser_shows_every_figure(folder, look):
+    found = drawn(build_report(folder), look)
+    check_charts(found)
+    assert found["page"] == ("rgb(21, 24, 28)" if "dark" in look else "rgb(255, 255, 255)")
+    numbers = {name: text for name, text, _ in found["numbers"]}
+    assert numbers == {
+        "status": "target reached", "seconds to train": "723.4", "eval cross entropy": "1.4375",
+        "eval cross entropy before": "3.9062", "target": "1.5000", "eval perplexity": "4.21",
+        "steps": "80", "tokens seen": "1,638,400", "label tokens seen": "704,512",
+        "tokens/s": "4,098", "label tokens/s": "1,798", "seed": "17",
+        "exact match": "4.7% → 70.3%", "rouge_l": "0.4125",
+    }  # fmt: skip
+    loss, speed, rate = found["figures"]
+    named = [[curve["name"] for curve in figure["curves"]] for figure in (loss, speed, rate)]
+    assert named == [["train loss", "eval cross-entropy"], ["all tokens", "label tokens"],
+                     ["learning rate"]]  # fmt: skip
+    heights = [(top + bottom) / 2 for _, top, _, bottom in loss["dots"]]
+    held_out = [height_of(loss, value) for value in (3.90625, 2.25, 1.4375)]
+    assert heights == pytest.approx(held_out, abs=2)
+    (target,) = [at[1] for style, at in loss["lines"] if style == "target"]
+    assert target == pytest.approx(height_of(loss, 1.5), abs=2)
+    assert found["headings"] == [
+        "Evaluations, latest first", "Generations on held-out prompts", "What it still gets wrong",
+        "Data", "Command", "Config", "Machine",
+    ]  # fmt: skip
+    evals, answers, splits = found["tables"]
+    assert [row[:3] for row in evals[1:]] == [
+        ["80", "160.0", "1.4375"], ["40", "80.0", "2.2500"], ["0", "0.0", "3.9062"],
+    ]  # fmt: skip
+    assert answers[1] == [HOSTILE, "7", "–", "✓ exact 7"]
+    assert answers[2][1:] == ["(empty)", "100% %s {x}", "b"] and splits[1][3] == "13,509"
+    (here, faint), (dot, red) = found["red"]
+    assert (here, dot) == (" <b>Here", ".") and len({faint, red, found["page"]}) == 3
+
+
+@needs_chromium
+def test_a_browser_prints_it(folder):
+    browse(build_report(folder), f"--print-to-pdf={folder / 'print.pdf'}")
+    assert (folder / "print.pdf").stat().st_size > 20_000

@@ -33,19 +33,27 @@ def compare_runs(folders: list[Path], page: Path) -> None:
     write_page(
         page, Path(__file__), f"{len(runs)} runs side by side", names=list(runs), outcomes=outcomes,
         differing=list(differences([run.config for run in runs.values()])), runs=runs,
-        around=list(differences([json.dumps(run.environment) for run in runs.values()])),
+        around=list(differences([json.dumps(_by_split(run)) for run in runs.values()])),
         charts=list(_charts(runs)), answers=answers[:MAX_ANSWERS], asked=len(answers),
         notes=[f"{name}: {note}" for name, run in runs.items() for note in run.notes],
     )  # fmt: skip
 
 
 def differences(configs: list[str]) -> Iterator[list[str]]:
-    """Yield [dotted key, value in each config] where they differ; "" where one has none."""
+    """Yield [dotted key, value in each config] where they differ; "" where one has none or null."""
     flat = [dict(_flat(yaml.safe_load(text) or {})) for text in configs]
     for key in sorted(set().union(*flat)):
-        values = [json.dumps(one[key], ensure_ascii=False) if key in one else "" for one in flat]
+        found = [one.get(key) for one in flat]
+        values = ["" if v is None else json.dumps(v, ensure_ascii=False) for v in found]
         if len(set(values)) > 1 and key not in OWN:
             yield [key, *values]
+
+
+def _by_split(run: Run) -> dict:
+    """Return where a run took place, with what its data were by the name of the split."""
+    data = run.environment.get("data")
+    named = {str(one.get("split")): one for one in data or () if isinstance(one, dict)}
+    return run.environment | {"data": named} if named else run.environment
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,18 +78,20 @@ def _charts(runs: dict[str, Run]) -> Iterator[dict | None]:
                 from_zero=True)  # fmt: skip
 
 
-def _answers(runs: list[Run]) -> list[list[str]]:
+def _answers(runs: list[Run]) -> list[list[str | None]]:
     """Return [prompt, expected, before, answer of each run], those first that are not all alike.
 
     What stood before training is given once for runs that began alike. Runs that were asked
-    nothing have "" each; the prompts are those that all the others share.
+    nothing have None each; the prompts are those that all the others share.
     """
     found = [{str(r.get("prompt")): r for r in run.generations} for run in runs]
     asked = [one for one in found if one]
     rows = []
     for prompt in asked[0] if asked else ():
         if all(prompt in one for one in asked):
-            before = " | ".join(dict.fromkeys(str(one[prompt].get("before")) for one in asked))
-            after = [str(one[prompt].get("after")) if one else "" for one in found]
-            rows.append([prompt, str(asked[0][prompt].get("expected")), before, *after])
+            before = [*dict.fromkeys(one[prompt].get("before") for one in asked)]
+            if len(before) > 1:
+                before = [" | ".join("–" if text is None else str(text) for text in before)]
+            after = [one[prompt].get("after") if one else None for one in found]
+            rows.append([prompt, asked[0][prompt].get("expected"), *before, *after])
     return sorted(rows, key=lambda row: len(set(row[3:])) == 1)

@@ -68,13 +68,14 @@ def summary_rows(result: dict) -> dict[str, str]:
     losses = [result.get("eval_cross_entropy_before"), result.get("eval_cross_entropy")]
     matches = [metrics.get("exact_match_before"), metrics.get("exact_match_after")]
     scores = metrics if matches == [None, None] else {}
+    took, minutes = _finite(seconds) and f"{seconds:,.1f} s", _duration(seconds)
     rows = {
         "status": str(result.get("status")).replace("_", " "),
         "target": _number(result.get("target")) or "none",
         "eval cross-entropy": " -> ".join(filter(None, map(_number, losses))),
         "exact match": " -> ".join(_number(m, ".1%") for m in matches if m is not None),
         "scores": ", ".join(f"{name} {_number(score)}" for name, score in scores.items()),
-        "time to train": _finite(seconds) and f"{_duration(seconds)} ({seconds:,.1f} s)",
+        "time to train": f"{minutes} ({took})" if minutes else took,
     }
     return rows | {_name(key): _number(result.get(key), spec) for key, spec in SPECS.items()}
 
@@ -138,10 +139,9 @@ def _name(key: str) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if not _finite(seconds):
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes:,} min {rest} s" if minutes else f"{seconds:.1f} s"
+    """Returns minutes and seconds, "" for less than a minute."""
+    minutes, rest = divmod(round(seconds), 60) if _finite(seconds) else (0, 0)
+    return f"{minutes:,} min {rest} s" if minutes else ""
 
 
 def points(records: list[dict], key: str) -> list[tuple[float, float]]:
