@@ -15,6 +15,7 @@ import pytest
 import torch
 from composer import Callback
 from composer.core import Precision
+from composer.devices import DeviceCPU
 
 from overture.callbacks.guards import FiniteGuard, GradientGuard
 from overture.errors import ConfigError, GuardError, Preempted
@@ -345,12 +346,11 @@ def test_signal_while_the_outcome_is_written(run, monkeypatch):
 
 def test_scaler_does_not_skip_for_ever(tmp_path):
     weight = torch.nn.Linear(2, 2)
-    log = SimpleNamespace(path=tmp_path / "metrics.jsonl", note=lambda *_: None)
-    guard = FiniteGuard("stop", 3, log)
-    step = SimpleNamespace(batch=SimpleNamespace(value=0))
-    batch = {"sample_ids": torch.zeros(1), "num_labels": [1]}
-    common = {"model": weight, "timestamp": step, "batch": batch}
-    state = SimpleNamespace(**common, precision=Precision.AMP_FP16)
+    log = SimpleNamespace(path=tmp_path / "log", note=lambda *_: None)
+    guard, step = FiniteGuard("stop", 3, log), SimpleNamespace(batch=SimpleNamespace(value=0))
+    state = SimpleNamespace(model=weight, timestamp=step, device=DeviceCPU())
+    state.batch = {"sample_ids": torch.zeros(1), "num_labels": [1]}
+    state.precision = Precision.AMP_FP16
 
     def bad(value):
         guard.after_dataloader(state, None)

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from composer import Callback
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.distributed.utils import _to_kwargs
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from overture.config.load import load_config
 from overture.config.schema import DOORS
@@ -67,9 +72,11 @@ def test_shards_give_what_one_rank_gives_and_any_number_goes_on(smoke, tmp_path)
     close(parts, whole)
     files = {path.name for path in (parts / "checkpoints" / "ba4").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt", "manifest.json"} == files
-    # Two ranks, one, and one without shards go on from the same one; one whose bit flips is found.
+    # Two ranks with shards in their hosts' memory, one, and one without shards go on from the same
+    # one; one whose bit flips is found.
+    offload = "fsdp_config={state_dict_type: sharded, cpu_offload: true}"
     for name, ranks, options in (
-        ("two", 2, (sharded,)), ("one", 1, (sharded,)),
+        ("two", 2, (offload, "resume.allow=[fsdp_config]")), ("one", 1, (sharded,)),
         ("plain", 1, ("resume.allow=[fsdp_config]",)),
     ):  # fmt: skip
         folder = tmp_path / name
@@ -147,6 +154,48 @@ def test_other_tasks_in_shards(name, smoke, tmp_path):
                "eval_first=false", *still)  # fmt: skip
     whole = train(1, tmp_path / "whole", *options)
     close(train(2, tmp_path / "parts", *options, "fsdp_config={}"), whole)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_shards_in_the_hosts_memory_take_the_same_steps(run, trainable):
+    _, there = run("fsdp_config={}", f"trainable={trainable}", "run_name=there")
+    policies, shard = [], sharding._shard_and_let_go
+
+    def seen(module, **options):
+        policies.append(options["offload_policy"])
+        return shard(module, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_shard_and_let_go", seen)
+        _, hosts = run("fsdp_config.cpu_offload=true", f"trainable={trainable}", "run_name=hosts")
+    assert len(policies) > 2 and {type(policy) for policy in policies} == {CPUOffloadPolicy}
+    assert curve(hosts) == curve(there)
+    assert_same(hosts, there)
+
+
+def test_a_model_that_keeps_a_buffer_with_its_weights_stays_on_the_gpu(tiny_yaml, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_yaml)
+    config = load_config([str(path), "fsdp_config.cpu_offload=true"], ("instruct",))
+    network = LlamaForCausalLM(LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1,
+    ))  # fmt: skip
+    sharding.parallelism(config, network)
+    network.register_buffer("seen", torch.zeros(2))
+    with pytest.raises(ConfigError, match=r"fsdp_config\.cpu_offload: a Llama\S+ keeps seen with"):
+        sharding.parallelism(config, network)
+
+
+def test_there_is_something_to_move_where_a_gpu_would_get_it(run, monkeypatch):
+    first = FSDPState._root_pre_forward
+
+    def as_on_a_gpu(self, module, args, kwargs):
+        moved, named = _to_kwargs(args, kwargs, torch.device("cpu"), False)
+        return first(self, module, moved[0], named[0])
+
+    monkeypatch.setattr(FSDPState, "_root_pre_forward", as_on_a_gpu)
+    assert run("fsdp_config={}", "max_duration=1ba")[0] == 0
 
 
 def test_no_rank_keeps_the_whole_weights_while_they_are_sharded(run, monkeypatch):

@@ -42,11 +42,11 @@ class FiniteGuard(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Refuse a batch without a label on any rank: its mean loss would be 0 / 0."""
-        device = next(state.model.parameters()).device
-        self._ids, self._bad = state.batch["sample_ids"], torch.zeros((), device=device)
+        self._ids = state.batch["sample_ids"]
+        self._bad = state.device.tensor_to_device(torch.zeros(()))
         labels = sum(state.batch["num_labels"])
         if dist.get_world_size() > 1:
-            every = torch.tensor(labels, device=device)
+            every = state.device.tensor_to_device(torch.tensor(labels))
             dist.all_reduce(every, reduce_operation="SUM")
             labels = every.item()
         if not labels:

@@ -273,6 +273,9 @@ class FSDPConfig:
     # full: rank zero gathers and writes a checkpoint like any other. sharded: each rank writes its
     # own part, into a folder that all nodes share. Any number of ranks goes on from either.
     state_dict_type: Literal["full", "sharded"] = "full"
+    # Shards, their gradients and the optimizer lie in the host's memory, where the optimizer steps;
+    # a GPU holds the layer that it computes, and its activations. For one rank too.
+    cpu_offload: bool = False
 
 
 @dataclass

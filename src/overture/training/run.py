@@ -74,6 +74,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     device = choose_device(config)
     cpu_autocast = device == "cpu" and config.precision == "amp_bf16"
     precision = "fp32" if cpu_autocast else config.precision
+    if config.fsdp_config is not None and config.fsdp_config.cpu_offload:
+        sharding.speak_from_hosts()
     # Ranks wait for rank zero while it saves; one that is gone is noticed at once.
     dist.initialize_dist(device, timeout=max(config.guards.timeout or 7 * 86_400.0, 300.0))
     reproducibility.seed_all(config.seed)

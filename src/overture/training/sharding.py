@@ -6,23 +6,31 @@ weights; the others make it of nothing (the meta device) and are sent their shar
 """
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from composer.core import State
-from composer.distributed import fsdp2
+from composer.devices import DeviceGPU
+from composer.distributed import fsdp2, prepare_distributed
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn import ModuleList
 
 from overture.config.schema import Config
 from overture.errors import ConfigError
 
+COMPOSERS_SYNC = prepare_distributed.sync_module_states
 PREFIX = "model."  # of weights in the shards
 METADATA = ".metadata"  # of torch's distributed checkpoints: which shard is in which file
 
@@ -40,10 +48,48 @@ def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
     for module in network.modules():
         module._fsdp_wrap = type(module).__name__ in kinds
     network._fsdp_wrap = True
-    fsdp2.fully_shard = _shard_and_let_go
+    fsdp2.fully_shard, prepare_distributed.sync_module_states = _shard_and_let_go, COMPOSERS_SYNC
     # Composer's own sharded checkpoints hold its clocks too, and load on as many ranks only.
     options = vars(config.fsdp_config) | {"state_dict_type": "full"}
+    if options.pop("cpu_offload"):
+        _refuse_buffers(network)
+        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        fsdp2.fully_shard = partial(_shard_and_let_go, offload_policy=policy)
+        prepare_distributed.sync_module_states = _send_to_hosts
     return ParallelismConfig(fsdp2=FSDP2Config(**options))
+
+
+def speak_from_hosts() -> None:
+    """Let ranks with GPUs send each other what lies in their hosts' memory too: by gloo."""
+    DeviceGPU.dist_backend = "cuda:nccl,cpu:gloo"
+
+
+def _refuse_buffers(network: Any) -> None:
+    """Raise ConfigError for buffers that are kept with the weights: torch reads a state of one
+    device alone.
+    """
+    weights = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    if kept := sorted(network.state_dict().keys() - weights):
+        fault = f"a {type(network).__name__} keeps {kept[0]} with its weights, but on the GPU"
+        raise ConfigError(f"fsdp_config.cpu_offload: {fault}; leave it out")
+
+
+def _send_to_hosts(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Send the ranks their shards, as Composer does, but into their hosts' memory: from a GPU torch
+    would refuse them. Buffers, which are in no shard, go to the device.
+    """
+    model.to("cpu") if dist.get_global_rank() == 0 else model.to_empty(device="cpu")
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    states.set_model_state_dict(model, weights, options=options)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer = buffer.to(_device())
+            dist.broadcast(buffer, src=0)
+
+
+def _device() -> torch.device:
+    """Return where this rank computes, whatever its shards lie on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _shard_and_let_go(module: Any, **options: Any) -> Any:
@@ -80,16 +126,17 @@ def gather_in_forward(model: Any) -> None:
             fault = f"{name} of a {type(root).__name__} has tensors that cannot be sent"
             raise ConfigError(f"fsdp_config: {fault} ({lost[0]}); leave it out")
     given: list[Any] = []
-    # Not as an argument: FSDP2 would round labels that are numbers to the type of the weights.
-    root.forward_of_batch = lambda: own(given.pop())
+    # Not as an argument: FSDP2 would round labels that are numbers to the type of the weights. But
+    # with one, or on a GPU it fails, where it moves arguments.
+    root.forward_of_batch = lambda _: own(given.pop())
     register_fsdp_forward_method(root, "forward_of_batch")
 
     def forward(batch: Any) -> Any:
         given.append(batch)
-        return root.forward_of_batch()
+        return root.forward_of_batch(None)
 
     model.forward = forward
-    if (times := _times_too_large(next(root.parameters()).device)) != 1:
+    if (times := _times_too_large()) != 1:
         own_loss = model.loss
 
         def loss(outputs: Any, batch: Any) -> torch.Tensor:
@@ -101,11 +148,11 @@ def gather_in_forward(model: Any) -> None:
         model.loss = loss
 
 
-def _times_too_large(device: torch.device) -> float:
+def _times_too_large() -> float:
     """Return how many times too large a mean over the ranks is: gloo, asked for one, gives the sum,
     and says nothing. Adam would hardly show it in gradients; clipping, and other optimizers, would.
     """
-    ones = torch.ones(dist.get_world_size(), device=device)
+    ones = torch.ones(dist.get_world_size(), device=_device())
     mean = ones.new_empty(1)
     torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
     return mean.item()
