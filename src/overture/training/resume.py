@@ -316,7 +316,9 @@ class Checkpointer(Callback):
 
             return on_rank_zero(change)
         trained = [local_part(p.detach()) for p in state.model.parameters() if p.requires_grad]
-        finite = bool(torch.stack(torch._foreach_norm(trained)).isfinite().all())
+        # After an evaluation those of no layer are still gathered, on the GPU.
+        norms = [norm.cpu() for norm in torch._foreach_norm(trained)]
+        finite = bool(torch.stack(norms).isfinite().all())
         if not all(dist.all_gather_object(finite)):
             raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")
         kept = sharding.rest_of_state(state) if self.sharded else state.state_dict()
