@@ -192,7 +192,7 @@ def test_there_is_something_to_move_where_a_gpu_would_get_it(run, monkeypatch):
     first = FSDPState._root_pre_forward
 
     def as_on_a_gpu(self, module, args, kwargs):
-        moved, named = _to_kwargs(args, kwargs, torch.device("cpu"), False)
+        moved, named = _to_kwargs(args, kwargs, self._device, False)
         return first(self, module, moved[0], named[0])
 
     monkeypatch.setattr(FSDPState, "_root_pre_forward", as_on_a_gpu)
