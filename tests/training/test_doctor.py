@@ -10,13 +10,23 @@ from transformers import T5Config, T5ForConditionalGeneration
 from overture.config.load import load_config
 from overture.data.schema import read_ledger
 from overture.training import doctor
-from overture.training.doctor import GIB, _gathered, _memory, _step, _time, _weights, examine
+from overture.training.doctor import (
+    GIB,
+    _gathered,
+    _memory,
+    _shards,
+    _step,
+    _time,
+    _weights,
+    examine,
+)
 from overture.training.rehearsal import Rehearsal, rehearse
 
 PARTS = {"weights": 2 * GIB, "gradients": GIB, "optimizer": 2 * GIB,
          "activations": 16 * GIB, "logits": 0, "workspace": GIB}  # fmt: skip
 FOUND = Rehearsal(
-    described=[], rows=16, samples=1000, tokens=50.0, seconds=3.5, update=0.5, loss=1.0,
+    described=[], attention="", rows=16, samples=1000, tokens=50.0, seconds=3.5, update=0.5,
+    loss=1.0,
     parts=PARTS, loading=GIB, per_row=GIB, foretold=22 * GIB, whole=False, without=[],
     checkpoint=GIB,
 )  # fmt: skip
@@ -38,12 +48,13 @@ def test_a_run_that_can_begin_is_told_so(run_door, smoke, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     lines = done.stdout.splitlines()
     assert lines[-1] == "this run can begin"
-    table = {line[8:21].strip(): line[:8].strip() for line in lines[-11:-1]}
+    table = {line[8:21].strip(): line[:8].strip() for line in lines[-12:-1]}
     assert table == dict.fromkeys(
-        ("config", "versions", "hub", "data, train", "data, test", "model", "step", "memory",
-         "time", "disk"), "ok",
+        ("config", "versions", "hub", "data, train", "data, test", "model", "attention",
+         "step", "memory", "time", "disk"), "ok",
     ) | {"versions": table["versions"]}  # fmt: skip
     assert "16 steps" in done.stdout and "[[" in done.stdout
+    assert "no token sees a later one or another document\n" in done.stdout
     assert not (tmp_path / "r").exists()
 
 
@@ -246,3 +257,18 @@ def test_a_step_that_fits_in_shards_alone_is_no_stop(config):
         "in shards 20.50 on each of 2 ranks",
     )
     assert _memory(sharded, FOUND, 19 * GIB, besides=GIB).verdict == "stop"
+
+
+def test_shards_in_the_hosts_memory_take_none_of_the_gpu(config, monkeypatch):
+    sharded = config("fsdp_config.cpu_offload=true", "global_train_batch_size=16")
+    assert not doctor._offloaded(sharded)  # on a CPU it is the same memory
+    monkeypatch.setattr(doctor, "_offloaded", lambda config: True)
+    monkeypatch.setattr(doctor, "host_memory", lambda: 100 * GIB)
+    found = _memory(sharded, FOUND, 21 * GIB, besides=GIB)
+    assert found.text.endswith("in shards 18.00 on each of 1 ranks")
+    text = "weights in the hosts' memory: {} GiB over all ranks, of which this host has 100.0 free"
+    fits = _shards("weights", 6 * GIB, 60 * GIB, 80 * GIB, offloaded=True)
+    assert fits.text.startswith(text.format("60.0") + "; 6.0 on each GPU; at least 1 ranks")
+    many = _shards("weights", 6 * GIB, 170 * GIB, 80 * GIB, offloaded=True)
+    assert (fits.verdict, many.verdict) == ("ok", "warning")
+    assert many.text.endswith("; that takes 3 hosts like this one")

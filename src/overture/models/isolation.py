@@ -16,6 +16,13 @@ from overture.models.encoder import encoder_inputs
 SHORT = 24  # tokens of the rows that are padded
 
 
+def proven(prove: Callable[..., None], packed: bool) -> str:
+    """Return in words what one of the proofs below has shown."""
+    unseen = ["a later one"] * (prove is prove_isolation) + ["another document"] * packed
+    unseen += ["padding"] * (prove is not prove_isolation)
+    return f"tried on this model and device: no token sees {' or '.join(unseen)}"
+
+
 def in_evaluation(ask: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function ask its model without dropout and gradients, and leave it as it was."""
 

@@ -71,6 +71,7 @@ def examine(config: Config) -> Iterator[Finding]:
         found = rehearse(replace(config, fsdp_config=None), room)
         yield from _data(config, remote=True)
         yield Finding("model", "ok", config.model.name, tuple(found.described))
+        yield Finding("attention", "ok", found.attention)
         yield _step(found)
         yield _memory(config, found, room, besides)
         yield _time(config, found)
@@ -188,7 +189,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
     what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     besides = 0 if config.fsdp_config is None else _gathered(config, network)
     if besides:
-        yield _shards(what, besides, held, room)
+        yield _shards(what, besides, held, room, _offloaded(config))
     elif held > room:
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
         fault = f"{count:,} parameters: {what} take {need}"
@@ -197,6 +198,8 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         ways.append("or a larger device")
         if not [*sharding_problems(replace(config, fsdp_config=FSDPConfig()))]:
             ways.append("or several, with fsdp_config={}")
+            if torch.cuda.is_available():
+                ways.append("or the host's memory too, with fsdp_config={cpu_offload: true}")
         yield Finding("memory", "stop", "; ".join([fault, *ways]))
     return held, besides, saved
 
@@ -239,13 +242,25 @@ def _gathered(config: Config, network: torch.nn.Module) -> int:
     return max(wide * (2 * largest + apart), (wide + added) * max(largest, apart) * trained)
 
 
-def _shards(what: str, besides: int, held: int, room: int) -> Finding:
+def _offloaded(config: Config) -> bool:
+    """Return whether a rank's shard lies elsewhere than where it computes."""
+    return config.fsdp_config.cpu_offload and torch.cuda.is_available()
+
+
+def _shards(what: str, besides: int, held: int, room: int, offloaded: bool = False) -> Finding:
     shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in RANKS[1:])
     text = f"{what} in shards: GiB on each of so many ranks: {shown}; besides {besides / GIB:.1f}"
-    least = next((n for n in RANKS if held / n + besides < 0.8 * room), None)
+    if offloaded:
+        text = f"{what} in the hosts' memory: {held / GIB:.1f} GiB over all ranks, of which this "
+        text += f"host has {host_memory() / GIB:.1f} free; {besides / GIB:.1f} on each GPU"
+    on_each = 0 if offloaded else held
+    least = next((n for n in RANKS if on_each / n + besides < 0.8 * room), None)
     if least is None:
         return Finding("shards", "stop", f"{text}, of which {room / GIB:.1f} are there: too large")
     text += f"; at least {least} ranks like this device of {room / GIB:.1f} GiB, activations apart"
+    if offloaded and held > 0.8 * host_memory():
+        hosts = math.ceil(held / (0.8 * host_memory()))
+        return Finding("shards", "warning", f"{text}; that takes {hosts} hosts like this one")
     if held > room:
         return Finding("shards", "warning", f"{text}; {UNTRIED}")
     return Finding("shards", "ok", text)
@@ -284,8 +299,9 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
         return Finding("memory", "ok", text, tuple(lines))
     if besides:
         state = sum(found.parts.get(part, 0) for part in STATE)
-        rest = predicted - state + besides
-        for n in RANKS[1:]:
+        rest, offloaded = predicted - state + besides, _offloaded(config)
+        state = 0 if offloaded else state
+        for n in RANKS[not offloaded :]:
             if state / n + rest < 0.9 * room:
                 text = f"{text}; in shards {(state / n + rest) / GIB:.2f} on each of {n} ranks"
                 return Finding("memory", "ok", text, tuple(lines))
@@ -344,8 +360,11 @@ def _disk(config: Config, checkpoint: int) -> Finding:
 
 def memory_there() -> int:
     """Return the bytes that are free: of the first GPU, else of this machine or its container."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else host_memory()
+
+
+def host_memory() -> int:
+    """Return the bytes that are free of this machine's memory, or its container's."""
     info = Path("/proc/meminfo").read_text()
     free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])
     own = re.findall(r"^\d+:(?:memory)?:/(.*)", Path("/proc/self/cgroup").read_text(), re.M)

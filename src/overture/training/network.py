@@ -42,13 +42,18 @@ def check_splits(config: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
     return ledgers
 
 
+def any_packed(ledgers: dict[str, dict[str, Any]]) -> bool:
+    """Return whether rows of any of the splits hold several documents."""
+    return any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
+
+
 def build_network(
     config: Config, tokenizer: Any, device: str, ledgers: dict[str, dict[str, Any]]
 ) -> Any:
     """Return the network of a config on its device, proven, with its adapters or others frozen."""
     task = TASKS[config.task]
     labels = head_config(ledgers) if config.task == "classify" else None
-    packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
+    packed = any_packed(ledgers)
     known = config.model, tokenizer, config.max_seq_len, task.head, labels
     hollow = config.fsdp_config is not None and dist.get_global_rank() != 0  # is sent its shards
     network = load_network(*known, hollow=hollow)

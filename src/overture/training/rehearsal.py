@@ -21,13 +21,20 @@ from composer.utils import dist
 from overture.config.schema import Config
 from overture.data.loaders import build_loader
 from overture.models.attention import describe_attention
+from overture.models.isolation import proven
 from overture.models.loss import CHUNK, LARGE_CHUNK
 from overture.models.trainable import describe_trained
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.cores import use_cores
 from overture.training.monitors import exchange_modules
-from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
+from overture.training.network import (
+    any_packed,
+    begin_of_targets,
+    build_network,
+    check_splits,
+    choose_device,
+)
 from overture.training.optim import build_optimizer
 from overture.training.tasks import TASKS
 
@@ -39,7 +46,8 @@ AT_ONCE = 15.0  # seconds that a whole microbatch may take to be tried too
 class Rehearsal(NamedTuple):
     """What some steps have shown; bytes are those at the peak, above the imports."""
 
-    described: list[str]  # of the model: what is trained, and how it attends
+    described: list[str]  # of the model: what is trained
+    attention: str  # how it attends, and what that was proven to keep apart
     rows: int  # of a microbatch
     samples: int  # of an epoch
     tokens: float  # real ones of a row among those that were looked at, mean
@@ -71,7 +79,9 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
     exchange_modules(network, config, precision)
-    described = [*describe_trained(network), describe_attention(network, device)]
+    described, packed = describe_trained(network), any_packed(ledgers)
+    route = describe_attention(network, device).removeprefix("attention: ")
+    attention = f"{route}; {proven(task.prove, packed)}"
     if device == "cpu":
         use_cores()
     collate = task.collator(config, tokenizer, True)
@@ -157,8 +167,8 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.algorithms.ema is not None:  # which was not made here
         parts["moving average"] = parts["gradients"]
     mean = sum(map(_tokens, looked_at)) / len(looked_at)
-    return Rehearsal(described, size, rows.epoch_size, mean, seconds, update, before, parts,
-                     loading, per_row, foretold, whole, without, checkpoint)  # fmt: skip
+    return Rehearsal(described, attention, size, rows.epoch_size, mean, seconds, update, before,
+                     parts, loading, per_row, foretold, whole, without, checkpoint)  # fmt: skip
 
 
 def _logits(network: torch.nn.Module, labels: int, precision: str) -> int:
