@@ -44,7 +44,7 @@ const found = {
 const told = document.createElement("pre")
 told.id = "told"
 told.textContent = JSON.stringify(found)
-document.body.append(told)
+top.document.body.append(told)
 </script></body>"""
 
 
@@ -56,12 +56,19 @@ def browse(page: Path, *options: str) -> str:
     return done.stdout
 
 
-def drawn(page: Path, *options: str) -> dict:
-    """Return what stands where on a page, in pixels; of folded parts nothing does."""
+def drawn(page: Path, width: int, *options: str) -> dict:
+    """Return what stands where on a page so wide, in pixels; of folded parts nothing does.
+
+    It is shown in a frame, as a window without a screen is never as narrow as a phone.
+    """
     copy = page.with_name("measured.html")
-    copy.write_text(page.read_text().replace("</body>", PROBE))
-    (told,) = re.findall(r'<pre id="told">(.*)</pre>', browse(copy, "--dump-dom", *options))
-    return json.loads(html.unescape(told))
+    inside = html.escape(page.read_text().replace("</body>", PROBE))
+    copy.write_text(f'<body><iframe width="{width}" height="4000" srcdoc="{inside}"></iframe>')
+    said = browse(copy, "--dump-dom", "--virtual-time-budget=5000", *options)
+    (told,) = re.findall(r'<pre id="told">(.*)</pre>', said)
+    found = json.loads(html.unescape(told))
+    assert found["screen"] == width
+    return found
 
 
 def check_charts(found: dict) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import yaml
 
 from browser import check_charts, drawn, height_of, needs_chromium
 from overture.compare import compare_runs, differences
@@ -46,7 +48,7 @@ def folders(tmp_path):
 
 
 def test_what_differs_is_shown_and_nothing_else(folders, tmp_path):
-    configs = [(folder / "config.yaml").read_text() for folder in folders]
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
     assert list(differences(configs)) == [
         ["lora.r", "", "8"], ["optimizer.lr", "0.1", "1.1"],
     ]  # fmt: skip
@@ -80,7 +82,16 @@ def test_a_run_that_was_asked_nothing_takes_no_answers_away(folders, tmp_path):
     (folders[1] / "generations.jsonl").unlink()
     page = tmp_path / "page.html"
     compare_runs(folders, page)
-    assert "<span>y0</span>" in page.read_text() and "only one" in page.read_text()
+    text = page.read_text()
+    assert "<span>y0</span>" in text and "only one" in text
+    third = shutil.copytree(folders[0], tmp_path / "third")
+    (third / "generations.jsonl").write_text(
+        '{"prompt": "<b>same</b>", "before": "", "after": "x"}\n'
+        '{"prompt": "other", "before": "", "after": "y2"}\n'
+    )
+    compare_runs([folders[0], folders[1], third], page)
+    text = page.read_text()
+    assert text.index("<span>y2</span>") < text.index("<span>alike | (empty)</span>")
 
 
 def test_losses_of_regressions_have_their_unit(folders, tmp_path):
@@ -119,11 +130,11 @@ def test_refusals(folders, tmp_path, run_door):
 
 
 @needs_chromium
-@pytest.mark.parametrize("look", ["--window-size=390,1200", "--force-dark-mode"])
+@pytest.mark.parametrize("look", [(390,), (1000, "--force-dark-mode")], ids=["phone", "dark"])
 def test_a_browser_shows_every_figure(folders, tmp_path, run_door, look):
     done = run_door("src/report_run.py", *folders, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
-    found = drawn(tmp_path / "page.html", look)
+    found = drawn(tmp_path / "page.html", *look)
     check_charts(found)
     assert [[curve["name"] for curve in figure["curves"]] for figure in found["figures"]] == [
         ["one", "other"]

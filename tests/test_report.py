@@ -232,7 +232,7 @@ def test_a_killed_and_resumed_run(folder):
 
 
 def test_events_are_marked_in_the_loss_chart_and_listed(folder):
-    events = [(24, "a spike"), (24, "a spike"), (40, HOSTILE), (40, "resumed"), (900, "too late")]
+    events = [(24, "a spike"), (24, "a spike"), (40, HOSTILE), (40, "a skip"), (900, "too late")]
     with (folder / "metrics.jsonl").open("a") as file:
         for step, what in events:
             file.write(json.dumps({"kind": "event", "step": step, "what": what}) + "\n")
@@ -246,6 +246,38 @@ def test_events_are_marked_in_the_loss_chart_and_listed(folder):
     assert {"24", "40", "900"} <= set(page.values())
     assert len(page.all("table", "events")) == 1
     assert page.all("p", "bad") and "why" in page.text
+
+
+def test_what_was_done_again_is_not_what_was_done_first(folder):
+    steps = [train_record(step) for step in range(1, 101)]
+    evals = [eval_record(50, 3.0), eval_record(100, 9.0)]
+    resumed = {"kind": "event", "step": 50, "what": "resumed"}
+    write_lines(folder / "metrics.jsonl", [*steps, *evals, resumed, train_record(51, loss=0.5)])
+    run = load_run(folder)
+    assert [record["step"] for record in run.train] == [*range(1, 52)]
+    assert [record["step"] for record in run.evals] == [50] and run.train[-1]["loss"] == 0.5
+
+
+def test_what_stopped_a_run_is_marked_behind_its_last_loss(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, what in ((81, "the loss is not finite"), (200, "of another run")):
+            file.write(json.dumps({"kind": "event", "step": step, "what": what}) + "\n")
+    page = Page(build_report(folder))
+    assert [mark["x1"] for mark in page.all("line", "event")] == ["100.000%"]
+
+
+def test_losses_of_regressions_are_not_called_cross_entropies(folder):
+    (folder / "result.json").write_text(json.dumps(RESULT | {"metrics": {"pearson": 0.5}}))
+    page = Page(build_report(folder))
+    assert "eval loss before" in page.text and "eval cross entropy" not in page.text
+    assert any(line.startswith("eval loss  ") for line in summary_lines(
+        RESULT | {"metrics": {"pearson": 0.5}}
+    ))  # fmt: skip
+
+
+def test_of_answers_that_were_not_asked_before_nothing_is_said(folder):
+    write_lines(folder / "generations.jsonl", [{"prompt": "p", "after": "x", "exact_after": True}])
+    assert "Of these 1, exact after 1." in Page(build_report(folder)).text
 
 
 def test_only_result_json_is_required(tmp_path):
@@ -311,11 +343,11 @@ def test_the_door(folder, tmp_path_factory):
 
 
 @needs_chromium
-@pytest.mark.parametrize("look", ["--window-size=390,1200", "--force-dark-mode"])
+@pytest.mark.parametrize("look", [(390,), (1000, "--force-dark-mode")], ids=["phone", "dark"])
 def test_a_browser_shows_every_figure(folder, look):
-    found = drawn(build_report(folder), look)
+    found = drawn(build_report(folder), *look)
     check_charts(found)
-    assert found["page"] == ("rgb(21, 24, 28)" if "dark" in look else "rgb(255, 255, 255)")
+    assert found["page"] == ("rgb(21, 24, 28)" if len(look) > 1 else "rgb(255, 255, 255)")
     numbers = {name: text for name, text, _ in found["numbers"]}
     assert numbers == {
         "status": "target reached", "seconds to train": "723.4", "eval cross entropy": "1.4375",

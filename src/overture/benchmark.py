@@ -24,7 +24,8 @@ from overture.errors import ConfigError, DataError, GuardError, Preempted
 from overture.training.jobs import ended, is_finished
 
 SLACK = 2.0  # seconds between the end of an evaluation and what is written of it
-SEEDED = ("seed", "run_name", "run_folder", "save_folder")  # what runs of a benchmark may differ in
+# What runs of a benchmark may differ in, loggers as their paths may hold the name.
+SEEDED = ("seed", "run_name", "run_folder", "save_folder", "loggers")
 SUSPICIOUS, PERMUTATIONS = 0.05, 200_000  # p of both sides, and the most looked at for it
 SETTING = ("task", "max_seq_len", "global_train_batch_size", "eval_interval")
 
@@ -80,6 +81,8 @@ def faults(folder: Path) -> Iterator[str]:
         yield f"{key} is {facts.get(key)} in the log and {told[key]} in config.yaml"
     if samples and samples[-1] != result["steps"] * batch:
         yield f"{samples[-1]} samples were logged, but {result['steps']} steps of {batch} were done"
+    if not result["steps"]:
+        yield "it was at the target before its first step, so no training was timed"
     evals = [event for event in log if event["key"] == "eval_accuracy"]
     every = _interval(config["eval_interval"], config, facts["train_samples"])
     if every is None:
@@ -197,10 +200,12 @@ def setting(config: Config) -> dict[str, Any]:
 
     Raises ConfigError where they could not be counted.
     """
-    every = config.eval_interval + config.max_duration * config.eval_interval.endswith("dur")
-    if "tok" in every or not config.train_loader.drop_last:
+    if "tok" in config.eval_interval + config.max_duration or not config.train_loader.drop_last:
         fault = "samples to the target are counted: set train_loader.drop_last=true"
-        raise ConfigError(f"{fault}, and no eval_interval or its max_duration in tok")
+        raise ConfigError(f"{fault}, and neither eval_interval nor max_duration in tok")
+    if config.load_path and not config.load_weights_only:
+        fault = "load_path: its steps would count as this run's; set load_weights_only=true"
+        raise ConfigError(fault)
     target = config.callbacks.loss_target
     return {"target": target and target.cross_entropy} | {k: getattr(config, k) for k in SETTING}
 
@@ -326,19 +331,31 @@ def summary(
     reached = [run["samples"] for run in runs if run["seconds"] is not None]
     theirs = [run["samples"] for run in (reference or {}).get("runs", []) if run["seconds"]]
     odd = suspicion(reached, theirs) if theirs and reached else None
+    if theirs and reached and not _tells(len(reached), len(theirs)):
+        wrong.append(f"{len(reached)} runs to the target tell nothing beside {len(theirs)}")
     config = {k: v for k, v in _config(folder).items() if k not in SEEDED}
     return {
         "name": name, "setting": setting, "seconds": seconds, "valid": not wrong and not odd,
         "faults": wrong + ([odd] if odd else []), "runs": list(runs), "machine": machine_of(folder),
-        "tokens": statistics.mean(run["tokens"] for run in runs), "price_per_hour": price,
+        "tokens": statistics.mean(run["tokens"] for run in _timed(runs)), "price_per_hour": price,
         "cost": seconds * price / 3600 if seconds and price is not None else None, "config": config,
     }  # fmt: skip
+
+
+def _timed(runs: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Return the runs that the score is of: all but the fastest and the slowest, or one missed."""
+    return sorted(runs, key=lambda run: run["seconds"] or math.inf)[1:-1] or runs
+
+
+def _tells(count: int, others: int) -> bool:
+    """Return whether so many runs could differ from so many others by more than chance."""
+    return 2 / math.comb(count + others, others) <= SUSPICIOUS
 
 
 def check_reference(reference: dict[str, Any], seeds: int) -> None:
     """Raise ConfigError if a reference is no measure for so many runs."""
     count = sum(run["seconds"] is not None for run in reference["runs"])
-    if not reference["valid"] or 2 / math.comb(seeds + count, count) > SUSPICIOUS:
+    if not reference["valid"] or not _tells(seeds, count):
         fault = f"the reference is not valid, or its {count} runs to the target tell nothing of"
         raise ConfigError(f"{fault} {seeds}; name another by --reference, or give more --seeds")
 
@@ -348,7 +365,7 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
     head = f"{'benchmark':<24}{'runs':>5}{'missed':>7}{'to target':>11}{'tokens':>13}"
     lines = [head + f"{'kJ':>8}{'cost':>9}  on"]
     for one in benchmarks:
-        joules = [run["joules"] for run in one["runs"] if run["joules"] is not None]
+        joules = [run["joules"] for run in _timed(one["runs"]) if run["joules"] is not None]
         cells = (
             f"{len(one['runs']):>5}", f"{sum(run['seconds'] is None for run in one['runs']):>7}",
             f"{one['seconds']:>9.1f} s" if one["seconds"] else f"{'invalid':>11}",
@@ -363,6 +380,6 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"  of another setting than the first: {other}")
     if without := [one["name"] for one in benchmarks if "config" not in one]:
         lines.append(f"  written before configs were kept, so not compared: {', '.join(without)}")
-    configs = [json.dumps(one["config"]) for one in benchmarks if "config" in one]
+    configs = [one["config"] for one in benchmarks if "config" in one]
     lines += [f"  {key}: {' | '.join(found)}" for key, *found in differences(configs) if configs]
     return lines

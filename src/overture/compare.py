@@ -28,20 +28,22 @@ def compare_runs(folders: list[Path], page: Path) -> None:
     alone = len({folder.name for folder in folders}) == len(folders)
     runs = {folder.name if alone else str(folder): load_run(folder) for folder in folders}
     summaries = [summary_rows(run.result) for run in runs.values()]
-    outcomes = [[key, *(rows.get(key, "") for rows in summaries)] for key in summaries[0]]
+    keys = dict.fromkeys(key for rows in summaries for key in rows)
+    outcomes = [[key, *(rows.get(key, "") for rows in summaries)] for key in keys]
+    configs = [yaml.safe_load(run.config) or {} for run in runs.values()]
     answers = _answers(list(runs.values()))
     write_page(
         page, Path(__file__), f"{len(runs)} runs side by side", names=list(runs), outcomes=outcomes,
-        differing=list(differences([run.config for run in runs.values()])), runs=runs,
-        around=list(differences([json.dumps(_by_split(run)) for run in runs.values()])),
+        differing=list(differences(configs)), runs=runs,
+        around=list(differences([*map(_by_split, runs.values())])),
         charts=list(_charts(runs)), answers=answers[:MAX_ANSWERS], asked=len(answers),
         notes=[f"{name}: {note}" for name, run in runs.items() for note in run.notes],
     )  # fmt: skip
 
 
-def differences(configs: list[str]) -> Iterator[list[str]]:
+def differences(configs: list[dict[str, Any]]) -> Iterator[list[str]]:
     """Yield [dotted key, value in each config] where they differ; "" where one has none or null."""
-    flat = [dict(_flat(yaml.safe_load(text) or {})) for text in configs]
+    flat = [dict(_flat(config)) for config in configs]
     for key in sorted(set().union(*flat)):
         found = [one.get(key) for one in flat]
         values = ["" if v is None else json.dumps(v, ensure_ascii=False) for v in found]
@@ -91,7 +93,9 @@ def _answers(runs: list[Run]) -> list[list[str | None]]:
         if all(prompt in one for one in asked):
             before = [*dict.fromkeys(one[prompt].get("before") for one in asked)]
             if len(before) > 1:
-                before = [" | ".join("–" if text is None else str(text) for text in before)]
+                texts = ("–" if text is None else text.strip() or "(empty)" for text in before)
+                before = [" | ".join(texts)]
             after = [one[prompt].get("after") if one else None for one in found]
             rows.append([prompt, asked[0][prompt].get("expected"), *before, *after])
-    return sorted(rows, key=lambda row: len(set(row[3:])) == 1)
+    answered = [3 + number for number, one in enumerate(found) if one]
+    return sorted(rows, key=lambda row: len({row[column] for column in answered}) == 1)

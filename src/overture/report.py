@@ -13,6 +13,7 @@ from overture.errors import ConfigError
 
 TOKEN_LOSSES = "token_losses.jsonl"
 UNIT = "cross-entropy (nats per label)"
+REGRESSION = {"pearson", "spearman"}  # scores of it
 MAX_CURVE_POINTS = 2000  # a longer curve is drawn through the extremes of each stretch of it
 SPECS = {
     "eval_perplexity": ",.2f", "steps": ",.0f", "tokens_seen": ",.0f", "label_tokens_seen": ",.0f",
@@ -50,7 +51,9 @@ def build_report(run_folder: Path) -> Path:
     keys = [key for key in (run.evals[-1] if run.evals else ()) if key != "kind"]
     evals = {key: EVAL_SPECS.get(key, ",.4f") for key in keys}  # a classifier has scores
     drawn = {"run": run, "charts": _charts(run), "medians": medians, "splits": splits}
-    helpers = {"number": _number, "finite": _finite, "duration": _duration, "name": _name}
+    loss = "cross entropy" if unit_of(run) == UNIT else "loss"
+    helpers = {"number": _number, "finite": _finite, "duration": _duration}
+    helpers["name"] = lambda key: _name(key).replace("cross entropy", loss)
     title, specs = str(run.result.get("run_name")), {**FIRST_SPECS, **SPECS}
     helpers |= {"specs": specs, "eval_specs": evals, "texts": texts}
     write_page(page, Path(__file__), title, **drawn, **helpers)
@@ -69,10 +72,11 @@ def summary_rows(result: dict) -> dict[str, str]:
     matches = [metrics.get("exact_match_before"), metrics.get("exact_match_after")]
     scores = metrics if matches == [None, None] else {}
     took, minutes = _finite(seconds) and f"{seconds:,.1f} s", _duration(seconds)
+    loss = "eval loss" if REGRESSION & {*metrics} else "eval cross-entropy"
     rows = {
         "status": str(result.get("status")).replace("_", " "),
         "target": _number(result.get("target")) or "none",
-        "eval cross-entropy": " -> ".join(filter(None, map(_number, losses))),
+        loss: " -> ".join(filter(None, map(_number, losses))),
         "exact match": " -> ".join(_number(m, ".1%") for m in matches if m is not None),
         "scores": ", ".join(f"{name} {_number(score)}" for name, score in scores.items()),
         "time to train": f"{minutes} ({took})" if minutes else took,
@@ -94,7 +98,7 @@ def load_run(folder: Path) -> Run:
     run = Run(result, config=_read(folder / "config.yaml"), environment=environment)
     metrics = read_records(folder / "metrics.jsonl", run.notes)
     for kind, kept in {"train": run.train, "eval": run.evals}.items():
-        found = (r for r in metrics if r.get("kind") == kind and _finite(r.get("step")))
+        found = (r for r in _current(metrics) if r.get("kind") == kind)
         kept += sorted({r["step"]: r for r in found}.values(), key=lambda record: record["step"])
     events = [r for r in metrics if r.get("kind") == "event" and _finite(r.get("step"))]
     run.events = sorted({(r["step"], str(r.get("what"))) for r in events})
@@ -103,6 +107,16 @@ def load_run(folder: Path) -> Run:
     if lost := sum(not _finite(record.get("loss")) for record in run.train):
         run.notes.append(f"Training records without a finite loss, not drawn: {lost}.")
     return run
+
+
+def _current(records: list[dict]) -> list[dict]:
+    """Returns the records with a step, without those behind one from which a run went on later."""
+    kept: list[dict] = []
+    for record in (r for r in records if _finite(r.get("step"))):
+        if record.get("what") == "resumed":
+            kept = [one for one in kept if one["step"] <= record["step"]]
+        kept.append(record)
+    return kept
 
 
 def _read(path: Path) -> str:
@@ -173,6 +187,8 @@ def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fal
         return None
     steps, values = zip(*(point for _, _, points in curves for point in points), strict=True)
     left, right = min(steps), max(*steps, min(steps) + 1)
+    near = right + max(4, (right - left) / 20)  # no loss is left where a guard stopped
+    right = max([right, *(step for step, _ in events if right < step <= near)])
     values += (0.0,) * from_zero + (target,) * _finite(target)
     rows = _ticks(min(values), max(values))
     low, high = rows[0][0], rows[-1][0]
@@ -190,7 +206,7 @@ def chart(title: str, unit: str, curves: list[tuple], target=None, from_zero=Fal
 def unit_of(run: Run) -> str:
     """Returns what a run's losses are measured in."""
     scores = {**(run.result.get("metrics") or {}), **(run.evals[-1] if run.evals else {})}
-    return "squared error" if {"pearson", "spearman"} & {*scores} else UNIT
+    return "squared error" if REGRESSION & {*scores} else UNIT
 
 
 def _charts(run: Run) -> list[dict | None]:

@@ -266,9 +266,12 @@ def test_shards_in_the_hosts_memory_take_none_of_the_gpu(config, monkeypatch):
     monkeypatch.setattr(doctor, "host_memory", lambda: 100 * GIB)
     found = _memory(sharded, FOUND, 21 * GIB, besides=GIB)
     assert found.text.endswith("in shards 18.00 on each of 1 ranks")
-    text = "weights in the hosts' memory: {} GiB over all ranks, of which this host has 100.0 free"
-    fits = _shards("weights", 6 * GIB, 60 * GIB, 80 * GIB, offloaded=True)
+    assert doctor._in_hosts(sharded, 40 * GIB) == 70 * GIB  # a checkpoint that is gathered
+    parts = config("fsdp_config={cpu_offload: true, state_dict_type: sharded}")
+    assert doctor._in_hosts(parts, 40 * GIB) == 40 * GIB
+    text = "weights in the hosts' memory: {} GiB at once, of which this host has 100.0 free"
+    fits = _shards("weights", 6 * GIB, 60 * GIB, 80 * GIB, in_hosts=60 * GIB)
     assert fits.text.startswith(text.format("60.0") + "; 6.0 on each GPU; at least 1 ranks")
-    many = _shards("weights", 6 * GIB, 170 * GIB, 80 * GIB, offloaded=True)
+    many = _shards("weights", 6 * GIB, 60 * GIB, 80 * GIB, in_hosts=105 * GIB)
     assert (fits.verdict, many.verdict) == ("ok", "warning")
-    assert many.text.endswith("; that takes 3 hosts like this one")
+    assert many.text.endswith(": it takes several hosts, or a larger one")

@@ -236,6 +236,12 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
         told = summary("x", {}, [*some, *found["runs"]], [], pair[0])
         assert told["valid"] is valid
         assert any("missed the target" in fault for fault in told["faults"]) is not valid
+    # Tokens are those of the runs that the time is of; two that are left tell nothing of three.
+    missed = {**found["runs"][0], "seconds": None, "tokens": 10**9}
+    of = [missed, *(run | {"tokens": n} for n, run in enumerate(found["runs"][1:]))]
+    told = summary("x", {}, of, [], pair[0], reference=found)
+    assert told["tokens"] < 2
+    assert "2 runs to the target tell nothing beside 3" in told["faults"]
     place = pair[1] / "environment.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"cpu_threads": 99}))
     newest = max(pair[1].glob("checkpoints/ba*/manifest.json"))
@@ -254,12 +260,18 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "override", ["train_loader.drop_last=false", "eval_interval=4096tok", "eval_interval=0.1dur"]
+    ("override", "said"),
+    [
+        ("train_loader.drop_last=false", "set train_loader.drop_last=true"),
+        ("eval_interval=4096tok", "neither eval_interval nor max_duration in tok"),
+        ("max_duration=90000tok", "neither eval_interval nor max_duration in tok"),
+        ("load_path=runs/other", "load_path: its steps would count as this run's; set load_weigh"),
+    ],
 )
-def test_what_cannot_be_counted_in_samples_is_refused(override):
-    options = ["max_duration=90000tok", "eval_interval=2ba", "scheduler.t_warmup=0.03dur"]
-    config = load_config([str(YAMLS / "quickstart.yaml"), *options, override], ("instruct",))
-    with pytest.raises(ConfigError, match=r"drop_last=true, and no eval_interval or its max_dur"):
+def test_what_cannot_be_counted_in_samples_is_refused(override, said):
+    options = ["eval_interval=2ba", "scheduler.t_warmup=0.03dur", override]
+    config = load_config([str(YAMLS / "quickstart.yaml"), *options], ("instruct",))
+    with pytest.raises(ConfigError, match=said):
         setting(config)
 
 

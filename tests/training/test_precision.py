@@ -80,3 +80,17 @@ def test_activation_checkpointing_lets_go_of_activations(smoke, yaml, door):
         events.sort(key=lambda event: event.start_ns())
         peaks.append(max(accumulate(event.nbytes() for event in events)))
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_the_proof_copies_no_weights(smoke, tiny_yaml, tmp_path, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml)
+    asks = [str(tmp_path / "tiny.yaml"), "precision=amp_bf16", "model.dtype=float32"]
+    config, seen = load_config(asks, ("instruct",)), []
+
+    def prove(network, *_):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+    monkeypatch.setitem(TASKS, "instruct", TASKS["instruct"]._replace(prove=prove))
+    tokenizer = load_tokenizer(str(smoke / "tokenizer"))
+    build_network(config, tokenizer, "cpu", check_splits(config, tokenizer))
+    assert seen == [(True, False)]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from overture.callbacks import run_log
 from overture.errors import ConfigError, DataError
 from overture.training import run as recipe
+from overture.training.network import choose_device
 from runs import curve, records, result
 
 
@@ -214,6 +215,14 @@ def test_missing_shard_ends_the_run_instead_of_the_epoch(run, smoke, tmp_path):
 def test_cpu_takes_no_fp16(run):
     with pytest.raises(ConfigError, match="amp_fp16 needs a CUDA device"):
         run("precision=amp_fp16")
+
+
+def test_a_rank_without_a_gpu_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"rank 2 of this node has no GPU, .* composer -n 2$"):
+        choose_device(None)
 
 
 def test_remote_shards_are_streamed_into_the_cache(run, smoke, tmp_path):

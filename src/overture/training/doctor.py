@@ -189,7 +189,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
     what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     besides = 0 if config.fsdp_config is None else _gathered(config, network)
     if besides:
-        yield _shards(what, besides, held, room, _offloaded(config))
+        yield _shards(what, besides, held, room, _in_hosts(config, held))
     elif held > room:
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
         fault = f"{count:,} parameters: {what} take {need}"
@@ -199,7 +199,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         if not [*sharding_problems(replace(config, fsdp_config=FSDPConfig()))]:
             ways.append("or several, with fsdp_config={}")
             if torch.cuda.is_available():
-                ways.append("or the host's memory too, with fsdp_config={cpu_offload: true}")
+                ways.append("or the host's memory, with fsdp_config.cpu_offload=true")
         yield Finding("memory", "stop", "; ".join([fault, *ways]))
     return held, besides, saved
 
@@ -247,20 +247,32 @@ def _offloaded(config: Config) -> bool:
     return config.fsdp_config.cpu_offload and torch.cuda.is_available()
 
 
-def _shards(what: str, besides: int, held: int, room: int, offloaded: bool = False) -> Finding:
+def _in_hosts(config: Config, held: int) -> int:
+    """Return the bytes that shards take of hosts' memory at their peak, 0 if they are elsewhere.
+
+    While they are made rank zero has the whole weights too, and to gather a checkpoint those and
+    the optimizer's two moments: of 16 bytes a parameter 12.
+    """
+    if not _offloaded(config):
+        return 0
+    if config.trainable != "all":
+        return 2 * held
+    return held + held * 3 // 4 * (config.fsdp_config.state_dict_type == "full")
+
+
+def _shards(what: str, besides: int, held: int, room: int, in_hosts: int = 0) -> Finding:
     shown = ", ".join(f"{held / n / GIB:.1f} on {n}" for n in RANKS[1:])
     text = f"{what} in shards: GiB on each of so many ranks: {shown}; besides {besides / GIB:.1f}"
-    if offloaded:
-        text = f"{what} in the hosts' memory: {held / GIB:.1f} GiB over all ranks, of which this "
-        text += f"host has {host_memory() / GIB:.1f} free; {besides / GIB:.1f} on each GPU"
-    on_each = 0 if offloaded else held
+    if in_hosts:
+        text = f"{what} in the hosts' memory: {in_hosts / GIB:.1f} GiB at once, of which this host "
+        text += f"has {host_memory() / GIB:.1f} free; {besides / GIB:.1f} on each GPU"
+    on_each = 0 if in_hosts else held
     least = next((n for n in RANKS if on_each / n + besides < 0.8 * room), None)
     if least is None:
         return Finding("shards", "stop", f"{text}, of which {room / GIB:.1f} are there: too large")
     text += f"; at least {least} ranks like this device of {room / GIB:.1f} GiB, activations apart"
-    if offloaded and held > 0.8 * host_memory():
-        hosts = math.ceil(held / (0.8 * host_memory()))
-        return Finding("shards", "warning", f"{text}; that takes {hosts} hosts like this one")
+    if in_hosts > 0.8 * host_memory():
+        return Finding("shards", "warning", f"{text}: it takes several hosts, or a larger one")
     if held > room:
         return Finding("shards", "warning", f"{text}; {UNTRIED}")
     return Finding("shards", "ok", text)
@@ -346,6 +358,8 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on {where}"
     if torch.cuda.is_available():
         text += f" ({seconds / 3600:.2f} GPU-hours)"
+    if config.fsdp_config is not None and _offloaded(config):
+        text += " without cpu_offload, which is slower"
     return Finding("time", "ok", f"{text}, evaluations apart, if all rows were as the longest")
 
 

@@ -22,8 +22,13 @@ from overture.training.tasks import TASKS
 
 
 def choose_device(config: Config) -> str:
-    """Return gpu or cpu; ConfigError if the config asks a CPU for what it cannot do."""
+    """Return gpu or cpu; ConfigError if the config asks a CPU for what it cannot do, or if this is
+    a rank more than there are GPUs.
+    """
     device = "gpu" if torch.cuda.is_available() else "cpu"
+    if device == "gpu" and (rank := dist.get_local_rank()) >= (count := torch.cuda.device_count()):
+        fault = f"rank {rank} of this node has no GPU, of which {count} can be seen"
+        raise ConfigError(f"{fault}; start as many ranks: composer -n {count}")
     if device == "cpu" and config.precision == "amp_fp16":
         raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
     if device == "cpu" and config.device_train_microbatch_size == "auto":
@@ -123,7 +128,9 @@ def _prove(config: Config, network: Any, vocabulary: int, packed: bool) -> None:
     """Raise ConfigError if documents see each other in a network, where they are not to."""
     prove = TASKS[config.task].prove
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
-    with torch.autocast(network.device.type, dtype, enabled=config.precision != "fp32"):
+    # It would keep a copy of every weight that is not frozen yet.
+    half = {"enabled": config.precision != "fp32", "cache_enabled": False}
+    with torch.autocast(network.device.type, dtype, **half):
         longest = min(position_limit(network), config.max_seq_len)
         prove(network, vocabulary, longest, packed)
         if config.algorithms.seq_length_warmup and not packed:

@@ -1,0 +1,68 @@
+"""Runs on a GPU that is not there: see stand_in_gpu. What a real one shows is in test_cuda."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "tests" / "stand_in_gpu"
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="this torch is not for CUDA"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc"),
+]
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory, smoke):
+    """Run a program of Python on so many GPUs, and return what it says."""
+    libraries = tmp_path_factory.mktemp("libraries")
+    library = libraries / "libcuda.so.1"  # as torch opens the driver; the runtime is before it
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, HERE / "cudart.c"], check=True)
+    there = {"LD_LIBRARY_PATH": str(libraries), "LD_PRELOAD": str(library),
+             "PYTHONPATH": str(HERE)}  # fmt: skip
+
+    def run(*options: str, gpus: int = 1) -> str:
+        env = os.environ | there | {"OVERTURE_STAND_IN_GPUS": str(gpus)}
+        done = subprocess.run([sys.executable, *options], cwd=ROOT, env=env, capture_output=True,
+                              text=True, timeout=900)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+def test_kernels_and_a_run(on_gpus):
+    chosen = "attention or loss or adapted or options0"
+    said = on_gpus(*PYTEST, "tests/models/test_cuda.py", "-k", chosen)
+    assert " passed" in said and "skipped" not in said
+
+
+def test_the_doctor(on_gpus):
+    shards = "fsdp_config={cpu_offload: true, state_dict_type: sharded}"
+    said = on_gpus("src/check_setup.py", "yamls/smoke/pretrain.yaml", shards, "run_name=doctor")
+    assert said.endswith("this run can begin\n") and "FlashAttention kernel where it can" in said
+    assert "weights, gradients and optimizer in the hosts' memory: 0.0 GiB at once" in said
+    assert "0.0 on each GPU; at least 1 ranks like this device of 80.0 GiB" in said
+    assert "on one device (0.00 GPU-hours) without cpu_offload, which is slower" in said
+
+
+@pytest.mark.dist
+def test_two_ranks_keep_their_shards_in_the_hosts_memory(on_gpus):
+    of = "tests/training/test_sharding.py::test_shards_give_what_one_rank_gives_and_any_number"
+    assert "1 passed" in on_gpus(*PYTEST, f"{of}_goes_on", gpus=2)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_all_that_is_for_gpus_and_shards(on_gpus):
+    on_gpus(*PYTEST, "tests/models/test_cuda.py", "-k", "not compile and not options1")
+    on_gpus(*PYTEST, "tests/training/test_sharding.py", "-m", "slow or not slow", gpus=4)
