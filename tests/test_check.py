@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 
-from overture import check
+from overture import check, prove_resume
 from overture.check import check_data, check_environment
 from overture.config.load import load_config
 from overture.data.schema import seal, unseal
@@ -121,6 +122,18 @@ def test_ledger_agrees_with_the_index(smoke):
         ledger = json.loads(path.read_text())
         index = json.loads((path.parent / "index.json").read_text())
         assert ledger["samples"] == sum(shard["samples"] for shard in index["shards"])
+
+
+def test_runs_that_differ_by_themselves_prove_nothing(monkeypatch):
+    config, finished = load_config(["yamls/smoke/finetune.yaml"], ("instruct",)), []
+    monkeypatch.setattr(prove_resume, "_finish", finished.append)
+    monkeypatch.setattr(prove_resume, "_kill", lambda *_: 6)
+    monkeypatch.setattr(prove_resume, "_difference", lambda *_: "differs at step 3: 1.0, 2.0")
+    assert [*prove_resume.prove_resume(config, [])][-1] == "differs at step 3: 1.0, 2.0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="two runs without an interruption differ too"):
+        [*prove_resume.prove_resume(config, [])]
+    assert len(finished) == 5 and finished[-1][-1].endswith("/again")
 
 
 @pytest.mark.slow

@@ -55,6 +55,14 @@ def test_the_doctor(on_gpus):
     assert "on one device (0.00 GPU-hours) without cpu_offload, which is slower" in said
 
 
+def test_a_run_begun_on_a_cpu_goes_on(on_gpus, run_door, tmp_path):
+    run = ("finetune.py", "yamls/smoke/finetune.yaml", "generation=null")
+    done = run_door(*run, f"run_folder={tmp_path}/cpu")
+    assert done.returncode == 0, done.stderr
+    more = (f"run_folder={tmp_path}/gpu", f"load_path={tmp_path}/cpu", "max_duration=18ba")
+    assert "steps               18" in on_gpus(*run, *more)
+
+
 @pytest.mark.dist
 def test_two_ranks_keep_their_shards_in_the_hosts_memory(on_gpus):
     of = "tests/training/test_sharding.py::test_shards_give_what_one_rank_gives_and_any_number"

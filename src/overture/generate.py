@@ -34,6 +34,7 @@ from overture.models.seq2seq import UNBENT
 from overture.predict import ROW, predict
 from overture.talk import Rows, Talk, encode_conversations
 from overture.trained import Trained, ledgers
+from overture.training.cores import has_gpu
 
 GREEDY = {
     "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, **UNBENT,
@@ -203,7 +204,10 @@ def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
     if not has_data or device_map:
         fault = f"{ranks} ranks share the rows of --data, each with a model of its own"
         raise ConfigError(f"{fault}; leave the launcher, or --device_map, out")
+    has_gpu()
     dist.initialize_dist(get_device(None), timeout=7 * 86_400)  # one rank's share may take longer
+    # Composer has switched it on: one rank alone would say something else.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def answer_together(

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from overture.checkpoint import STATE
 from overture.config.schema import DOORS, Config
 from overture.data.schema import sha256_file
@@ -50,16 +52,27 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
         saved = sorted(int(p.name[2:]) for p in (parts / "checkpoints").glob("ba*"))
         yield f"killed at step {step}, with checkpoints of steps {saved}"
         _finish([*command, f"run_folder={parts}"])
-        losses = [_losses(folder) for folder in (whole, parts)]
-        for number in range(1, count + 1):
-            if losses[0].get(number) != losses[1].get(number):
-                yield f"differs at step {number}: {losses[0].get(number)}, {losses[1].get(number)}"
-                return
-        for what, load in (("weights", _exported), ("weights or optimizer", _saved)):
-            if load(whole, count) != load(parts, count):
-                yield f"differs in the {what} at step {count}"
-                return
-        yield "identical: losses, weights and optimizer"
+        found = _difference(whole, parts, count)
+        if found and torch.cuda.is_available():
+            again = Path(name, "again")
+            _finish([*command, f"run_folder={again}"])
+            if _difference(whole, again, count):
+                fault = "two runs without an interruption differ too, as kernels of this GPU add up"
+                remedy = "CUDA_VISIBLE_DEVICES= before the command tries it on the CPU"
+                raise ConfigError(f"{fault} in another order each time; {remedy}")
+        yield found or "identical: losses, weights and optimizer"
+
+
+def _difference(one: Path, other: Path, count: int) -> str | None:
+    """Return in what two runs of so many steps differ, None if in nothing."""
+    losses = [_losses(folder) for folder in (one, other)]
+    for number in range(1, count + 1):
+        if losses[0].get(number) != losses[1].get(number):
+            return f"differs at step {number}: {losses[0].get(number)}, {losses[1].get(number)}"
+    for what, load in (("weights", _exported), ("weights or optimizer", _saved)):
+        if load(one, count) != load(other, count):
+            return f"differs in the {what} at step {count}"
+    return None
 
 
 def _exported(folder: Path, _: int) -> dict[str, str]:
@@ -68,7 +81,6 @@ def _exported(folder: Path, _: int) -> dict[str, str]:
 
 def _saved(folder: Path, step: int) -> dict[str, bytes]:
     """Return the tensors of a checkpoint, its model's and its optimizer's, by their places."""
-    import torch
     from torch.utils import _pytree as trees
 
     path = folder / "checkpoints" / f"ba{step}" / STATE

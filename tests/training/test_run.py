@@ -14,9 +14,11 @@ from streaming import StreamingDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from overture.callbacks import run_log
+from overture.config.load import load_config
 from overture.errors import ConfigError, DataError
 from overture.training import run as recipe
 from overture.training.network import choose_device
+from overture.training.run_folder import explain
 from runs import curve, records, result
 
 
@@ -223,6 +225,19 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"rank 2 of this node has no GPU, .* composer -n 2$"):
         choose_device(None)
+
+
+def test_what_a_gpu_says_is_told_as_what_it_is(tiny_yaml, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml)
+    config = load_config([str(tmp_path / "tiny.yaml")], ("instruct",))
+    covered = ValueError("Encountered non-addressable cuda error while using auto microbatching.")
+    covered.__cause__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for error in (covered, RuntimeError("CUDA out of memory or excessive memory allocation")):
+        assert "in an evaluation a lower device_eval_batch_size" in str(explain(error, config))
+    lost = RuntimeError("NCCL communicator was aborted on rank 1")
+    assert "another rank ended" in str(explain(lost, config))
+    own = RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, unhandled system error")
+    assert explain(own, config) is own
 
 
 def test_remote_shards_are_streamed_into_the_cache(run, smoke, tmp_path):

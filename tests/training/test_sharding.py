@@ -252,6 +252,10 @@ def test_one_rank_goes_on_bit_for_bit_and_guards_see_shards(run, monkeypatch, fo
         (["callbacks.early_stop={}"], "callbacks.early_stop.keep_best: needs the whole model"),
         (["precision=amp_fp16"], "precision: amp_fp16"),
         (
+            ["fsdp_config.cpu_offload=true", "callbacks.memory_monitor={}"],
+            "callbacks.memory_monitor: looks at the GPU that holds the weights",
+        ),
+        (
             ["fsdp_config.sharding_strategy=FULL_SHARD"],
             "fsdp_config.sharding_strategy: unknown key",
         ),

@@ -187,6 +187,9 @@ def sharding_problems(config: Config) -> Iterator[Problem]:
     if config.model.dtype != "float32":
         text = "shards are of one type, float32; precision: amp_bf16 computes in bfloat16"
         yield "model.dtype", f"with fsdp_config {text}"
+    if config.fsdp_config.cpu_offload and config.callbacks.memory_monitor is not None:
+        text = "looks at the GPU that holds the weights, which is none with fsdp_config.cpu_offload"
+        yield "callbacks.memory_monitor", f"{text}; leave it out"
     if config.precision == "amp_fp16":
         yield "precision", "amp_fp16 is not scaled with fsdp_config; set amp_bf16"
     if config.device_train_microbatch_size == "auto":

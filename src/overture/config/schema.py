@@ -309,7 +309,8 @@ class Config:
     # Rows that a rank passes through the model at once, or all of its batch where that has fewer.
     device_train_microbatch_size: int | Literal["auto"] = 1
     device_eval_batch_size: int = 1
-    # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16.
+    # Autocast precision of the forward pass over float32 weights; CPUs take fp32 and amp_bf16. On a
+    # GPU products of fp32 are made in TF32, as Composer sets it.
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     # torch.compile for the layers of the model while it is trained and evaluated; needs a C++
     # compiler. The first steps take minutes; benchmarks/RESULTS.md says where it pays.

@@ -185,8 +185,10 @@ def _fits_varlen(dtype: torch.dtype, size: int, alibi: bool) -> bool:
     """Return whether FlashAttention's kernels take such heads, of this type, on this device."""
     if alibi and not _varlen_kernel()[0].startswith("flash-attn"):  # torch's has no gradient of it
         return False
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability() >= (8, 0)
+    half, capability = dtype in (torch.bfloat16, torch.float16), torch.cuda.get_device_capability()
+    # The backward pass of wider heads has no room on smaller cards (8.6, 8.9, 12.0).
+    widest = 256 if capability in ((8, 0), (9, 0)) else 192
+    return half and size % 8 == 0 and size <= widest and capability >= (8, 0)
 
 
 def _varlen(

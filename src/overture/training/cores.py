@@ -1,4 +1,4 @@
-"""The CPU: its name, its threads and its memory allocator, chosen once and said."""
+"""What a rank computes on: its GPU; or the CPU, its name, its threads and its allocator."""
 
 import ctypes
 import os
@@ -8,7 +8,18 @@ from pathlib import Path
 import torch
 from composer.utils import dist
 
+from overture.errors import ConfigError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def has_gpu() -> bool:
+    """Return whether there is a GPU for this rank; ConfigError if there are some for others."""
+    rank, count = dist.get_local_rank(), torch.cuda.device_count()
+    if torch.cuda.is_available() and rank >= count:
+        fault = f"rank {rank} of this node has no GPU, of which {count} can be seen"
+        raise ConfigError(f"{fault}; start as many ranks: composer -n {count}")
+    return torch.cuda.is_available()
 
 
 def use_cores() -> str:

@@ -18,17 +18,13 @@ from overture.models.lora import add_lora, continue_adapters
 from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
 from overture.models.trainable import freeze_others
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
+from overture.training.cores import has_gpu
 from overture.training.tasks import TASKS
 
 
 def choose_device(config: Config) -> str:
-    """Return gpu or cpu; ConfigError if the config asks a CPU for what it cannot do, or if this is
-    a rank more than there are GPUs.
-    """
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    if device == "gpu" and (rank := dist.get_local_rank()) >= (count := torch.cuda.device_count()):
-        fault = f"rank {rank} of this node has no GPU, of which {count} can be seen"
-        raise ConfigError(f"{fault}; start as many ranks: composer -n {count}")
+    """Return gpu or cpu; ConfigError if the config asks a CPU for what it cannot do."""
+    device = "gpu" if has_gpu() else "cpu"
     if device == "cpu" and config.precision == "amp_fp16":
         raise ConfigError("precision: amp_fp16 needs a CUDA device; CPUs take fp32 or amp_bf16")
     if device == "cpu" and config.device_train_microbatch_size == "auto":

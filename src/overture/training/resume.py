@@ -212,11 +212,18 @@ def take_weights(model: torch.nn.Module, path: Path, trained: dict[str, list[int
     model.load_state_dict(weights, strict=False)
 
 
+def drop_empty_scaler(state_dict: dict[str, Any]) -> None:
+    """Take a scaler of a CPU from a state, as one of a GPU refuses what is empty."""
+    if not any(state_dict["state"].get("scaler", {}).values()):
+        state_dict["state"].pop("scaler", None)
+
+
 def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:
     """Take from another run's state what is not ours: its clock, its counts and its outcome.
 
     Raises ConfigError as `check_shapes` does.
     """
+    drop_empty_scaler(state_dict)
     state_dict["state"].pop("callbacks", None)
     if "model" in state_dict["state"]:  # shards are beside it
         weights = state_dict["state"]["model"]

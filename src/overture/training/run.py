@@ -62,7 +62,7 @@ def train(config: Config, command: str) -> int:
     request = StopRequest()
     try:
         return _train(config, command, request)
-    except (RuntimeError, OSError) as error:  # ranks that are gone and full disks, at any time
+    except (RuntimeError, OSError, ValueError) as error:  # lost ranks and full disks, at any time
         raise runs.explain(error, config) from None
     finally:
         request.close()
@@ -109,8 +109,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     for line in describe_labels(ledgers):
         say(line)
     say(describe_attention(network, device))
-    if device == "cpu":
-        say(use_cores())
+    if device == "cpu" or (config.fsdp_config is not None and config.fsdp_config.cpu_offload):
+        say(use_cores())  # where the optimizer steps
 
     # Held-out data, and what the model makes of it before training.
     workers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, stacks of those of the loaders
@@ -241,7 +241,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         seed=config.seed,
         load_path=str(start) if start and not (sharded and weights_only) else None,
         load_weights_only=weights_only,
-        load_ignore_keys=None if found else foreign,
+        load_ignore_keys=resume.drop_empty_scaler if found else foreign,
         load_strict_model_weights=strict,
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,

@@ -25,10 +25,12 @@ from overture.training.resume import local_folder, on_rank_zero, places_of
 FINISHED = ("target_reached", "target_missed", "completed")
 _held: dict[Path, TextIO] = {}  # locks of this process
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "datasets", "peft", "numpy")
+MEMORY = re.compile("can't allocate memory|CUDA out of memory|CUDA error: out of memory")
 # What torch says, in any line of ours, of another process that is gone.
 LOST = {
     r"DataLoader worker": "a worker of the loader died",
-    r"(reset|closed) by peer|likely closed|Broken pipe|NCCL|process exited": "another rank ended",
+    r"(reset|closed) by peer|likely closed|Broken pipe|process exited|ncclRemoteError|"
+    r"NCCL communicator was aborted|Watchdog caught collective": "another rank ended",
 }
 
 
@@ -129,9 +131,12 @@ def explain(error: Exception, config: Config) -> Exception:
     """Return a GuardError for a process that is gone, a disk or a memory that is full, else the
     error.
     """
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if "non-addressable cuda error" in str(error) and error.__cause__:  # auto's cover
+        error = error.__cause__
+    if isinstance(error, torch.OutOfMemoryError) or MEMORY.search(str(error)):
         allow = "where it had saved already with resume.allow=[device_train_microbatch_size,model]"
-        return GuardError(f"out of memory: {too_large(config)}; {allow}")
+        ways = f"{too_large(config)}, or in an evaluation a lower device_eval_batch_size"
+        return GuardError(f"out of memory: {ways}; {allow}")
     if isinstance(error, OSError) and error.errno in FULL:
         how = "read or written to" if error.errno == errno.EIO else "written to"
         fault = (
