@@ -209,7 +209,8 @@ def test_secret_that_would_be_exported_with_the_model_is_refused(yaml):
 
 
 def test_command_line_redacts_and_quotes(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     line = command_line(["finetune.py", "a b.yaml", "x.token=s3cr3t"])
     assert line == "python finetune.py 'a b.yaml' 'x.token=***'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
