@@ -27,12 +27,13 @@ def on_gpus(tmp_path_factory, smoke):
     there = {"LD_LIBRARY_PATH": str(libraries), "LD_PRELOAD": str(library),
              "PYTHONPATH": str(HERE)}  # fmt: skip
 
-    def run(*options: str, gpus: int = 1) -> str:
+    def run(*options: str, gpus: int = 1, mebibytes: int = 80 * 1024, code: int = 0) -> str:
         env = os.environ | there | {"OVERTURE_STAND_IN_GPUS": str(gpus)}
+        env["OVERTURE_STAND_IN_MIB"] = str(mebibytes)
         done = subprocess.run([sys.executable, *options], cwd=ROOT, env=env, capture_output=True,
                               text=True, timeout=900)  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        return done.stdout
+        assert done.returncode == code, done.stdout[-6000:] + done.stderr[-2000:]
+        return done.stdout + done.stderr * (code != 0)
 
     return run
 
@@ -53,6 +54,18 @@ def test_the_doctor(on_gpus):
     assert "weights, gradients and optimizer in the hosts' memory: 0.0 GiB at once" in said
     assert "0.0 on each GPU; at least 1 ranks like this device of 80.0 GiB" in said
     assert "on one device (0.00 GPU-hours) without cpu_offload, which is slower" in said
+
+
+def test_memory_that_the_doctor_says_is_too_small_is(on_gpus, tmp_path):
+    wide = ("model.config.hidden_size=256", "model.config.intermediate_size=1024")
+    rows = "device_train_microbatch_size={}".format
+    run = ("main.py", "yamls/smoke/pretrain.yaml", *wide, "max_duration=2ba")
+    said = on_gpus("src/check_setup.py", *run[1:], rows(8), mebibytes=100, code=2)
+    assert "STOP    memory       8 rows" in said and "device_train_microbatch_size=4, at no" in said
+    said = on_gpus(*run, rows(8), f"run_folder={tmp_path}/8", mebibytes=100, code=5)
+    assert "error: out of memory: it does not fit; try device_train_microbatch_size=1 or" in said
+    on_gpus(*run, rows(4), f"run_folder={tmp_path}/4", mebibytes=100)
+    on_gpus(*run, rows("auto"), f"run_folder={tmp_path}/auto", mebibytes=100)
 
 
 def test_a_run_begun_on_a_cpu_goes_on(on_gpus, run_door, tmp_path):

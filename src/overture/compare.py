@@ -93,7 +93,7 @@ def _answers(runs: list[Run]) -> list[list[str | None]]:
         if all(prompt in one for one in asked):
             before = [*dict.fromkeys(one[prompt].get("before") for one in asked)]
             if len(before) > 1:
-                texts = ("–" if text is None else text.strip() or "(empty)" for text in before)
+                texts = ("–" if t is None else str(t).strip() or "(empty)" for t in before)
                 before = [" | ".join(texts)]
             after = [one[prompt].get("after") if one else None for one in found]
             rows.append([prompt, asked[0][prompt].get("expected"), *before, *after])

@@ -2,6 +2,7 @@
    host's, what is queued is done at once, and a kernel that is launched ends the program.
 
    The names and signatures are those of CUDA 12; only the first words of each answer matter. */
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,13 @@ typedef void *Handle;
 enum { NO_DEVICE = 100, OUT_OF_MEMORY = 2 };
 
 static int device;
-static const size_t MEMORY = (size_t)80 << 30;
+static size_t used;
+
+/* OVERTURE_STAND_IN_MIB says how much memory a GPU has, otherwise 80 GiB. */
+static size_t memory(void) {
+  const char *mebibytes = getenv("OVERTURE_STAND_IN_MIB");
+  return mebibytes ? (size_t)atol(mebibytes) << 20 : (size_t)80 << 30;
+}
 
 static Error made(Handle *handle) {
   *handle = malloc(8);
@@ -32,13 +39,17 @@ Error cudaGetDeviceCount(int *count) {
 Error cudaGetDevice(int *number) { *number = device; return 0; }
 Error cudaSetDevice(int number) { device = number; return 0; }
 Error cudaDriverGetVersion(int *version) { *version = 12060; return 0; }
-Error cudaMemGetInfo(size_t *left, size_t *all) { *left = *all = MEMORY; return 0; }
+Error cudaMemGetInfo(size_t *left, size_t *all) {
+  *all = memory();
+  *left = *all - used;
+  return 0;
+}
 
 /* Offsets of cudaDeviceProp: totalGlobalMem, warpSize, maxThreadsPerBlock, major, processors. */
 Error cudaGetDeviceProperties_v2(char *found, int number) {
   memset(found, 0, 1032);
   strcpy(found, "stand-in");
-  *(size_t *)(found + 288) = MEMORY;
+  *(size_t *)(found + 288) = memory();
   *(int *)(found + 308) = 32;
   *(int *)(found + 320) = 1024;
   *(int *)(found + 360) = 9;
@@ -46,13 +57,22 @@ Error cudaGetDeviceProperties_v2(char *found, int number) {
   return 0;
 }
 
-Error cudaMalloc(void **at, size_t bytes) {
+Error cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
   *at = aligned_alloc(512, (bytes + 511) / 512 * 512);
   return *at ? 0 : OUT_OF_MEMORY;
 }
-Error cudaHostAlloc(void **at, size_t bytes, unsigned flags) { return cudaMalloc(at, bytes); }
-Error cudaFree(void *at) { free(at); return 0; }
 Error cudaFreeHost(void *at) { free(at); return 0; }
+Error cudaMalloc(void **at, size_t bytes) {
+  if (used + bytes > memory() || cudaHostAlloc(at, bytes, 0))
+    return OUT_OF_MEMORY;
+  used += malloc_usable_size(*at);
+  return 0;
+}
+Error cudaFree(void *at) {
+  used -= malloc_usable_size(at);
+  free(at);
+  return 0;
+}
 Error cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
   memmove(to, from, bytes);
   return 0;

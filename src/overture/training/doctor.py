@@ -85,7 +85,8 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def too_large(config: Config) -> str:
-    ways = ["device_train_microbatch_size=1"] * (config.device_train_microbatch_size != 1)
+    ways = ["device_train_microbatch_size=1"]
+    ways *= config.device_train_microbatch_size not in (1, "auto")
     ways += ["model.activation_checkpointing=true"] * (not config.model.activation_checkpointing)
     return f"it does not fit; try {' or '.join([*ways, 'a lower max_seq_len'])}"
 
