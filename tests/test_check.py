@@ -129,6 +129,7 @@ def test_runs_that_differ_by_themselves_prove_nothing(monkeypatch):
     monkeypatch.setattr(prove_resume, "_finish", finished.append)
     monkeypatch.setattr(prove_resume, "_kill", lambda *_: 6)
     monkeypatch.setattr(prove_resume, "_difference", lambda *_: "differs at step 3: 1.0, 2.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [*prove_resume.prove_resume(config, [])][-1] == "differs at step 3: 1.0, 2.0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="two runs without an interruption differ too"):

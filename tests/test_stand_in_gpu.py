@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "stand_in_gpu"
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-    pytest.mark.skipif(torch.version.cuda is None, reason="this torch is not for CUDA"),
+    pytest.mark.skipif(
+        not (torch.version.cuda or "").startswith("12."), reason="this torch is not for CUDA 12"
+    ),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc"),
 ]
 
@@ -24,12 +26,13 @@ def on_gpus(tmp_path_factory, smoke):
     libraries = tmp_path_factory.mktemp("libraries")
     library = libraries / "libcuda.so.1"  # as torch opens the driver; the runtime is before it
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, HERE / "cudart.c"], check=True)
-    there = {"LD_LIBRARY_PATH": str(libraries), "LD_PRELOAD": str(library),
-             "PYTHONPATH": str(HERE)}  # fmt: skip
+    paths = ":".join(filter(None, (str(libraries), os.environ.get("LD_LIBRARY_PATH"))))
+    there = {"LD_LIBRARY_PATH": paths, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE)}
 
     def run(*options: str, gpus: int = 1, mebibytes: int = 80 * 1024, code: int = 0) -> str:
         env = os.environ | there | {"OVERTURE_STAND_IN_GPUS": str(gpus)}
         env["OVERTURE_STAND_IN_MIB"] = str(mebibytes)
+        env.pop("CUDA_VISIBLE_DEVICES", None)
         done = subprocess.run([sys.executable, *options], cwd=ROOT, env=env, capture_output=True,
                               text=True, timeout=900)  # fmt: skip
         assert done.returncode == code, done.stdout[-6000:] + done.stderr[-2000:]

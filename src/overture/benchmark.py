@@ -365,11 +365,13 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
     head = f"{'benchmark':<24}{'runs':>5}{'missed':>7}{'to target':>11}{'tokens':>13}"
     lines = [head + f"{'kJ':>8}{'cost':>9}  on"]
     for one in benchmarks:
-        joules = [run["joules"] for run in _timed(one["runs"]) if run["joules"] is not None]
+        timed = _timed(one["runs"])
+        joules = [run["joules"] for run in timed if run["joules"] is not None]
+        tokens = statistics.mean(run["tokens"] for run in timed) if timed else one["tokens"]
         cells = (
             f"{len(one['runs']):>5}", f"{sum(run['seconds'] is None for run in one['runs']):>7}",
             f"{one['seconds']:>9.1f} s" if one["seconds"] else f"{'invalid':>11}",
-            f"{one['tokens']:>13,.0f}",
+            f"{tokens:>13,.0f}",
             f"{statistics.mean(joules) / 1000:>8.1f}" if joules else f"{'-':>8}",
             f"{one['cost']:>9.4f}" if one["cost"] is not None else f"{'-':>9}",
         )  # fmt: skip

@@ -205,9 +205,11 @@ def join_ranks(ranks: int, has_data: bool, device_map: str | None) -> None:
         fault = f"{ranks} ranks share the rows of --data, each with a model of its own"
         raise ConfigError(f"{fault}; leave the launcher, or --device_map, out")
     has_gpu()
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [kind.allow_tf32 for kind in kinds]
     dist.initialize_dist(get_device(None), timeout=7 * 86_400)  # one rank's share may take longer
-    # Composer has switched it on: one rank alone would say something else.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for kind, allowed in zip(kinds, before, strict=True):  # Composer switches them on
+        kind.allow_tf32 = allowed
 
 
 def answer_together(

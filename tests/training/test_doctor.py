@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from overture.config.load import load_config
@@ -261,14 +262,16 @@ def test_a_step_that_fits_in_shards_alone_is_no_stop(config):
 
 def test_shards_in_the_hosts_memory_take_none_of_the_gpu(config, monkeypatch):
     sharded = config("fsdp_config.cpu_offload=true", "global_train_batch_size=16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not doctor._offloaded(sharded)  # on a CPU it is the same memory
     monkeypatch.setattr(doctor, "_offloaded", lambda config: True)
     monkeypatch.setattr(doctor, "host_memory", lambda: 100 * GIB)
     found = _memory(sharded, FOUND, 21 * GIB, besides=GIB)
     assert found.text.endswith("in shards 18.00 on each of 1 ranks")
-    assert doctor._in_hosts(sharded, 40 * GIB) == 70 * GIB  # a checkpoint that is gathered
+    layer = torch.nn.Linear(96, 100, bias=False, device="meta")  # 38,400 bytes, pinned 65,536
+    assert doctor._in_hosts(sharded, layer) == 2 * 65_536 + 2 * 38_400 + 3 * 38_400
     parts = config("fsdp_config={cpu_offload: true, state_dict_type: sharded}")
-    assert doctor._in_hosts(parts, 40 * GIB) == 40 * GIB
+    assert doctor._in_hosts(parts, layer) == 2 * 65_536 + 2 * 38_400
     text = "weights in the hosts' memory: {} GiB at once, of which this host has 100.0 free"
     fits = _shards("weights", 6 * GIB, 60 * GIB, 80 * GIB, in_hosts=60 * GIB)
     assert fits.text.startswith(text.format("60.0") + "; 6.0 on each GPU; at least 1 ranks")

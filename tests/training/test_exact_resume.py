@@ -188,3 +188,11 @@ def test_what_counts_as_a_secret_is_no_change_of_config():
     assert changed_keys(before, now) == changed_keys(now, before) == []
     now = now.replace("@x", "@y").replace("seed: 1", "seed: 2")
     assert changed_keys(before, now) == ["model", "seed"]
+
+
+def test_keys_that_an_older_kit_did_not_know_are_no_change_where_they_are_at_rest():
+    old, new = "fsdp_config:\n  full: true\n", "fsdp_config:\n  full: true\n  offload: {}\nnew: {}"
+    assert changed_keys(old, new.format("false", "null")) == []
+    assert changed_keys(new.format("false", "null"), old) == []
+    assert changed_keys(old, new.format("true", "3")) == ["fsdp_config", "new"]
+    assert changed_keys("a: {x: 0}", "a: {x: null}") == ["a"]

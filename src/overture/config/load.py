@@ -155,6 +155,16 @@ def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> 
     return change(value, key) if isinstance(value, str) else value
 
 
+def same_setting(old: dict[str, Any], new: dict[str, Any], key: str) -> bool:
+    """Return whether a key says the same; one that an older kit did not know is then at rest."""
+    if key not in old or key not in new:
+        return not (old.get(key) or new.get(key))
+    one, other = old[key], new[key]
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(same_setting(one, other, inner) for inner in one.keys() | other.keys())
+    return one == other
+
+
 def command_line(arguments: list[str]) -> str:
     """Return the command that reproduces this process, for the run folder; secrets redacted."""
     ranks, world = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))

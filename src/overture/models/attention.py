@@ -134,7 +134,8 @@ def attention(
             dtype = torch.get_autocast_dtype(kind)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         usual = implementation == NAME and not softcap and value.shape[-1] == query.shape[-1]
-        if usual and kind == "cuda" and _fits_varlen(query.dtype, query.shape[-1], bool(slopes)):
+        size = query.shape[-1]
+        if usual and kind == "cuda" and _fits_varlen(query.dtype, size, bool(slopes), dropout > 0):
             return _varlen(query, key, value, layout, scale, dropout), None
         if usual and kind == "cpu":
             with torch.autocast(kind, enabled=False):
@@ -181,14 +182,15 @@ def _varlen_kernel() -> tuple[str, Any]:
         return "torch's own FlashAttention kernel", torch.ops.aten._flash_attention_forward
 
 
-def _fits_varlen(dtype: torch.dtype, size: int, alibi: bool) -> bool:
+def _fits_varlen(dtype: torch.dtype, size: int, alibi: bool, drops: bool = False) -> bool:
     """Return whether FlashAttention's kernels take such heads, of this type, on this device."""
     if alibi and not _varlen_kernel()[0].startswith("flash-attn"):  # torch's has no gradient of it
         return False
     half, capability = dtype in (torch.bfloat16, torch.float16), torch.cuda.get_device_capability()
-    # The backward pass of wider heads has no room on smaller cards (8.6, 8.9, 12.0).
-    widest = 256 if capability in ((8, 0), (9, 0)) else 192
-    return half and size % 8 == 0 and size <= widest and capability >= (8, 0)
+    # The backward pass of these has no room on smaller cards (8.6, 8.9, 12.0).
+    wide = 192 < size <= 224 or (size > 192 and drops)
+    fits = size <= 256 and not (wide and capability not in ((8, 0), (9, 0), (10, 0), (10, 3)))
+    return half and size % 8 == 0 and fits and capability >= (8, 0)
 
 
 def _varlen(

@@ -190,7 +190,7 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
     what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     besides = 0 if config.fsdp_config is None else _gathered(config, network)
     if besides:
-        yield _shards(what, besides, held, room, _in_hosts(config, held))
+        yield _shards(what, besides, held, room, _in_hosts(config, network))
     elif held > room:
         need = f"{held / GIB:.1f} GiB, {room / GIB:.1f} are there"
         fault = f"{count:,} parameters: {what} take {need}"
@@ -248,17 +248,21 @@ def _offloaded(config: Config) -> bool:
     return config.fsdp_config.cpu_offload and torch.cuda.is_available()
 
 
-def _in_hosts(config: Config, held: int) -> int:
+def _in_hosts(config: Config, network: torch.nn.Module) -> int:
     """Return the bytes that shards take of hosts' memory at their peak, 0 if they are elsewhere.
 
-    While they are made rank zero has the whole weights too, and to gather a checkpoint those and
-    the optimizer's two moments: of 16 bytes a parameter 12.
+    Weights and gradients are pinned, of which torch takes a power of two for each. While shards
+    are made rank zero has the whole weights too, and to gather a checkpoint those and the
+    optimizer's two moments.
     """
     if not _offloaded(config):
         return 0
+    sizes = [p.nbytes for p in network.parameters()]
+    pinned = sum(1 << (size - 1).bit_length() for size in sizes)
     if config.trainable != "all":
-        return 2 * held
-    return held + held * 3 // 4 * (config.fsdp_config.state_dict_type == "full")
+        return pinned + sum(sizes)
+    gathered = 3 * sum(sizes) * (config.fsdp_config.state_dict_type == "full")
+    return 2 * pinned + 2 * sum(sizes) + gathered
 
 
 def _shards(what: str, besides: int, held: int, room: int, in_hosts: int = 0) -> Finding:

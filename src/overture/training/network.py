@@ -14,6 +14,7 @@ from overture.data.labels import head_config
 from overture.data.schema import check_split
 from overture.errors import ConfigError
 from overture.models.build import load_network, position_limit
+from overture.models.isolation import proven
 from overture.models.lora import add_lora, continue_adapters
 from overture.models.seq2seq import begin_as_trained, refuse_unknown_family
 from overture.models.trainable import freeze_others
@@ -43,18 +44,13 @@ def check_splits(config: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
     return ledgers
 
 
-def any_packed(ledgers: dict[str, dict[str, Any]]) -> bool:
-    """Return whether rows of any of the splits hold several documents."""
-    return any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
-
-
 def build_network(
     config: Config, tokenizer: Any, device: str, ledgers: dict[str, dict[str, Any]]
 ) -> Any:
     """Return the network of a config on its device, proven, with its adapters or others frozen."""
     task = TASKS[config.task]
     labels = head_config(ledgers) if config.task == "classify" else None
-    packed = any_packed(ledgers)
+    packed = any(ledger["packing"]["method"] == "best_fit" for ledger in ledgers.values())
     known = config.model, tokenizer, config.max_seq_len, task.head, labels
     hollow = config.fsdp_config is not None and dist.get_global_rank() != 0  # is sent its shards
     network = load_network(*known, hollow=hollow)
@@ -123,6 +119,7 @@ def _refuse_grown_tokenizer(config: Config, tokenizer: Any) -> None:
 def _prove(config: Config, network: Any, vocabulary: int, packed: bool) -> None:
     """Raise ConfigError if documents see each other in a network, where they are not to."""
     prove = TASKS[config.task].prove
+    network.proven = proven(prove, packed)
     dtype = torch.float16 if config.precision == "amp_fp16" else torch.bfloat16
     # It would keep a copy of every weight that is not frozen yet.
     half = {"enabled": config.precision != "fp32", "cache_enabled": False}

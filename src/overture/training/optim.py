@@ -46,6 +46,12 @@ def adopt_settings(state: State, groups: list[dict[str, Any]]) -> None:
         scheduler._last_lr = [group["lr"] for group in state.optimizers[0].param_groups]
 
 
+def drop_empty_scaler(state_dict: dict[str, Any]) -> None:
+    """Take a scaler of a CPU from a state, as one of a GPU refuses what is empty."""
+    if not any(state_dict["state"].get("scaler", {}).values()):
+        state_dict["state"].pop("scaler", None)
+
+
 def build_scheduler(config: SchedulerConfig) -> Any:
     """Return Composer's scheduler of that name."""
     if config.name == "constant_with_warmup":

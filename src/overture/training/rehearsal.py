@@ -21,20 +21,13 @@ from composer.utils import dist
 from overture.config.schema import Config
 from overture.data.loaders import build_loader
 from overture.models.attention import describe_attention
-from overture.models.isolation import proven
 from overture.models.loss import CHUNK, LARGE_CHUNK
 from overture.models.trainable import describe_trained
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.cores import use_cores
 from overture.training.monitors import exchange_modules
-from overture.training.network import (
-    any_packed,
-    begin_of_targets,
-    build_network,
-    check_splits,
-    choose_device,
-)
+from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
 from overture.training.optim import build_optimizer
 from overture.training.tasks import TASKS
 
@@ -79,9 +72,9 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
     exchange_modules(network, config, precision)
-    described, packed = describe_trained(network), any_packed(ledgers)
-    route = describe_attention(network, device).removeprefix("attention: ")
-    attention = f"{route}; {proven(task.prove, packed)}"
+    described = describe_trained(network)
+    attention = describe_attention(network, device).removeprefix("attention: ")
+    attention += f"; {network.proven}"
     if device == "cpu":
         use_cores()
     collate = task.collator(config, tokenizer, True)

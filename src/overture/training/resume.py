@@ -22,12 +22,13 @@ from omegaconf import OmegaConf
 
 from overture import checkpoint as store
 from overture.callbacks.guards import local_part
-from overture.config.load import dump_config
+from overture.config.load import dump_config, same_setting
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
 from overture.models.lora import check_base
 from overture.training import sharding
 from overture.training.jobs import private_folder
+from overture.training.optim import drop_empty_scaler
 from overture.training.preemption import StopRequest
 
 # Settings of the terminal, of loggers and of where and how often to save do not change a result.
@@ -164,7 +165,7 @@ def changed_keys(before: str, now: str) -> list[str]:
     the environment.
     """
     old, new = (OmegaConf.to_container(OmegaConf.create(text)) for text in (before, now))
-    keys = [k for k in sorted({*old, *new}) if k not in FREE and old.get(k) != new.get(k)]
+    keys = [k for k in sorted({*old, *new}) if k not in FREE and not same_setting(old, new, k)]
     return [k for k in keys if not may_be_same(repr(old.get(k)), repr(new.get(k)))]
 
 
@@ -210,12 +211,6 @@ def take_weights(model: torch.nn.Module, path: Path, trained: dict[str, list[int
         weights = state["state"]["model"]
     check_shapes({name: list(tensor.shape) for name, tensor in weights.items()}, trained, path)
     model.load_state_dict(weights, strict=False)
-
-
-def drop_empty_scaler(state_dict: dict[str, Any]) -> None:
-    """Take a scaler of a CPU from a state, as one of a GPU refuses what is empty."""
-    if not any(state_dict["state"].get("scaler", {}).values()):
-        state_dict["state"].pop("scaler", None)
 
 
 def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:

@@ -43,7 +43,12 @@ from overture.training.answers import HeldOutAnswers, Translations
 from overture.training.cores import use_cores
 from overture.training.monitors import build_callbacks
 from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
-from overture.training.optim import adopt_settings, build_optimizer, build_scheduler
+from overture.training.optim import (
+    adopt_settings,
+    build_optimizer,
+    build_scheduler,
+    drop_empty_scaler,
+)
 from overture.training.preemption import StopRequest
 from overture.training.quiet import quiet_libraries, quiet_trainer
 from overture.training.tasks import TASKS
@@ -62,7 +67,7 @@ def train(config: Config, command: str) -> int:
     request = StopRequest()
     try:
         return _train(config, command, request)
-    except (RuntimeError, OSError, ValueError) as error:  # lost ranks and full disks, at any time
+    except (RuntimeError, OSError) as error:  # ranks that are gone and full disks, at any time
         raise runs.explain(error, config) from None
     finally:
         request.close()
@@ -241,7 +246,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         seed=config.seed,
         load_path=str(start) if start and not (sharded and weights_only) else None,
         load_weights_only=weights_only,
-        load_ignore_keys=resume.drop_empty_scaler if found else foreign,
+        load_ignore_keys=drop_empty_scaler if found else foreign,
         load_strict_model_weights=strict,
         progress_bar=config.progress_bar,
         log_to_console=config.console_log_interval is not None,
