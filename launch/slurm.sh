@@ -23,14 +23,24 @@ script=$(as_script)
 echo "$(date -Is) job $job, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_JOB_NODELIST"
 echo "logs of the ranks: $directory, $logs"
 
-# When one node has ended, the others have a minute to save.
-srun --ntasks-per-node=1 --cpu-bind=none --wait=60 bash -c "$script; run_node \"\$SLURM_NODEID\"" &
+# When one node has ended, the others have a minute to save. What srun returns is the highest of their
+# codes, which of one that had to be killed is higher than 75: where the first has saved, that counts.
+first_said() {
+  cd "$directory" && cat "$logs/code-$job" 2> /dev/null && rm -f "$logs/code-$job"
+}
+(first_said) > /dev/null # of an earlier start
+srun --ntasks-per-node=1 --cpu-bind=none --wait=60 bash -c "$script
+  run_node \"\$SLURM_NODEID\"
+  code=\$?
+  [ \"\$SLURM_NODEID\" != 0 ] || echo \"\$code\" > \"\$logs/code-\$job\"
+  exit \"\$code\"" &
 step=$!
 cancelled=""
 trap 'kill -USR1 "$step"' USR1 # the time is nearly up; srun passes it on to every node
 trap 'cancelled=yes' TERM      # scancel, which reaches the nodes by itself
 await "$step"
 code=$?
+[ "$(first_said)" != 75 ] || code=75
 echo "$(date -Is) exit code $code"
 if [ "$code" = 75 ] && [ -z "$cancelled" ]; then
   scontrol requeue "$job"

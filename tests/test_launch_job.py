@@ -135,6 +135,25 @@ def test_every_word_arrives_as_it_was_written(scheduler, programs, tmp_path, mon
     assert "hf_a" not in script
 
 
+@pytest.mark.parametrize(("first", "second", "code"), [(75, 137, 75), (5, 137, 137), (0, 0, 0)])
+def test_slurm_queues_again_where_the_first_node_has_saved(first, second, code, programs, tmp_path,
+                                                           monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / SMOKE, tmp_path / "x.yaml")
+    rank = 'import sys\nsys.exit({} if node == "0" else {})\n'
+    head = LAUNCHER.partition("rank = ")[0]
+    program(programs / "composer", head + rank.format(first, second))
+    # As it does, it returns the highest code of all.
+    srun = 'for node in 0 1; do SLURM_NODEID=$node "${@: -3}"; c=$?; ((c > m)) && m=$c; done'
+    program(programs / "srun", f"#!/bin/bash\nm=0\n{srun}\nexit $m\n")
+    program(programs / "scontrol", '#!/bin/bash\n[ "$1" = show ] && echo a || echo "$@" > asked\n')
+    script = render(["x.yaml", *FOUR, "run_name=r"], Job("slurm", nodes=2))
+    done = run(script, tmp_path, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x[1-2]")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert (tmp_path / "asked").exists() == (code == 75)
+    assert not list((tmp_path / "runs" / "r" / "logs").glob("code*"))
+
+
 def test_container_is_told_what_it_sees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "over ture.sif").touch()

@@ -10,7 +10,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def write_checkpoint(
     try:
         write(aside)
         sizes = {path.name: path.stat().st_size for path in _files(aside)}
-        files = {n: {"bytes": s, "sha256": sha256_file(aside / n)} for n, s in sizes.items()}
+        hashes = _hashes(aside, sizes)
+        files = {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes.items()}
         manifest = {"overture": overture.__version__, "batch": batch, "files": files, **facts}
         write_aside(aside / MANIFEST, seal(manifest))
         for path in [*_files(aside), aside]:
@@ -62,6 +64,12 @@ def write_checkpoint(
     _to_disk(parent)
     shutil.rmtree(parent / f"{OLD}{place.name}", ignore_errors=True)
     return place
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of files, several at once: shards of a large model take long."""
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(lambda n: sha256_file(folder / n), names), strict=True))
 
 
 def change_manifest(folder: Path, **facts: Any) -> None:
@@ -88,14 +96,15 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         int(manifest["batch"])
         if STATE not in recorded or any(Path(name).name != name for name in recorded):
             raise DataError(f"{path}: names files that no checkpoint has")
-        for name, (size, digest) in recorded.items():
+        for name, (size, _) in recorded.items():
             file = folder / name
             if not file.is_file():
                 raise DataError(f"{file}: is missing")
             if file.stat().st_size != size:
                 raise DataError(f"{file}: {file.stat().st_size:,} bytes, but {size:,} were written")
-            if sha256_file(file) != digest:
-                raise DataError(f"{file}: its sha256 is not the one that was written")
+        for name, digest in _hashes(folder, recorded).items():
+            if digest != recorded[name][1]:
+                raise DataError(f"{folder / name}: its sha256 is not the one that was written")
     except OSError as error:
         fault = f"{folder}: cannot be read ({error}); it may well be whole"
         raise GuardError(f"{fault}: see to the disk, then run the same command again") from None

@@ -227,6 +227,24 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch):
         choose_device(None)
 
 
+def test_a_run_whose_checkpoints_lie_elsewhere_is_not_begun_anew(run):
+    place = Path("runs/elsewhere")
+    place.mkdir(parents=True)
+    said = "stopped as asked, saved at step 4; the same command goes on"
+    (place / "result.json").write_text(json.dumps({"status": "preempted", "error": said}))
+    with pytest.raises(DataError, match=r"saved at step 4; .*elsewhere/checkpoints has no checkp"):
+        run("run_name=elsewhere")
+
+
+def test_other_data_on_another_rank_are_told(tiny_yaml, tmp_path, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml)
+    config = load_config([str(tmp_path / "tiny.yaml")], ("instruct",))
+    assert recipe._same_data(config).keys() == {"train", "test"}
+    monkeypatch.setattr(recipe.dist, "all_gather_object", lambda one: [one, {**one, "test": "0"}])
+    with pytest.raises(DataError, match=r"test: is another dataset on rank 1 than on rank 0"):
+        recipe._same_data(config)
+
+
 def test_what_a_gpu_says_is_told_as_what_it_is(tiny_yaml, tmp_path):
     (tmp_path / "tiny.yaml").write_text(tiny_yaml)
     config = load_config([str(tmp_path / "tiny.yaml")], ("instruct",))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.utils import _to_kwargs
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from overture.config.load import load_config
 from overture.config.schema import DOORS
@@ -72,6 +72,10 @@ def test_shards_give_what_one_rank_gives_and_any_number_goes_on(smoke, tmp_path)
     close(parts, whole)
     files = {path.name for path in (parts / "checkpoints" / "ba4").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt", "manifest.json"} == files
+    assert not sharding.missing_shards(parts / "checkpoints" / "ba4")
+    lacks = shutil.copytree(parts / "checkpoints" / "ba4", tmp_path / "lacks")
+    (lacks / "__1_0.distcp").unlink()
+    assert sharding.missing_shards(lacks) == {"__1_0.distcp"}
     # Two ranks with shards in their hosts' memory, one, and one without shards go on from the same
     # one; one whose bit flips is found.
     offload = "fsdp_config={state_dict_type: sharded, cpu_offload: true}"
@@ -150,8 +154,9 @@ def test_other_tasks_in_shards(name, smoke, tmp_path):
         "mlm": (hidden,), "seq2seq": ("generation=null", "model.config.dropout=0.0"),
         "classify": (hidden, "model.config.attention_probs_dropout_prob=0.0"),
     }[name]  # fmt: skip
+    clipped = "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 0.1}"
     options = (door, f"yamls/smoke/{name}.yaml", "max_duration=4ba", "eval_interval=4ba",
-               "eval_first=false", *still)  # fmt: skip
+               "eval_first=false", clipped, *still)  # fmt: skip
     whole = train(1, tmp_path / "whole", *options)
     close(train(2, tmp_path / "parts", *options, "fsdp_config={}"), whole)
 
@@ -197,6 +202,21 @@ def test_there_is_something_to_move_where_a_gpu_would_get_it(run, monkeypatch):
 
     monkeypatch.setattr(FSDPState, "_root_pre_forward", as_on_a_gpu)
     assert run("fsdp_config={}", "max_duration=1ba")[0] == 0
+
+
+def test_experts_are_not_trained_in_shards(tiny_yaml, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_yaml)
+    config = load_config([str(path), "fsdp_config={}"], ("instruct",))
+    network = MixtralForCausalLM(MixtralConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, num_local_experts=2,
+    ))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"fsdp_config: \S+\.experts\.0\.w1\.weight gets no grad"):
+        sharding.parallelism(config, network)
+    for name, p in network.named_parameters():
+        p.requires_grad_(".experts." not in name)
+    sharding.parallelism(config, network)
 
 
 def test_no_rank_keeps_the_whole_weights_while_they_are_sharded(run, monkeypatch):

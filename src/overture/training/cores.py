@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -53,3 +54,21 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def host_memory() -> int:
+    """Return the bytes that are free of this machine's memory, or its container's."""
+    info = Path("/proc/meminfo").read_text()
+    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])
+    own = re.findall(r"^\d+:(?:memory)?:/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
+    roots = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
+    below = [root / part for root in roots for part in ("", *own)]
+    for place in {p for path in below for p in (path, *path.parents) if "cgroup" in str(p)}:
+        for limit, use in (("limit_in_bytes", "usage_in_bytes"), ("max", "current")):
+            limit, use = place / f"memory.{limit}", place / f"memory.{use}"
+            if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+                # The kernel gives back the files that it only remembers.
+                text = (place / "memory.stat").read_text()
+                files = re.findall(r"^(?:total_)?inactive_file (\d+)", text, re.M)
+                free = min(free, int(most) - int(use.read_text()) + max(map(int, files), default=0))
+    return free

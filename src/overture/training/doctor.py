@@ -24,6 +24,7 @@ from overture.models.build import load_network
 from overture.models.trainable import freeze_others
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
+from overture.training.cores import host_memory
 from overture.training.jobs import is_finished
 from overture.training.network import check_splits
 from overture.training.rehearsal import Rehearsal, rehearse
@@ -172,8 +173,6 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         network = load_network(wanted, tokenizer, head=TASKS[config.task].head, hollow=True)
     except RuntimeError:  # a model that must see its numbers while it is made
         return 0, 0, 0
-    if config.fsdp_config is not None:
-        parallelism(config, network)
     count = sum(p.numel() for p in network.parameters())
     held = sum(p.nbytes for p in network.parameters())
     if config.model.load_in_4bit or config.model.load_in_8bit:  # its tables are left as they are
@@ -182,11 +181,15 @@ def _weights(config: Config, room: int) -> Iterator[Finding]:
         held = sum(p.nbytes for p in tables)
         held += (count - sum(p.numel() for p in tables)) // (2 if config.model.load_in_4bit else 1)
     saved = 0
-    if config.trainable != "lora":
+    if config.trainable == "lora":
+        network.requires_grad_(False)
+    else:
         freeze_others(network, config.trainable, TASKS[config.task].head)
         saved = resume.checkpoint_bytes(config, network)
     if config.trainable == "all":
         held += held + 8 * count  # gradients, and two float32 of Adam's
+    if config.fsdp_config is not None:
+        parallelism(config, network)
     what = "weights, gradients and optimizer" if config.trainable == "all" else "weights"
     besides = 0 if config.fsdp_config is None else _gathered(config, network)
     if besides:
@@ -380,21 +383,3 @@ def _disk(config: Config, checkpoint: int) -> Finding:
 def memory_there() -> int:
     """Return the bytes that are free: of the first GPU, else of this machine or its container."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else host_memory()
-
-
-def host_memory() -> int:
-    """Return the bytes that are free of this machine's memory, or its container's."""
-    info = Path("/proc/meminfo").read_text()
-    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])
-    own = re.findall(r"^\d+:(?:memory)?:/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
-    roots = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
-    below = [root / part for root in roots for part in ("", *own)]
-    for place in {p for path in below for p in (path, *path.parents) if "cgroup" in str(p)}:
-        for limit, use in (("limit_in_bytes", "usage_in_bytes"), ("max", "current")):
-            limit, use = place / f"memory.{limit}", place / f"memory.{use}"
-            if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-                # The kernel gives back the files that it only remembers.
-                text = (place / "memory.stat").read_text()
-                files = re.findall(r"^(?:total_)?inactive_file (\d+)", text, re.M)
-                free = min(free, int(most) - int(use.read_text()) + max(map(int, files), default=0))
-    return free

@@ -82,9 +82,9 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         if changed := [key for key in every if key not in config.resume.allow]:
             theirs, ours = _models(found[1]["config"], config)
             named = f", of a {theirs} and not a {ours}" if theirs != ours else ""
-            fault = f"was begun with another config ({', '.join(changed)} changed{named})"
+            fault = f"was begun with another config ({', '.join(changed)} changed{named}); {remedy}"
             allow = f"or let it change: resume.allow=[{','.join(changed)}]"
-            raise ConfigError(f"run_name: {config.run_name} {fault}; {remedy}, {allow}")
+            raise ConfigError(f"run_name: {config.run_name} {fault}, {allow}")
         if not config.autoresume:
             raise ConfigError(f"autoresume: false, but {config.run_name} has checkpoints; {remedy}")
         return found
@@ -337,6 +337,8 @@ class Checkpointer(Callback):
         def fill(folder: Path) -> None:
             torch.save(content, folder / store.STATE)
             if self.sharded:
+                if lost := sharding.missing_shards(shards):
+                    raise OSError(f"{min(lost)} is not there: all nodes have to share the folder")
                 for file in shards.iterdir():
                     file.rename(folder / file.name)
                 shards.rmdir()

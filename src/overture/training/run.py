@@ -14,6 +14,7 @@ from typing import Any
 from composer import Trainer
 from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
+from torch.utils.serialization import config as loading
 
 from overture.callbacks.early_stop import EarlyStop
 from overture.callbacks.guards import FiniteGuard, GradientGuard, SpikeGuard, Watchdog
@@ -27,7 +28,7 @@ from overture.config.secrets import redact
 from overture.data.labels import describe_labels, head_config
 from overture.data.loaders import build_loader
 from overture.data.schema import INDEX, sha256_file, write_aside
-from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, Preempted
+from overture.errors import EXIT_DONE, EXIT_TARGET_MISSED, ConfigError, DataError, Preempted
 from overture.export import save_model
 from overture.generate import end_tokens
 from overture.models.attention import describe_attention
@@ -86,6 +87,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     reproducibility.seed_all(config.seed)
     run_folder = runs.refuse_finished_run(config)
     found = resume.find_checkpoint(config)
+    if found is None:
+        resume.on_rank_zero(lambda: runs.refuse_lost_run(config))
     say = print if dist.get_global_rank() == 0 else lambda *_, **__: None
 
     # Model: base weights, then adapters.
@@ -99,7 +102,8 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         ends = {*(end_tokens(network, tokenizer) or ()), *chat_ends(tokenizer)}
         network.generation_config.eos_token_id = sorted(ends)
     monitors.exchange_modules(network, config, precision)
-    facts = resume.on_rank_zero(lambda: _facts(config, tokenizer, network))
+    data = _same_data(config)
+    facts = {"dataset": data, **resume.on_rank_zero(lambda: _facts(tokenizer, network))}
     if found:
         resume.check_facts(found[1]["facts"], facts, config.resume.allow)
         say(f"going on from {found[0]}")
@@ -212,6 +216,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         mlperf = MLPerfLog(run_folder / "mlperf.log", known, clock_ms, resumed=found is not None)
     optimizer = build_optimizer(model, config.optimizer)
     settings = [dict(group) for group in optimizer.param_groups]
+    loading.load.mmap = device == "gpu"  # a checkpoint, which every rank reads, is shared by them
     trainer = Trainer(
         model=model,
         train_dataloader=training,
@@ -252,6 +257,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
+    loading.load.mmap = False
     if isinstance(answers, Translations):
         answers.break_off = lambda: saver.eval_batch_end(trainer.state, trainer.logger)
     sharding.gather_in_forward(model)
@@ -359,15 +365,22 @@ def _result(
     }  # fmt: skip
 
 
-def _facts(config: Config, tokenizer: Any, network: Any) -> dict[str, Any]:
-    """Return by content what a run must find again when it goes on."""
+def _same_data(config: Config) -> dict[str, str]:
+    """Return the hashes of the splits' indices, which hold those of the shards; DataError if they
+    are not the same for all ranks, whose nodes may have copies of their own.
+    """
     indices = {name: Path(s.data_local) / s.split / INDEX for name, s, _ in config.splits()}
-    return {
-        # The index of a split holds the hashes of its shards.
-        "dataset": {name: sha256_file(index) for name, index in indices.items()},
-        "tokenizer": tokenizer_sha256(tokenizer),
-        "model": model_fingerprint(network),
-    }
+    found = dist.all_gather_object({name: sha256_file(path) for name, path in indices.items()})
+    for rank, theirs in enumerate(found):
+        for name in [name for name in theirs if theirs[name] != found[0][name]]:
+            fault = f"{indices[name].parent}: is another dataset on rank {rank} than on rank 0"
+            raise DataError(f"{fault}; give all nodes the same")
+    return found[0]
+
+
+def _facts(tokenizer: Any, network: Any) -> dict[str, Any]:
+    """Return by content what a run must find again when it goes on, besides its data."""
+    return {"tokenizer": tokenizer_sha256(tokenizer), "model": model_fingerprint(network)}
 
 
 def _exit_code(target: LossTarget | None, log: RunLog) -> int:

@@ -17,7 +17,7 @@ from overture.callbacks.run_log import finite
 from overture.config.load import dump_config
 from overture.config.schema import Config
 from overture.data.schema import write_aside
-from overture.errors import FULL, ConfigError, GuardError
+from overture.errors import FULL, ConfigError, DataError, GuardError
 from overture.training.cores import processor
 from overture.training.doctor import too_large
 from overture.training.resume import local_folder, on_rank_zero, places_of
@@ -47,6 +47,15 @@ def refuse_finished_run(config: Config) -> Path:
         fault = f"run_name: {config.run_name} is finished ({status})"
         raise ConfigError(f"{fault}; choose another run_name, or delete {places_of(config)}")
     return folder
+
+
+def refuse_lost_run(config: Config) -> None:
+    """Raise DataError if a run says that it has saved, but not here: on a disk of another node."""
+    file = Path(config.run_folder) / "result.json"
+    said = str(json.loads(file.read_text("utf-8")).get("error")) if file.is_file() else ""
+    if "saved at step" in said:
+        fault = f"{file}: {said}; but {local_folder(config)} has no checkpoint here"
+        raise DataError(f"{fault}: name a save_folder that all nodes share, or delete that file")
 
 
 def begin_run(config: Config, command: str, resumed: bool, ledgers: dict[str, Any]) -> None:

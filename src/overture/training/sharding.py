@@ -5,6 +5,7 @@ to the backbone and not through the model, without its weights. Only rank zero r
 weights; the others make it of nothing (the meta device) and are sent their shards.
 """
 
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,10 @@ def parallelism(config: Config, network: Any) -> ParallelismConfig | None:
     if not (kinds := layer_kinds(network)):
         fault = f"a {type(network).__name__} does not say which of its modules are layers"
         raise ConfigError(f"fsdp_config: {fault}; leave it out")
+    for name, p in network.named_parameters():
+        if p.requires_grad and re.search(r"\.experts\.\d+\.", name):
+            fault = f"{name} gets no gradient on a rank that sends it no token, and FSDP2 would add"
+            raise ConfigError(f"fsdp_config: {fault} others in its place; leave experts out")
     for module in network.modules():
         module._fsdp_wrap = type(module).__name__ in kinds
     network._fsdp_wrap = True
@@ -194,6 +199,12 @@ def save_shards(state: State, folder: Path) -> None:
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
     except dcp.api.CheckpointException as error:  # not even an Exception
         raise OSError(" ".join(str(error).split())[-300:]) from None
+
+
+def missing_shards(folder: Path) -> set[str]:
+    """Return the files of a checkpoint in shards that are not in its folder."""
+    known = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    return {of.relative_path for of in known} - {path.name for path in folder.iterdir()}
 
 
 def load_shards(state: State, folder: Path, weights_only: bool, strict: bool) -> None:
