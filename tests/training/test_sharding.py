@@ -179,18 +179,24 @@ def test_shards_in_the_hosts_memory_take_the_same_steps(run, trainable):
     assert_same(hosts, there)
 
 
-def test_a_model_that_keeps_a_buffer_with_its_weights_stays_on_the_gpu(tiny_yaml, tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(tiny_yaml)
-    config = load_config([str(path), "fsdp_config.cpu_offload=true"], ("instruct",))
-    network = LlamaForCausalLM(LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1,
-    ))  # fmt: skip
-    sharding.parallelism(config, network)
-    network.register_buffer("seen", torch.zeros(2))
+SMALL = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+         "num_attention_heads": 1}  # fmt: skip
+
+
+def test_networks_that_cannot_be_sharded_are_refused(tiny_yaml, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml)
+    asks = str(tmp_path / "tiny.yaml"), "fsdp_config.cpu_offload=true"
+    config, llama = load_config([*asks], ("instruct",)), LlamaForCausalLM(LlamaConfig(**SMALL))
+    sharding.parallelism(config, llama)
+    llama.register_buffer("seen", torch.zeros(2))  # which would lie on the GPU
     with pytest.raises(ConfigError, match=r"fsdp_config\.cpu_offload: a Llama\S+ keeps seen with"):
-        sharding.parallelism(config, network)
+        sharding.parallelism(config, llama)
+    mixtral = MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=2))
+    with pytest.raises(ConfigError, match=r"fsdp_config: \S+\.experts\.0\.w1\.weight gets no grad"):
+        sharding.parallelism(config, mixtral)
+    for name, p in mixtral.named_parameters():
+        p.requires_grad_(".experts." not in name)
+    sharding.parallelism(config, mixtral)
 
 
 def test_there_is_something_to_move_where_a_gpu_would_get_it(run, monkeypatch):
@@ -202,21 +208,6 @@ def test_there_is_something_to_move_where_a_gpu_would_get_it(run, monkeypatch):
 
     monkeypatch.setattr(FSDPState, "_root_pre_forward", as_on_a_gpu)
     assert run("fsdp_config={}", "max_duration=1ba")[0] == 0
-
-
-def test_experts_are_not_trained_in_shards(tiny_yaml, tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(tiny_yaml)
-    config = load_config([str(path), "fsdp_config={}"], ("instruct",))
-    network = MixtralForCausalLM(MixtralConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1, num_local_experts=2,
-    ))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"fsdp_config: \S+\.experts\.0\.w1\.weight gets no grad"):
-        sharding.parallelism(config, network)
-    for name, p in network.named_parameters():
-        p.requires_grad_(".experts." not in name)
-    sharding.parallelism(config, network)
 
 
 def test_no_rank_keeps_the_whole_weights_while_they_are_sharded(run, monkeypatch):
