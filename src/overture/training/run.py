@@ -14,7 +14,6 @@ from typing import Any
 from composer import Trainer
 from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
-from torch.utils.serialization import config as loading
 
 from overture.callbacks.early_stop import EarlyStop
 from overture.callbacks.guards import FiniteGuard, GradientGuard, SpikeGuard, Watchdog
@@ -216,7 +215,6 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         mlperf = MLPerfLog(run_folder / "mlperf.log", known, clock_ms, resumed=found is not None)
     optimizer = build_optimizer(model, config.optimizer)
     settings = [dict(group) for group in optimizer.param_groups]
-    loading.load.mmap = device == "gpu"  # a checkpoint, which every rank reads, is shared by them
     trainer = Trainer(
         model=model,
         train_dataloader=training,
@@ -257,7 +255,6 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
-    loading.load.mmap = False
     if isinstance(answers, Translations):
         answers.break_off = lambda: saver.eval_batch_end(trainer.state, trainer.logger)
     sharding.gather_in_forward(model)
