@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Hub(BaseHTTPRequestHandler):
         if "/resolve/" in self.path:
             return self.file(True)
         name = self.path.removeprefix("/api/models/").removesuffix("/revision/main")
+        name = name.removesuffix("/auth-check")
         if "/tree/main" in name:
             files = self.server.repos[name.split("/tree/")[0]]["files"]
             rows = [{"type": "file", "path": path, "size": 1, "oid": "0"} for path in files]
@@ -59,7 +61,7 @@ class Hub(BaseHTTPRequestHandler):
         return self.reply({"id": name, "private": repo["private"], **more})
 
     def do_HEAD(self):
-        self.file(False)
+        self.reply("") if self.path == "/" else self.file(False)
 
     def file(self, body):
         """Send a file as it was uploaded: a small one in base64, a large one as it is."""
@@ -275,3 +277,35 @@ def test_adapters_of_the_hub_are_used_and_trained_on(hub, smoke, tmp_path):
                  HF_HOME=str(tmp_path / "nobody"))  # fmt: skip
     assert done.returncode == 2
     assert "me/adapters: adapters that cannot be fetched" in done.stderr
+
+
+def test_what_is_in_the_cache_is_used_at_once_where_the_hub_cannot_be_reached(hub, smoke, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(smoke / "tokenizer")
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, eos_token_id=0, bos_token_id=0)
+    )  # fmt: skip
+    network.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.repos["me/base"] = {"private": False, "files": files}
+    yaml = ROOT / "yamls" / "smoke" / "finetune.yaml"
+    doctor = hub.server_address[1], tmp_path, ROOT / "src" / "check_setup.py", yaml
+    asks = "model={name: me/base, pretrained: true}", "lora.target_modules=[q_proj]"
+    asks = *asks, "tokenizer_name=me/base", f"run_folder={tmp_path}/run"
+    done = start(*doctor, *asks, HF_TOKEN="right-token")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok      hub          me/base: there" in done.stdout
+    hub.shutdown()
+    hub.server_close()
+    began = time.monotonic()
+    done = start(*doctor, *asks)
+    assert time.monotonic() - began < 60
+    assert done.returncode == 0, done.stdout + done.stderr
+    away = f"http://127.0.0.1:{doctor[0]} cannot be reached"
+    assert f"warning hub          {away}: me/base must be in the cache" in done.stdout
+    assert "Retry" not in done.stderr
+    done = start(*doctor, *asks, "model.name=me/other")
+    assert done.returncode == 2
+    none = "model.name: me/other: the hub is not asked, or cannot be, and the cache has none"
+    assert f"STOP    run          {none}" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 # Lower layers first. A module may import its own layer and those below, except where noted.
 LAYERS = [
-    {"errors", "launcher", "config", "flops", "data.schema", "__init__"},
+    {"errors", "launcher", "config", "flops", "offline", "data.schema", "__init__"},
     {"data", "models", "callbacks"},
     {
         "training",
@@ -125,7 +125,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 9050
+DEBT = 9085
 
 
 def test_sizes():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from overture.errors import ConfigError
+from overture.offline import AWAY, in_reach
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -17,6 +18,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     folder = Path(name)
     if not folder.is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise ConfigError(f"{name}: no such tokenizer folder")
+    reached = in_reach(name)
     place = str(folder / "hf") if (folder / "hf").is_dir() else name  # a run folder has one
     with contextlib.suppress(OSError):  # no config.json, as many have none
         content = PretrainedConfig.get_config_dict(place)[0]
@@ -26,7 +28,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub's client raises a dozen kinds; all mean the same here
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] if reached else AWAY
         raise ConfigError(f"{name}: no tokenizer to be had there ({reason})") from None
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{name}: only fast tokenizers are supported, with a tokenizer.json")

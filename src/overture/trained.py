@@ -16,6 +16,7 @@ from overture.data.schema import LEDGER, read_ledger
 from overture.errors import ConfigError
 from overture.models import lora
 from overture.models.build import load_network, locate_model
+from overture.offline import in_reach
 from overture.tokenizer import load_tokenizer
 from overture.training.sharding import METADATA, whole_from_shards
 
@@ -168,6 +169,7 @@ def _saved_as(location: str, trust: bool, head: str | None) -> tuple[str, str]:
     from transformers import PretrainedConfig
     from transformers.models.auto import modeling_auto as auto
 
+    in_reach(location)
     try:
         content = PretrainedConfig.get_config_dict(locate_model(location))[0]
     except (OSError, ValueError):

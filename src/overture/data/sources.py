@@ -15,6 +15,7 @@ from overture.data.embedded import generate_rows
 from overture.data.readers import PLAIN, READERS, Format, Malformed, Rows, read_parallel, reader
 from overture.data.schema import sha256_file
 from overture.errors import ConfigError
+from overture.offline import in_reach
 
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 
@@ -182,6 +183,7 @@ def _fingerprint(files: list[Path]) -> dict[str, Any]:
 
 
 def _hub_source(name: str, split: str, subset: str | None, revision: str | None) -> Source:
+    in_reach(name)
     import datasets  # slow to import, and only needed here
 
     def read() -> Iterator[tuple[Place, Any]]:

@@ -12,6 +12,7 @@ import torch
 from overture.config.schema import ModelConfig
 from overture.errors import ConfigError, nearest
 from overture.models.attention import choose_attention
+from overture.offline import AWAY, in_reach
 
 ALIASES = {"hf_bert": "bert"}  # so that it stands beside mosaic_bert
 
@@ -127,13 +128,14 @@ def _model_config(location: str, wanted: ModelConfig, tokenizer: Any) -> Any:
 
     known, trust = not wanted.pretrained and location in CONFIG_MAPPING, wanted.trust_remote_code
     fresh = CONFIG_MAPPING[location] if known else None
+    reached = bool(fresh) or in_reach(location)
     try:
         if not fresh:
             _refuse_hidden_code(PretrainedConfig.get_config_dict(location)[0], location, trust)
         config = fresh() if fresh else AutoConfig.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         hint = "" if wanted.pretrained else nearest(location, CONFIG_MAPPING)
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] if reached else AWAY
         raise ConfigError(f"model.name: {location}: {reason}{hint}") from None
     for key in ("attention_chunk_size", "num_kv_shared_layers"):
         if getattr(config, key, None):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from overture.errors import ConfigError, nearest
+from overture.offline import in_reach
 
 RECORD = "trained_on.json"  # beside exported adapters: what they were trained in
 
@@ -95,6 +96,7 @@ def adapters_of_hub(name: str, required: bool = False) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError
 
     asked = False
+    in_reach(name)
     try:
         hf_hub_download(name, "adapter_config.json")
         asked = True

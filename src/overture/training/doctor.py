@@ -22,6 +22,7 @@ from overture.data.shards import Split
 from overture.errors import OvertureError
 from overture.models.build import load_network
 from overture.models.trainable import freeze_others
+from overture.offline import in_reach
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.cores import host_memory
@@ -118,9 +119,11 @@ def _hub(config: Config) -> Finding:
         return Finding("hub", "ok", "not needed: model and tokenizer are made here or lie here")
     from huggingface_hub import auth_check, constants, model_info
 
+    needed = f"{', '.join(names)} must be in the cache"
     if constants.HF_HUB_OFFLINE:
-        text = f"offline, as HF_HUB_OFFLINE says: {', '.join(names)} must be in the cache"
-        return Finding("hub", "ok", text)
+        return Finding("hub", "ok", f"offline, as HF_HUB_OFFLINE says: {needed}")
+    if not in_reach(names[0]):
+        return Finding("hub", "warning", f"{constants.ENDPOINT} cannot be reached: {needed}")
     for name in names:
         try:
             model_info(name, timeout=5)
