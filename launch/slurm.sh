@@ -24,7 +24,7 @@ echo "$(date -Is) job $job, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_
 echo "logs of the ranks: $directory, $logs"
 
 # When one node has ended, the others have a minute to save. What srun returns is the highest of their
-# codes, which of one that had to be killed is higher than 75: where the first has saved, that counts.
+# codes, and that of one that had to be killed is higher than any of ours: the first node's counts.
 first_said() {
   cd "$directory" && cat "$logs/code-$job" 2> /dev/null && rm -f "$logs/code-$job"
 }
@@ -40,7 +40,8 @@ trap 'kill -USR1 "$step"' USR1 # the time is nearly up; srun passes it on to eve
 trap 'cancelled=yes' TERM      # scancel, which reaches the nodes by itself
 await "$step"
 code=$?
-[ "$(first_said)" != 75 ] || code=75
+said=$(first_said)
+[ "${said:-0}" = 0 ] || code=$said
 echo "$(date -Is) exit code $code"
 if [ "$code" = 75 ] && [ -z "$cancelled" ]; then
   scontrol requeue "$job"

@@ -30,7 +30,7 @@ def main() -> None:
     add("--nodes", type=int, default=1)
     add("--gpus", type=int, default=1, help="of each node; each gets one rank")
     add("--time", metavar="H:MM:SS", help="limit; ranks save before it and the job goes on anew")
-    add("--notice", type=int, default=300, help="seconds before it in which a run has to save")
+    add("--notice", type=int, help="seconds before it in which a run has to save; default 300")
     add("--partition", help="slurm: where to queue")
     add("--account", help="slurm: who pays")
     add("--queue", help="sge: where to queue")
@@ -51,15 +51,15 @@ def main() -> None:
     job = Job(**options)
     script = render(arguments, job)
     print(script, end="")
+    if wanted:
+        print(submit(script, job), file=sys.stderr)
     if out:
         try:
             write_aside(out, script)
         except OSError as error:
             raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from None
         print(f"{out}: written", file=sys.stderr)
-    if wanted:
-        print(submit(script, job), file=sys.stderr)
-    else:
+    if not wanted:
         command = " ".join([*submit_command(job), str(out or "FILE")])
         print(f"not submitted; that is done by: {command}", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -50,6 +51,12 @@ def config(smoke, tmp_path):
 
 def test_good_data_passes(config):
     check_data(config())
+
+
+@pytest.mark.skipif(bool(find_spec("mlflow")), reason="mlflow is installed")
+def test_a_logger_without_its_package_is_told_before_all_else(config):
+    with pytest.raises(ConfigError, match=r"loggers\.mlflow: needs `pip install mlflow`"):
+        check_data(config("loggers.mlflow={}"))
 
 
 def test_missing_split_names_those_there(config):
@@ -144,9 +151,15 @@ def test_runs_that_differ_by_themselves_prove_nothing(monkeypatch):
         ("callbacks.early_stop.patience=1", "loggers.tensorboard={}",
          "save_num_checkpoints_to_keep=1"),
         ("fsdp_config.state_dict_type=sharded", "model.dtype=float32"),
+        ("load_path={}", "model.dtype=float32"),  # of a run that is longer
     ],
 )  # fmt: skip
-def test_resume_is_proven_on_a_config(run_door, smoke, options):
+def test_resume_is_proven_on_a_config(run_door, smoke, options, tmp_path):
+    if options[0] == "load_path={}":
+        options = options[0].format(tmp_path), *options[1:]
+        done = run_door("finetune.py", "yamls/smoke/finetune.yaml", *options[1:],
+                        "max_duration=14ba", f"run_folder={tmp_path}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
     done = run_door("src/check_setup.py", "yamls/smoke/finetune.yaml", "lora.dropout=0.1",
                     *options, "--prove_resume")  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout

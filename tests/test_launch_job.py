@@ -135,7 +135,9 @@ def test_every_word_arrives_as_it_was_written(scheduler, programs, tmp_path, mon
     assert "hf_a" not in script
 
 
-@pytest.mark.parametrize(("first", "second", "code"), [(75, 137, 75), (5, 137, 137), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("first", "second", "code"), [(75, 137, 75), (5, 137, 5), (0, 137, 137), (0, 0, 0)]
+)
 def test_slurm_queues_again_where_the_first_node_has_saved(first, second, code, programs, tmp_path,
                                                            monkeypatch):  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -206,6 +208,10 @@ def test_config_is_checked_for_its_ranks(run_door):
         (Job("slurm", option=["mem=1"]), "--option: 'mem=1' is not"),
         (Job("slurm", option=["--nodes=4"]), "--option: --nodes is set by the script"),
         (Job("slurm", option=["-N 4"]), "--option: -N is set by the script"),
+        (Job("sge", option=["-l mem=1G,h_rt=9:00:00"]), "--option: mem=1G,h_rt= is set by"),
+        (Job("sge", option=["-r n"]), "--option: -r is set by the script"),
+        (Job("sge", notice=600), "--notice: says how long before --time"),
+        (Job("slurm", time="0:00:00"), "--time: '0:00:00' is not hours:minutes:seconds"),
         (Job("slurm", resource="rt_F"), "--resource: slurm has no such thing (only sge)"),
         (Job("sge", partition="gpu"), "--partition: sge has no such thing (only slurm)"),
         (Job("sge", time="1-00:00:00"), "--time: '1-00:00:00' is not hours:minutes:seconds"),
@@ -223,6 +229,8 @@ def test_jobs_that_cannot_be(job, said):
 
 
 def test_newline_in_a_value_is_refused():
+    with pytest.raises(ConfigError, match=r"run_folder: \$HOME/x: write out what a \$ stands for"):
+        render([SMOKE, "run_folder=$HOME/x"], Job("sge"))
     with pytest.raises(ConfigError, match="cannot be printed"):
         render([SMOKE, "run_folder=a\n#$ -o /x"], Job("sge"))
 
@@ -246,10 +254,13 @@ def test_submit_hands_over_what_was_shown(scheduler, run_door, tmp_path, monkeyp
     done = run_door(*command, "--out", out, "--submit")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "seen").read_text() == out.read_text() == done.stdout == shown.stdout
-    assert done.stderr.splitlines()[-1] == f"given:{'-g gaa1' if group else ''}"
+    assert done.stderr.splitlines()[0] == f"given:{'-g gaa1' if group else ''}"
     again = run_door(*command, "--out", out)
     assert again.returncode == 2
     assert "is there already" in again.stderr
+    program(tmp_path / name, "#!/bin/bash\nexit 1\n")  # then nothing is in the way of the next try
+    refused = run_door(*command, "--out", tmp_path / "other.sh", "--submit")
+    assert (refused.returncode, (tmp_path / "other.sh").exists()) == (2, False)
     nowhere = run_door(*command, "--out", tmp_path / "no" / "job.sh")
     assert nowhere.returncode == 2
     assert "cannot be written (No such file or directory)" in nowhere.stderr

@@ -175,10 +175,11 @@ def score(seconds: Sequence[float | None]) -> float | None:
 def suspicion(ours: Sequence[int], reference: Sequence[int]) -> str | None:
     """Return why runs converge in a way that the reference's make unlikely, None if they do not.
 
-    Takes samples to the target. MLPerf holds a submission's mean against its reference convergence
-    points by a t-test, and refuses what is faster beyond chance (mlperf_logging's rcp_checker);
-    here it is Fisher's exact permutation test (1935) of the means, which assumes no distribution,
-    and slower runs are flagged as well: they are a regression.
+    Takes samples to the target. MLPerf holds a submission's mean against that of twice as many
+    reference runs, both without their extremes, by a one-sided t-test, and refuses what is faster
+    beyond chance (mlperf_logging's rcp_checker); here it is Fisher's exact permutation test (1935)
+    of the means of all, which assumes no distribution, and slower runs are flagged as well: they
+    are a regression. So p is of both sides.
     """
     every, count, draw = [*ours, *reference], len(ours), random.Random(0)
     if math.comb(len(every), count) <= PERMUTATIONS:
@@ -247,9 +248,13 @@ def run_seeds(
                 raise Preempted(None, kept)
             if code not in (errors.EXIT_DONE, errors.EXIT_TARGET_MISSED):
                 path = folder.with_suffix(".log")
-                said = path.read_text("utf-8", "replace").strip().split("\n")[-1][-500:]
+                lines = path.read_text("utf-8", "replace").strip().split("\n")
+                # Behind it a launcher says that a rank has ended.
+                said = [line for line in lines if line.startswith("error: ")] or lines
                 kind = ConfigError if code == ConfigError.exit_code else GuardError
-                raise kind(f"seed {seed} ended with exit code {code}; see {path}: {said}")
+                raise kind(
+                    f"seed {seed} ended with exit code {code}; see {path}: {said[-1][-500:]}"
+                )
         yield seed, folder
 
 
@@ -328,11 +333,10 @@ def summary(
         wrong.append(f"{len(runs)} runs: the rule drops two, so three are the least")
     if missed > 1:
         wrong.append(f"{missed} of {len(runs)} runs missed the target; one may")
-    reached = [run["samples"] for run in runs if run["seconds"] is not None]
-    theirs = [run["samples"] for run in (reference or {}).get("runs", []) if run["seconds"]]
-    odd = suspicion(reached, theirs) if theirs and reached else None
-    if theirs and reached and not _tells(len(reached), len(theirs)):
-        wrong.append(f"{len(reached)} runs to the target tell nothing beside {len(theirs)}")
+    # One that missed counts with all that it saw: left out, the others would look faster.
+    ours = [run["samples"] for run in runs]
+    theirs = [run["samples"] for run in (reference or {}).get("runs", [])]
+    odd = suspicion(ours, theirs) if theirs else None
     config = {k: v for k, v in _config(folder).items() if k not in SEEDED}
     return {
         "name": name, "setting": setting, "seconds": seconds, "valid": not wrong and not odd,
@@ -347,16 +351,12 @@ def _timed(runs: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["seconds"] or math.inf)[1:-1] or runs
 
 
-def _tells(count: int, others: int) -> bool:
-    """Return whether so many runs could differ from so many others by more than chance."""
-    return 2 / math.comb(count + others, others) <= SUSPICIOUS
-
-
 def check_reference(reference: dict[str, Any], seeds: int) -> None:
     """Raise ConfigError if a reference is no measure for so many runs."""
-    count = sum(run["seconds"] is not None for run in reference["runs"])
-    if not reference["valid"] or not _tells(seeds, count):
-        fault = f"the reference is not valid, or its {count} runs to the target tell nothing of"
+    count = len(reference["runs"])
+    tells = 2 / math.comb(seeds + count, count) <= SUSPICIOUS  # p where they differ most
+    if not reference["valid"] or not tells:
+        fault = f"the reference is not valid, or its {count} runs tell nothing of"
         raise ConfigError(f"{fault} {seeds}; name another by --reference, or give more --seeds")
 
 

@@ -1,6 +1,6 @@
 """What can be known before training: is the data there, and does the machine work."""
 
-import importlib
+import importlib.util
 import math
 import platform
 from collections.abc import Callable, Iterator
@@ -25,10 +25,14 @@ OPTIONAL = {
 def check_data(config: Config, most: float = math.inf) -> None:
     """Check the local splits that a config names, reading `most` bytes of each; imports no torch.
 
-    Raises ConfigError if one is missing or does not fit, DataError if it is not what was written.
+    Raises ConfigError if one is missing or does not fit, or the package of a logger, DataError if a
+    split is not what was written.
     """
     if config.load_path and "://" not in config.load_path and not Path(config.load_path).exists():
         raise ConfigError(f"load_path: {config.load_path}: no such file")
+    for name, options in vars(config.loggers).items():  # each is named like the package it needs
+        if options is not None and not importlib.util.find_spec(name):
+            raise ConfigError(f"loggers.{name}: needs `pip install {name}`")
     ledgers = {}
     for name, stream, batch in config.splits():
         if stream.data_remote is not None:

@@ -275,10 +275,9 @@ class RemoteFolder:
         aside = place.with_name(f".{name}.{os.getpid()}-{platform.node()}")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for path in (f"{self.prefix}/{name}/{file}" for file in (MANIFEST, STATE)):
-            if path in there:  # if not, whoever reads it will see
-                with self._named():
-                    self._store.download_object(path, str(aside / Path(path).name))
+        for path in (path for path in there if path.startswith(f"{self.prefix}/{name}/")):
+            with self._named():
+                self._store.download_object(path, str(aside / Path(path).name))
         try:
             aside.rename(place)
         except OSError:

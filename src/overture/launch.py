@@ -28,9 +28,10 @@ _DIRECTIVES = {
     "queue": {"sge": "-q {}"}, "resource": {"sge": "-l {}={nodes}"},
     "group": {"sge": ""}, "hosts": {"ssh": ""},  # the group is of qsub, not of the script
 }  # fmt: skip
-_OURS = re.compile(
-    r"--(nodes|ntasks|gpus(?!-)|time(?!-)|requeue|no-requeue|signal)\b|-[NntG](?![a-z-])"
-)
+_OURS = {
+    "slurm": r"--(nodes|ntasks|gpus(?!-)|time(?!-)|requeue|no-requeue|signal)\b|-[NntG](?![a-z-])",
+    "sge": r"-(r|notify)$|(.*,)?[hs]_rt=", "ssh": "(?!)",
+}  # fmt: skip
 _WORD = re.compile(r"[\w.,:=/+%*@~^-]+")
 
 
@@ -48,7 +49,7 @@ class Job:
     resource: str | None = None
     group: str | None = None
     hosts: list[str] | None = None
-    notice: int = NOTICE
+    notice: int | None = None
     option: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     scratch: Path | None = None
@@ -63,13 +64,17 @@ def render(arguments: list[str], job: Job) -> str:
     """
     ranks = max(1, job.nodes * job.gpus)
     config = load_config(arguments, tuple(DOORS), world_size=ranks)
-    if problems := list(_problems([*arguments, config.run_folder], job)):
+    problems = list(_problems([*arguments, config.run_folder], job))
+    if re.search(r"\$\{?\w", config.run_folder):  # expanded in the job, but for the logs
+        problems.append(f"run_folder: {config.run_folder}: write out what a $ stands for")
+    if problems:
         raise ConfigError("\n  ".join(problems))
     mark, _ = SCHEDULERS[job.scheduler]
     set_here = {name: value for name in _DIRECTIVES if (value := getattr(job, name)) is not None}
     forms = {name: _DIRECTIVES[name][job.scheduler] for name in set_here}
     options = [forms[n].format(set_here[n], nodes=job.nodes) for n in forms if forms[n]]
-    notice = min(job.notice, _seconds(job.time) // 2) if job.time else job.notice
+    notice = NOTICE if job.notice is None else job.notice
+    notice = min(notice, _seconds(job.time) // 2) if job.time else notice
     parts = {
         "name": config.run_name, "nodes": str(job.nodes), "gpus": str(job.gpus),
         "notice": str(notice),
@@ -108,8 +113,10 @@ def submit(script: str, job: Job) -> str:
 
 def _problems(texts: list[str], job: Job) -> Iterator[str]:
     for name in ("nodes", "gpus", "notice"):
-        if getattr(job, name) < 1:
+        if (getattr(job, name) or 0) < (name != "notice" or job.notice is not None):
             yield f"--{name}: must be at least 1"
+    if job.notice is not None and not (job.scheduler == "slurm" or job.time):
+        yield "--notice: says how long before --time the ranks are asked, and there is none"
     for name, forms in _DIRECTIVES.items():
         value = getattr(job, name)
         if value is None:
@@ -119,7 +126,8 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
         for word in [value] if isinstance(value, str) else value:
             if not _WORD.fullmatch(word) or word.startswith("-"):
                 yield f"--{name}: {word!r} is not a name that can stand in a job script"
-    if job.time and not re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", job.time):
+    is_time = re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", job.time or "0:00:01")
+    if not is_time or re.fullmatch("[0:]+", job.time or ""):
         yield f"--time: {job.time!r} is not hours:minutes:seconds, as in 24:00:00"
     if job.scheduler == "ssh" and len(job.hosts or []) != job.nodes:
         yield f"--hosts: names {len(job.hosts or [])} hosts, but --nodes is {job.nodes}"
@@ -128,9 +136,9 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
             yield "--option: ssh has none"
         if not option.startswith("-") or not all(map(_WORD.fullmatch, option.split(" "))):
             yield f"--option: {option!r} is not an option that can stand in a job script"
-        own = next(filter(None, map(_OURS.match, option.split(" "))), None)
-        if job.scheduler == "slurm" and own:
-            yield f"--option: {own[0]} is set by the script: --nodes, --gpus, --time, --notice"
+        own = (re.match(_OURS[job.scheduler], word) for word in option.split(" "))
+        if found := next(filter(None, own), None):
+            yield f"--option: {found[0]} is set by the script: --nodes, --gpus, --time, --notice"
     if job.container and "://" not in job.container and not Path(job.container).is_file():
         yield f"--container: {job.container}: no such image (launch/apptainer.def makes one)"
     for text in [*texts, *job.modules, str(job.scratch), str(Path.cwd())]:

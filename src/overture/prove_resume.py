@@ -40,6 +40,8 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
             whole, parts = (Path(name, f"{kind}{attempt}") for kind in ("whole", "parts"))
             sharded = config.fsdp_config is not None  # one process has no need of shards
             small = (*SMALL, "fsdp_config.state_dict_type=full") if sharded else SMALL
+            if config.load_path:  # whose steps would count
+                small = (*small, "load_weights_only=true")
             options = [*arguments, *small, f"max_duration={count}ba", f"eval_interval={count}ba"]
             command = [sys.executable, str(ROOT / DOORS[config.task]), *options]
             _finish([*command, f"run_folder={whole}"])

@@ -32,6 +32,7 @@ class Run:
     train: list[dict] = field(default_factory=list)
     evals: list[dict] = field(default_factory=list)
     events: list[tuple[int, str]] = field(default_factory=list)  # step, what
+    translations: list[tuple[int, str]] = field(default_factory=list)
     generations: list[dict] = field(default_factory=list)
     losses: list[dict] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
@@ -100,8 +101,9 @@ def load_run(folder: Path) -> Run:
     for kind, kept in {"train": run.train, "eval": run.evals}.items():
         found = (r for r in _current(metrics) if r.get("kind") == kind)
         kept += sorted({r["step"]: r for r in found}.values(), key=lambda record: record["step"])
-    events = [r for r in metrics if r.get("kind") == "event" and _finite(r.get("step"))]
-    run.events = sorted({(r["step"], str(r.get("what"))) for r in events})
+    for kind, said in {"event": run.events, "translation": run.translations}.items():
+        found = [r for r in metrics if r.get("kind") == kind and _finite(r.get("step"))]
+        said += sorted({(r["step"], str(r.get("what"))) for r in found})
     run.generations = read_records(folder / "generations.jsonl", run.notes)
     run.losses = read_records(folder / TOKEN_LOSSES, run.notes)
     if lost := sum(not _finite(record.get("loss")) for record in run.train):

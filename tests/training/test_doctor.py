@@ -49,10 +49,10 @@ def test_a_run_that_can_begin_is_told_so(run_door, smoke, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     lines = done.stdout.splitlines()
     assert lines[-1] == "this run can begin"
-    table = {line[8:21].strip(): line[:8].strip() for line in lines[-12:-1]}
+    table = {line[8:21].strip(): line[:8].strip() for line in lines[-13:-1]}
     assert table == dict.fromkeys(
-        ("config", "versions", "hub", "data, train", "data, test", "model", "attention",
-         "step", "memory", "time", "disk"), "ok",
+        ("config", "versions", "hub", "run folder", "data, train", "data, test", "model",
+         "attention", "step", "memory", "time", "disk"), "ok",
     ) | {"versions": table["versions"]}  # fmt: skip
     assert "16 steps" in done.stdout and "[[" in done.stdout
     assert "no token sees a later one or another document\n" in done.stdout
@@ -170,9 +170,15 @@ def test_what_does_not_fit_at_all_is_told_what_could(config):
 
 def test_ddp_keeps_gradients_a_second_time(config, monkeypatch):
     plain, found = config("global_train_batch_size=16"), FOUND._replace(whole=True)
-    assert "  more on several ranks      1.00 GiB" in _memory(plain, found, 25 * GIB).more
+    assert _memory(plain, found, 25 * GIB).verdict == "ok"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert _memory(plain, found, 25 * GIB).verdict == "warning"
+    assert "  more on several ranks      1.00 GiB" in _memory(plain, found, 25 * GIB).more
+    assert _memory(plain, found, 25 * GIB).verdict == "ok"  # of 16 rows each has two
+    wide = config("global_train_batch_size=128", "device_train_microbatch_size=16")
+    assert _memory(wide, found, 25 * GIB).verdict == "warning"
+    # Six GiB are not of rows, and one is DDP's; of 15 rows each that divide them three fit.
+    odd = config("global_train_batch_size=120", "device_train_microbatch_size=15")
+    assert "microbatch_size=3, at no" in _memory(odd, found, 12 * GIB).text
     sharded = config("fsdp_config={}", "global_train_batch_size=16")
     assert _memory(sharded, found, 25 * GIB).verdict == "ok"
 
@@ -217,7 +223,46 @@ def test_a_finished_run_is_a_stop(config, tmp_path):
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"status": "completed"}')
     (found,) = [finding for finding in examine(asked) if finding.part == "run folder"]
-    assert (found.verdict, "holds a finished run" in found.text) == ("stop", True)
+    assert (found.verdict, "is finished (completed); choose" in found.text) == ("stop", True)
+    (folder / "result.json").unlink()
+    (folder / "config.yaml").touch()
+    found = doctor._run_folder(asked)
+    assert (found.verdict, "is no folder of a run" in found.text) == ("stop", True)
+
+
+def test_a_run_that_would_go_on_is_told_or_stopped(config, broken, tmp_path):
+    broken("tiny", "save_interval=2ba", at=(3,), finish=False)
+    asked = load_config(["runs/tiny/config.yaml"], ("instruct",))
+    found = doctor._run_folder(asked)
+    assert (found.verdict, found.text) == ("ok", "the run goes on from runs/tiny/checkpoints/ba2")
+    asked.seed += 1
+    found = doctor._run_folder(asked)
+    assert (found.verdict, "with another config (seed changed)" in found.text) == ("stop", True)
+    # One whose last checkpoint is broken is told of, and left as it is.
+    (tmp_path / "runs/tiny/checkpoints/ba2/state.pt").write_bytes(b"")
+    found = doctor._run_folder(asked)
+    assert (found.verdict, "no checkpoint there is whole" in found.text) == ("stop", True)
+    assert (tmp_path / "runs/tiny/checkpoints/ba2").exists()
+
+
+def test_another_runs_weights_are_looked_at(config, run, smoke):
+    _, folder = run("max_duration=1ba", "run_name=first")
+    *_, last = examine(config(f"load_path={folder}"))
+    assert (last.part, last.verdict) == ("disk", "ok")
+    *_, last = examine(config(f"load_path={folder}", "model.config.num_hidden_layers=1"))
+    assert (last.verdict, "load_path: " in last.text) == ("stop", True), last
+    *_, last = examine(config("generation.max_new_tokens=100000"))
+    assert (last.verdict, "leave no room for a prompt" in last.text) == ("stop", True), last
+
+
+def test_what_loading_takes_is_not_laid_to_rows(config):
+    plain = config("global_train_batch_size=16", "device_train_microbatch_size=16")
+    found = _memory(plain, FOUND._replace(loading=30 * GIB), 31 * GIB)
+    assert found.verdict == "warning"
+    start = "loading the model, more than 16 rows after it, takes 30.00 GiB, 31.0 are there; or "
+    assert found.text == start + "a larger device"
+    auto = config("global_train_batch_size=16", "device_train_microbatch_size=auto")
+    assert _memory(auto, FOUND._replace(loading=30 * GIB), 31 * GIB).verdict == "warning"
 
 
 def test_data_that_are_fetched_are_shown_when_they_are_here(config, smoke):

@@ -38,6 +38,11 @@ def test_bit_for_bit_wherever_it_breaks_off(broken, smoke):
             f"parts{number}", f"save_interval={save}", f"train_loader.num_workers={workers}", at=at
         )
         assert_same(whole, parts)
+    # Saved before the evaluation that ends an epoch: it comes on the way on, once.
+    options = ("eval_interval=1ep", "max_duration=2ep")
+    whole = broken("whole-epochs", *options, "save_interval=16ba")
+    parts = broken("parts-epochs", *options, f"save_interval={epoch}ba", at=(epoch + 1,))
+    assert_same(whole, parts)
 
 
 def test_weights_of_full_training_too_and_what_the_log_counts(broken):

@@ -1,5 +1,6 @@
 """Translation by the recipe: learned, scored, stopped early, resumed, exported and asked again."""
 
+import html
 import json
 import os
 import re
@@ -116,8 +117,11 @@ def test_learns_is_scored_exported_and_says_the_same_again(family, translate, da
         assert pair in zip(*sides, strict=True)
         found = [loss for _, loss in row["pieces"] if loss is not None]
         assert sum(found) / len(found) == pytest.approx(row["mean"])
-    said = [e["what"] for e in records(folder, "event") if e["step"] == 120]
+    said = [e["what"] for e in records(folder, "translation") if e["step"] == 120]
     assert f"{rows[0]['prompt']} -> {after[0]} (expected: {texts[0]})" in said
+    assert not records(folder, "event")
+    page = (folder / "report.html").read_text()
+    assert "Translations, latest first" in page and html.escape(texts[0]) in page
     # The run itself, asked with the texts; then the exported folder, by plain transformers too.
     files = f"{data / 'dev.a'},{data / 'dev.b'}"
     ask = ("--data", files, "--prompt_template", "pair", "--max_new_tokens", 12)

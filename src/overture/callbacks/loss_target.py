@@ -13,8 +13,8 @@ class LossTarget(Callback):
 
     Composer's own ThresholdStopper takes a falling metric for a rising one unless told otherwise,
     and compares strictly. The target is in nats per label token. Time to train follows the MLPerf
-    training rules: from before the first touch of the training data, when `clock` was started, to
-    the end of the evaluation that saw the target.
+    training rules, but that shards were hashed before: from before the first batch is read, when
+    `clock` was started, to the end of the evaluation that saw the target.
     """
 
     def __init__(self, cross_entropy: float, clock: RunClock) -> None:

@@ -42,8 +42,8 @@ class MLPerfLog(Callback):
     """Writes the events of MLPerf's LoRA benchmark, in their order, under a name of our own.
 
     Between run_start and run_stop blocks of training and evaluations take turns; each says after
-    how many samples. The run starts, as MLPerf counts it, before the first touch of the training
-    data. What a kill has cut off is taken back on resume. `facts` are logged before the run:
+    how many samples. The run starts before the first batch is read; shards were hashed before, off
+    the clock. What a kill has cut off is taken back on resume. `facts` are logged before the run:
     hyperparameters and sizes by MLPerf's names. Nothing here claims compliance with MLPerf's rules.
     """
 

@@ -19,7 +19,7 @@ SECONDS = 0.2  # train records of fewer are written together
 
 
 class RunClock(Callback):
-    """Seconds of training, as MLPerf counts them: from before the first touch of the training data.
+    """Seconds of training, from before the first batch is read; shards were hashed before.
 
     It starts when it is made, runs through evaluation, and goes on where it was after a resume.
     """
@@ -42,7 +42,8 @@ class RunLog(Callback):
     """Appends to `metrics.jsonl`; only rank zero writes.
 
     A train record is written per step, an eval record per evaluation, an event record for what
-    guards did or a resume met. After a resume steps may occur twice: the last record of one holds.
+    guards did or a resume met, a translation record for each that is shown. After a resume steps
+    may occur twice: the last record of one holds.
     A kill may lose the train records since the last write, but none before a checkpoint.
     """
 
@@ -77,8 +78,8 @@ class RunLog(Callback):
         logger.log_metrics({f"metrics/eval/{name}": value for name, value in figures.items()})
         self._append("eval", self.step, {name: finite(value) for name, value in figures.items()})
 
-    def note(self, step: int, what: str) -> None:
-        self._append("event", step, {"what": redact(what)})
+    def note(self, step: int, what: str, kind: str = "event") -> None:
+        self._append(kind, step, {"what": redact(what)})
 
     def close(self, state: State, logger: Logger) -> None:
         self.flush()

@@ -11,7 +11,7 @@ import numpy as np
 from composer.utils import dist
 
 from overture.callbacks.run_log import RunLog
-from overture.config.schema import GenerationConfig
+from overture.config.schema import Config, GenerationConfig
 from overture.data.encode import special_tokens
 from overture.data.schema import ANSWERS, write_aside
 from overture.errors import ConfigError
@@ -146,8 +146,16 @@ class Translations(HeldOutAnswers):
         rows = zip(self.prompts, answers, self.expected, strict=True)
         count = 3 if self.config.num_shown is None else self.config.num_shown
         for prompt, text, truth in list(rows)[:count]:
-            log.note(step, f"{prompt} -> {text} (expected: {truth})")
+            log.note(step, f"{prompt} -> {text} (expected: {truth})", "translation")
         return self.scores(answers)
+
+
+def held_out_answers(
+    config: Config, dataset: Any, tokenizer: Any, positions: int
+) -> HeldOutAnswers:
+    """Return what asks a config's held-out prompts, by its task; raises as HeldOutAnswers does."""
+    kind = Translations if config.task == "seq2seq" else HeldOutAnswers
+    return kind(dataset, tokenizer, config.generation, positions)
 
 
 def _has_no_spaces(texts: list[str]) -> bool:

@@ -26,9 +26,9 @@ from overture.offline import in_reach
 from overture.tokenizer import load_tokenizer
 from overture.training import resume
 from overture.training.cores import host_memory
-from overture.training.jobs import is_finished
 from overture.training.network import check_splits
-from overture.training.rehearsal import Rehearsal, rehearse
+from overture.training.rehearsal import Rehearsal, rehearse, too_large
+from overture.training.run_folder import check_run_folder
 from overture.training.sharding import layer_kinds, parallelism
 from overture.training.tasks import TASKS
 
@@ -59,9 +59,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _versions()
     yield _hub(config)
     try:
-        if is_finished(Path(config.run_folder)):
-            done = f"{config.run_folder} holds a finished run; name another run_name, or delete it"
-            yield Finding("run folder", "stop", done)
+        yield _run_folder(config)
         check_data(config, SAMPLED)
         yield from _data(config, remote=False)
         room = memory_there()
@@ -86,11 +84,15 @@ def examine(config: Config) -> Iterator[Finding]:
         yield Finding("memory", verdict, f"{text}; {str(error).splitlines()[0][:120]}")
 
 
-def too_large(config: Config) -> str:
-    ways = ["device_train_microbatch_size=1"]
-    ways *= config.device_train_microbatch_size not in (1, "auto")
-    ways += ["model.activation_checkpointing=true"] * (not config.model.activation_checkpointing)
-    return f"it does not fit; try {' or '.join([*ways, 'a lower max_seq_len'])}"
+def _run_folder(config: Config) -> Finding:
+    try:
+        folder = check_run_folder(config)
+        if found := resume.interrupted(config, ours=False):
+            return Finding("run folder", "ok", f"the run goes on from {found[0]}")
+    except OvertureError as error:
+        return Finding("run folder", "stop", str(error))
+    left = "has no checkpoint here: the run begins anew" if folder.exists() else "is new"
+    return Finding("run folder", "ok", f"{folder} {left}")
 
 
 def _versions() -> Iterator[Finding]:
@@ -306,15 +308,19 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
 
     Where there are shards, `besides` is what a rank holds next to its own.
     """
-    predicted = max(sum(found.parts.values()), found.loading)
-    # DDP, where there are several ranks, keeps gradients a second time.
-    copy = 0 if config.fsdp_config else found.parts["gradients"]
-    predicted += copy * (torch.cuda.device_count() > 1)
+    alone, ranks = sum(found.parts.values()), max(torch.cuda.device_count(), 1)
+    per_rank = max(config.global_train_batch_size // ranks, 1)
+    # Where there are several ranks, DDP keeps gradients a second time; each may have fewer rows.
+    copy = 0 if config.fsdp_config or ranks == 1 else found.parts["gradients"]
+    need = max(alone, alone + copy - max(found.rows - per_rank, 0) * found.per_row)
+    predicted = max(need, found.loading)
     lines = [f"  {part:<22} {size / GIB:8.2f} GiB" for part, size in found.parts.items()]
-    if found.loading >= predicted:
-        lines.append(f"  {'at once, when loading':<22} {found.loading / GIB:8.2f} GiB")
     how = "a whole microbatch took" if found.whole else "foretold from fewer:"
-    text = f"{found.rows} rows: {how} {predicted / GIB:.2f} GiB, {room / GIB:.1f} are there"
+    how = f"{found.rows} rows: {how}"
+    if found.loading >= need:
+        lines.append(f"  {'at once, when loading':<22} {found.loading / GIB:8.2f} GiB")
+        how = f"loading the model, more than {found.rows} rows after it, takes"
+    text = f"{how} {predicted / GIB:.2f} GiB, {room / GIB:.1f} are there"
     if copy:
         lines.append(f"  {'more on several ranks':<22} {copy / GIB:8.2f} GiB")
     # A CPU takes more than a few rows foretell, by up to two fifths (RESULTS.md).
@@ -322,29 +328,31 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
         return Finding("memory", "ok", text, tuple(lines))
     if besides:
         state = sum(found.parts.get(part, 0) for part in STATE)
-        rest, offloaded = predicted - state + besides, _offloaded(config)
+        rest, offloaded = need - state + besides, _offloaded(config)
         state = 0 if offloaded else state
         for n in RANKS[not offloaded :]:
             if state / n + rest < 0.9 * room:
                 text = f"{text}; in shards {(state / n + rest) / GIB:.2f} on each of {n} ranks"
                 return Finding("memory", "ok", text, tuple(lines))
-    fixed, ways = predicted - found.rows * found.per_row, []
-    fewer = int((0.9 * room - fixed) // max(found.per_row, 1))
+    fixed, ways = alone + copy - found.rows * found.per_row, []
+    loads = found.loading < 0.9 * room  # what it takes for rows to matter
+    fewer = int((0.9 * room - fixed) // max(found.per_row, 1)) * loads
     if config.device_train_microbatch_size == "auto" and fewer > 0:
         text += f"; auto will take {fewer} or so at once"
         return Finding("memory", "ok", text, tuple(lines))
     sizes = range(1, min(fewer, found.rows - 1) + 1)
-    if fitting := [n for n in sizes if config.global_train_batch_size % n == 0]:
+    if fitting := [n for n in sizes if per_rank % n == 0]:
         ways.append(f"device_train_microbatch_size={fitting[-1]}, at no other cost")
-    if not config.model.activation_checkpointing:
+    if loads and not config.model.activation_checkpointing:
         ways.append("model.activation_checkpointing=true, a third more time")
     half = config.model.dtype != "float32" or config.fsdp_config is not None
     if config.trainable == "lora" and not half:
         saved = found.parts["weights"] / 2 / GIB
         ways.append(f"model.dtype=bfloat16, {saved:.1f} GiB less")
-    if _may_be_lora(config):
+    if loads and _may_be_lora(config):
         saved = (found.parts["gradients"] + found.parts["optimizer"]) / GIB
         ways.append(f"trainable=lora, about {saved:.1f} GiB less")
+    ways += ["a larger device"] * (not loads)
     verdict = "warning" if predicted <= room else "stop"
     return Finding("memory", verdict, "; or ".join([text, *ways]), tuple(lines))
 

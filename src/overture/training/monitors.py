@@ -66,7 +66,6 @@ class Clipping(GradientClipping):
 
 
 ALGORITHMS = {"gradient_clipping": Clipping, "ema": Average, "seq_length_warmup": LengthWarmup}
-# Each is named like the package that it needs.
 LOGGERS = {"tensorboard": TensorboardLogger, "wandb": WandBLogger, "mlflow": MLFlowLogger}
 
 
@@ -116,17 +115,14 @@ def adopt_average(state: State) -> None:
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:
-    """Return the loggers that the config switches on; ConfigError if one's package is missing."""
+    """Return the loggers that the config switches on, whose packages are there."""
     built = []
     for name, options in _set(config.loggers, LOGGERS):
         if name == "tensorboard":
             options["log_dir"] = options["log_dir"] or f"{config.run_folder}/tensorboard"
         if name == "wandb":
             options["name"] = config.run_name
-        try:
-            built.append(LOGGERS[name](**options))
-        except ImportError:
-            raise ConfigError(f"loggers.{name}: needs `pip install {name}`") from None
+        built.append(LOGGERS[name](**options))
     return built
 
 

@@ -21,10 +21,13 @@ from composer.utils import dist
 from overture.config.schema import Config
 from overture.data.loaders import build_loader
 from overture.models.attention import describe_attention
+from overture.models.build import position_limit
+from overture.models.lora import model_fingerprint
 from overture.models.loss import CHUNK, LARGE_CHUNK
 from overture.models.trainable import describe_trained
 from overture.tokenizer import load_tokenizer
-from overture.training import resume
+from overture.training import load_path, resume
+from overture.training.answers import held_out_answers
 from overture.training.cores import use_cores
 from overture.training.monitors import exchange_modules
 from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
@@ -72,7 +75,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     ledgers = check_splits(config, tokenizer)
     network = build_network(config, tokenizer, device, ledgers)
     exchange_modules(network, config, precision)
-    described = describe_trained(network)
+    described, fingerprint = describe_trained(network), model_fingerprint(network)
     attention = describe_attention(network, device).removeprefix("attention: ")
     attention += f"; {network.proven}"
     if device == "cpu":
@@ -85,6 +88,14 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     model = task.model(config, network, tokenizer, None, cpu_autocast).to(network.device)
     checkpoint = resume.checkpoint_bytes(config, model)
     resume.check_room(config, checkpoint)
+    if config.load_path and "://" not in config.load_path:
+        shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+        start = load_path.find_load_path(config, fingerprint)
+        load_path.take_weights(model, start, shapes)
+    if config.generation is not None:
+        collator = task.collator(config, tokenizer, False)
+        held_out = build_loader(config, config.eval_loader, collator, config.device_eval_batch_size)
+        held_out_answers(config, held_out.dataloader.dataset, tokenizer, position_limit(network))
     if config.compile:
         model.compile_backbone()
     optimizer, loading = build_optimizer(model, config.optimizer), meter.peak()
@@ -97,12 +108,19 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     looked_at = [rows[number] for place in places for number in place]
     looked_at.sort(key=_tokens, reverse=True)
 
+    # As Composer's, but begun lower, as there is no time to find what is not too much.
+    scaler = torch.amp.GradScaler(init_scale=2.0**12, enabled=precision == "amp_fp16")
+
+    def update() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
     def passes(size: int) -> float:
         batch = collate((looked_at * (size // len(looked_at) + 1))[:size])
         batch = {k: v.to(network.device) if hasattr(v, "to") else v for k, v in batch.items()}
         with get_precision_context(Precision(precision)):
             loss = model.loss(model(batch), batch)
-        loss.backward()
+        scaler.scale(loss).backward()
         return loss.item()
 
     def step(size: int) -> tuple[int, int, float, float, float]:
@@ -112,7 +130,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
         optimizer.zero_grad()
         loss = passes(size)
         in_passes, between = meter.peak(), time.perf_counter()  # a peak waits for a GPU
-        optimizer.step()
+        update()
         peak, end = meter.peak(), time.perf_counter()
         return in_passes, peak, between - start, end - between, loss
 
@@ -123,11 +141,11 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     *_, before = step(few)  # makes the optimizer's state, and gradients for what is behind zeros
     low, *_ = step(few)
     step(more)
-    high, updating, seconds, update, _ = step(more)
+    high, updating, seconds, taken, _ = step(more)
     per_row = max(high - low, 0) // max(more - few, 1)
     foretold = forecast = max(high + (size - more) * per_row, updating)
     seconds = seconds * size / more
-    whole = foretold < 0.8 * room and seconds + update < AT_ONCE
+    whole = foretold < 0.8 * room and seconds + taken < AT_ONCE
     if whole:
         meter.reset()
         optimizer.zero_grad()
@@ -136,7 +154,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
         passes(size)
         meter.peak()
         seconds = time.perf_counter() - start
-        optimizer.step()
+        update()
         optimizer.zero_grad()
         passes(size)
         forecast = meter.peak()
@@ -160,7 +178,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.algorithms.ema is not None:  # which was not made here
         parts["moving average"] = parts["gradients"]
     mean = sum(map(_tokens, looked_at)) / len(looked_at)
-    return Rehearsal(described, attention, size, rows.epoch_size, mean, seconds, update, before,
+    return Rehearsal(described, attention, size, rows.epoch_size, mean, seconds, taken, before,
                      parts, loading, per_row, foretold, whole, without, checkpoint)  # fmt: skip
 
 
@@ -176,6 +194,13 @@ def _logits(network: torch.nn.Module, labels: int, precision: str) -> int:
 
 def _tokens(row: dict[str, Any]) -> int:
     return len(row["input_ids"]) + len(row.get("labels", ()))
+
+
+def too_large(config: Config) -> str:
+    ways = ["device_train_microbatch_size=1"]
+    ways *= config.device_train_microbatch_size not in (1, "auto")
+    ways += ["model.activation_checkpointing=true"] * (not config.model.activation_checkpointing)
+    return f"it does not fit; try {' or '.join([*ways, 'a lower max_seq_len'])}"
 
 
 class Meter:

@@ -5,7 +5,6 @@ numbers is never restored, so that dropout differs; and a checkpoint at the end 
 that epoch's number for the data, so that the next one repeats its order.
 """
 
-import json
 import os
 import re
 import shutil
@@ -25,10 +24,7 @@ from overture.callbacks.guards import local_part
 from overture.config.load import dump_config, same_setting
 from overture.config.schema import Config
 from overture.errors import ConfigError, DataError, GuardError, OvertureError, Preempted
-from overture.models.lora import check_base
 from overture.training import sharding
-from overture.training.jobs import private_folder
-from overture.training.optim import drop_empty_scaler
 from overture.training.preemption import StopRequest
 
 # Settings of the terminal, of loggers and of where and how often to save do not change a result.
@@ -69,27 +65,50 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
 
     def look() -> tuple[Path, dict[str, Any]] | None:
         try:
-            places = dict.fromkeys((local_folder(config), _folder_before(config)))
-            every = [store.newest_checkpoint(place) for place in places]
+            found = interrupted(config)
         except DataError as error:
             raise DataError(f"{error}{there}") from None
-        found = max(filter(None, every), key=lambda one: one[1]["batch"], default=None)
-        if found is None:
-            return None
-        found[1]["set_aside"][:0] = broken
-        remedy = f"choose another run_name, or delete {places_of(config)}"
-        every = changed_keys(found[1]["config"], dump_config(config))
-        if changed := [key for key in every if key not in config.resume.allow]:
-            theirs, ours = _models(found[1]["config"], config)
-            named = f", of a {theirs} and not a {ours}" if theirs != ours else ""
-            fault = f"was begun with another config ({', '.join(changed)} changed{named}); {remedy}"
-            allow = f"or let it change: resume.allow=[{','.join(changed)}]"
-            raise ConfigError(f"run_name: {config.run_name} {fault}, {allow}")
-        if not config.autoresume:
-            raise ConfigError(f"autoresume: false, but {config.run_name} has checkpoints; {remedy}")
+        if found:
+            found[1]["set_aside"][:0] = broken
         return found
 
-    return on_rank_zero(look)
+    if found := on_rank_zero(look):
+        seen_by_all(found[0] / store.STATE)
+    return found
+
+
+def seen_by_all(state: Path) -> Path:
+    """Return a file that rank zero has found; DataError if it is not on the disks of all nodes."""
+
+    def look() -> None:
+        if not state.is_file():
+            fault = f"{state}: is on the first node, but not on all"
+            raise DataError(f"{fault}: copy it there, and name a save_folder that they share")
+
+    on_every_node(look)
+    return state
+
+
+def interrupted(config: Config, ours: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """Return what find_checkpoint does of those that lie here, with its errors; what is broken is
+    set aside only if they are `ours`.
+    """
+    places = dict.fromkeys((local_folder(config), _folder_before(config)))
+    every = [store.newest_checkpoint(place, ours) for place in places]
+    found = max(filter(None, every), key=lambda one: one[1]["batch"], default=None)
+    if found is None:
+        return None
+    remedy = f"choose another run_name, or delete {places_of(config)}"
+    every = changed_keys(found[1]["config"], dump_config(config))
+    if changed := [key for key in every if key not in config.resume.allow]:
+        theirs, own = models_of(found[1]["config"], config)
+        named = f", of a {theirs} and not a {own}" if theirs != own else ""
+        fault = f"was begun with another config ({', '.join(changed)} changed{named}); {remedy}"
+        allow = f"or let it change: resume.allow=[{','.join(changed)}]"
+        raise ConfigError(f"run_name: {config.run_name} {fault}, {allow}")
+    if not config.autoresume:
+        raise ConfigError(f"autoresume: false, but {config.run_name} has checkpoints; {remedy}")
+    return found
 
 
 def bring(folder: Path, config: Config) -> None:
@@ -104,30 +123,6 @@ def bring(folder: Path, config: Config) -> None:
             aside.rename(place)
 
     on_rank_zero(copy)
-
-
-def find_load_path(config: Config, model: str) -> Path:
-    """Return the state file that load_path means, downloaded, verified, and of a like `model`."""
-    remote = "://" in str(config.load_path)
-
-    def look() -> Path:
-        # Of this process alone: what lies in a folder that others know could be theirs.
-        cache = private_folder() if remote else Path()
-        state = store.checkpoint_to_load(str(config.load_path), config.load_unverified, cache)
-        manifest = state.parent / store.MANIFEST
-        if manifest.is_file() and "model" not in config.resume.allow:
-            try:
-                check_base(manifest, model, ", or set resume.allow=[model]")
-            except ConfigError:
-                record = json.loads(manifest.read_text(encoding="utf-8"))
-                theirs, ours = _models(record["config"], config)
-                if theirs != ours:  # which says more
-                    fault = f"load_path: {state.parent}: is a {theirs}, but model is a {ours}"
-                    raise ConfigError(f"{fault}; set model to what the checkpoint is of") from None
-                raise
-        return state
-
-    return on_every_node(look) if remote else on_rank_zero(look)
 
 
 def on_rank_zero(function: Any) -> Any:
@@ -189,7 +184,7 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], allow: list[str]) -
         raise DataError(f"{fault}; begin a new run, or set {allow}")
 
 
-def _models(before: str, config: Config) -> list[str]:
+def models_of(before: str, config: Config) -> list[str]:
     """Return what the model of a config, as YAML text, and that of another are."""
     theirs = OmegaConf.to_container(OmegaConf.create(before))["model"]
     return [
@@ -197,47 +192,6 @@ def _models(before: str, config: Config) -> list[str]:
         else f"{m['name']} of {m['config'] or 'default shape'}"
         for m in (theirs, vars(config.model))
     ]  # fmt: skip
-
-
-def take_weights(model: torch.nn.Module, path: Path, trained: dict[str, list[int]]) -> None:
-    """Give a model the weights of another run's checkpoint, before it is asked anything.
-
-    Raises ConfigError as `check_shapes` does.
-    """
-    if (path.parent / sharding.METADATA).is_file():
-        weights = sharding.whole_from_shards(path.parent)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=False)  # verified, as all are
-        weights = state["state"]["model"]
-    check_shapes({name: list(tensor.shape) for name, tensor in weights.items()}, trained, path)
-    model.load_state_dict(weights, strict=False)
-
-
-def foreign_state(state_dict: dict[str, Any], trained: dict[str, list[int]], path: Path) -> None:
-    """Take from another run's state what is not ours: its clock, its counts and its outcome.
-
-    Raises ConfigError as `check_shapes` does.
-    """
-    drop_empty_scaler(state_dict)
-    state_dict["state"].pop("callbacks", None)
-    if "model" in state_dict["state"]:  # shards are beside it
-        weights = state_dict["state"]["model"]
-        check_shapes({name: list(x.shape) for name, x in weights.items()}, trained, path)
-
-
-def check_shapes(theirs: dict[str, list[int]], trained: dict[str, list[int]], path: Path) -> None:
-    """Raise ConfigError if a checkpoint lacks weights that are to be trained, or has them in other
-    shapes, as that of another model would.
-    """
-    for name in sorted(trained.keys() & theirs.keys()):
-        if theirs[name] != trained[name]:
-            fault = f"{name} is {theirs[name]} there, but {trained[name]} here"
-            remedy = "name its run as model.name, and a head that does not fit is made anew"
-            raise ConfigError(f"load_path: {path}: {fault}; {remedy}")
-    if missing := sorted(trained.keys() - theirs.keys()):
-        fault = f"has not {len(missing)} of the {len(trained)} tensors that are to be trained"
-        shown = f"({missing[0]}, ...), so it is of another model"
-        raise ConfigError(f"load_path: {path}: {fault} {shown}")
 
 
 def checkpoint_bytes(config: Config, model: torch.nn.Module) -> int:
@@ -282,7 +236,11 @@ class Checkpointer(Callback):
         self.request = request
         self.sharded = config.fsdp_config and config.fsdp_config.state_dict_type == "sharded"
         self._is_due = create_interval_scheduler(config.save_interval)
-        self._saved = -1
+        self._saved = -1, -1  # step, and how far in its epoch
+
+    def begin_at(self, state: State) -> None:
+        """Know of the checkpoint that a run goes on from, which lies in the folder."""
+        self._saved = state.timestamp.batch.value, state.timestamp.batch_in_epoch.value
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         due, stop = self._is_due(state, Event.BATCH_CHECKPOINT), self.request.agreed()
@@ -307,12 +265,14 @@ class Checkpointer(Callback):
         """Write a checkpoint; GuardError if weights are not finite, or the disk is full or out of
         order: the last checkpoint is still there.
         """
-        batch = state.timestamp.batch.value
-        if batch == self._saved:  # while the evaluation of this very step goes on
+        batch, in_epoch = state.timestamp.batch.value, state.timestamp.batch_in_epoch.value
+        if batch == self._saved[0]:  # while the evaluation of this very step goes on
             place = self.folder / f"ba{batch}"
+            # At the end of an epoch, which comes again after what was saved, it does by itself.
+            due = evaluation_due and in_epoch == self._saved[1]
 
             def change() -> None:
-                store.change_manifest(place, evaluation_due=evaluation_due)
+                store.change_manifest(place, evaluation_due=due)
                 if self.remote:
                     self.remote.upload_file(place / store.MANIFEST)
 
@@ -325,7 +285,7 @@ class Checkpointer(Callback):
             raise GuardError(f"step {batch}: weights are not finite any more, so nothing is saved")
         kept = sharding.rest_of_state(state) if self.sharded else state.state_dict()
         content = {"state": kept, "rng": reproducibility.get_rng_state()}
-        if state.timestamp.batch_in_epoch == 0:
+        if in_epoch == 0:
             # Streaming still counts the epoch that is over.
             content["state"]["dataset_state"]["train"]["epoch"] = state.timestamp.epoch.value
         facts, shards = {**self.facts, "evaluation_due": evaluation_due}, self.folder / ".shards"
@@ -358,7 +318,7 @@ class Checkpointer(Callback):
                 shutil.rmtree(shards, ignore_errors=True)
                 raise self._unwritten(batch, error) from None
         self._on_rank_zero(write, batch)
-        self._saved = batch
+        self._saved = batch, in_epoch
 
     def _on_rank_zero(self, work: Callable[[], None], batch: int) -> None:
         def attempt() -> None:
@@ -379,12 +339,20 @@ class Checkpointer(Callback):
 class ExactResume(Callback):
     """Restores the random numbers where the first batch after a resume is about to be made.
 
-    Making the loader's iterator draws from them too, hence not earlier; at the start of an epoch
-    not later either.
+    Making the loader's iterator draws from them too, hence not earlier; at the start of an epoch,
+    and at the evaluation that ends one, not later either.
     """
 
     def __init__(self) -> None:
         self.rng: list[dict[str, Any]] | None = None
+        self._fits = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._fits = True
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        if self._fits:  # and not one that was due
+            self.epoch_start(state, logger)
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Restore before the loader begins an epoch, or after it has begun in the middle of one."""

@@ -37,9 +37,9 @@ from overture.models.trainable import describe_trained
 from overture.report import TOKEN_LOSSES, build_report, summary_lines
 from overture.talk import chat_ends
 from overture.tokenizer import load_tokenizer, tokenizer_sha256
-from overture.training import monitors, resume, sharding
+from overture.training import load_path, monitors, resume, sharding
 from overture.training import run_folder as runs
-from overture.training.answers import HeldOutAnswers, Translations
+from overture.training.answers import Translations, held_out_answers
 from overture.training.cores import use_cores
 from overture.training.monitors import build_callbacks
 from overture.training.network import begin_of_targets, build_network, check_splits, choose_device
@@ -152,20 +152,19 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     start = found[0] / STATE if found else None
     if config.load_path and not found:
-        start = resume.find_load_path(config, facts["model"])
+        start = load_path.find_load_path(config, facts["model"])
     answers = None
     if config.generation is not None:
         held_out, limit = evaluation.dataloader.dataset, position_limit(network)
-        asks = Translations if config.task == "seq2seq" else HeldOutAnswers
-        answers = asks(held_out, tokenizer, config.generation, limit)
+        answers = held_out_answers(config, held_out, tokenizer, limit)
         if found:
             answers.recall(run_folder / BEFORE)
         elif config.load_path:
-            resume.take_weights(model, start, shapes)
+            load_path.take_weights(model, start, shapes)
         if not answers.before and not (found and config.load_path):  # whose weights are not here
             answers.before = answers.ask(network, "answers before training")
 
-    # Time to train starts here, before the first touch of the training data.
+    # Time to train starts here, before a batch is read; shards were hashed before.
     clock = RunClock()
     clock_ms = time.time_ns() // 10**6
     throughput = Throughput(**vars(config.callbacks.throughput))
@@ -180,7 +179,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     weights_only = config.load_weights_only and not found
     strict = config.trainable == "all"  # adapters are saved by themselves
     sharded = start is not None and (start.parent / sharding.METADATA).is_file()
-    foreign = partial(resume.foreign_state, trained=shapes, path=start)
+    foreign = partial(load_path.foreign_state, trained=shapes, path=start)
     # From here on there is a run; what failed before left nothing.
     if found:
         resume.bring(found[0], config)
@@ -255,12 +254,14 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         log_to_console=config.console_log_interval is not None,
         console_log_interval=config.console_log_interval or "1ep",
     )
+    if found:
+        saver.begin_at(trainer.state)
     if isinstance(answers, Translations):
         answers.break_off = lambda: saver.eval_batch_end(trainer.state, trainer.logger)
     sharding.gather_in_forward(model)
     if sharded:
         if not found:
-            resume.check_shapes(sharding.shard_shapes(start.parent), shapes, start)
+            load_path.check_shapes(sharding.shard_shapes(start.parent), shapes, start)
         sharding.load_shards(trainer.state, start.parent, weights_only, strict)
     if start and not weights_only:
         adopt_settings(trainer.state, settings)

@@ -19,7 +19,7 @@ from overture.config.schema import Config
 from overture.data.schema import write_aside
 from overture.errors import FULL, ConfigError, DataError, GuardError
 from overture.training.cores import processor
-from overture.training.doctor import too_large
+from overture.training.rehearsal import too_large
 from overture.training.resume import local_folder, on_rank_zero, places_of
 
 FINISHED = ("target_reached", "target_missed", "completed")
@@ -36,8 +36,13 @@ LOST = {
 
 def refuse_finished_run(config: Config) -> Path:
     """Return the run folder; ConfigError if a finished run, or another process, is in it."""
-    folder = Path(config.run_folder)
     on_rank_zero(lambda: _lock(config))
+    return check_run_folder(config)
+
+
+def check_run_folder(config: Config) -> Path:
+    """Return the run folder; ConfigError if a finished run is in it, or what is no run."""
+    folder = Path(config.run_folder)
     result = folder / "result.json"
     status = json.loads(result.read_text("utf-8")).get("status") if result.is_file() else None
     if (folder / "config.yaml").exists() and not (folder / "environment.json").exists():

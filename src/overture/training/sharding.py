@@ -122,14 +122,16 @@ def gather_in_forward(model: Any) -> None:
     root, own = model.model, model.forward
     if not isinstance(root, FSDPModule):
         return
+    faults = []  # of ranks but the first
     for name, module in root.named_modules():
         # Left behind on the meta device: transformers keep the frequencies of rotation twice.
         if "original_inv_freq" in vars(module):
             module.original_inv_freq = module.inv_freq
-        lost = [key for key, value in vars(module).items() if torch.is_tensor(value)]
-        if any(getattr(module, key).is_meta for key in lost):
-            fault = f"{name} of a {type(root).__name__} has tensors that cannot be sent"
-            raise ConfigError(f"fsdp_config: {fault} ({lost[0]}); leave it out")
+        held = {key: value for key, value in vars(module).items() if torch.is_tensor(value)}
+        faults += [f"{name}.{key}" for key, value in held.items() if value.is_meta]
+    if found := next(filter(None, dist.all_gather_object(faults)), None):
+        fault = f"a {type(root).__name__} has tensors that cannot be sent ({found[0]})"
+        raise ConfigError(f"fsdp_config: {fault}; leave it out")
     given: list[Any] = []
     # Not as an argument: FSDP2 would round labels that are numbers to the type of the weights. But
     # with one, or on a GPU it fails, where it moves arguments.
