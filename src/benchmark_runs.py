@@ -25,19 +25,19 @@ REFERENCES = ROOT / "benchmarks" / "reference"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="*", help="FILE.yaml with a loss target, overrides a.b=c")
-    parser.add_argument("--seeds", type=int, help="runs, from the config's seed upward; default 5")
+    parser.add_argument("--seeds", type=int, default=5, help="runs, from the config's seed upward")
     parser.add_argument("--out", type=Path, help="default: runs/benchmark-<run_name>")
-    parser.add_argument("--launch", help="such as 'composer -n 8'; default: this Python")
+    python = shlex.quote(sys.executable)
+    parser.add_argument("--launch", default=python, help="such as 'composer -n 8'")
     parser.add_argument("--reference", type=Path, help="benchmark.json to hold convergence against")
     parser.add_argument("--price", type=float, help="of an hour of the machine")
     parser.add_argument("--compare", type=Path, nargs="+", help="earlier ones: folders, files")
     args = parser.parse_intermixed_args()
     if bool(args.config) == bool(args.compare):
         raise ConfigError("give a config to run, or --compare and folders")
-    others = vars(args).keys() - {"compare", "config"}
-    if args.compare and (given := [f"--{n}" for n in others if vars(args)[n] is not None]):
-        raise ConfigError(f"--compare takes folders alone, and no {', '.join(sorted(given))}")
-    args.seeds = 5 if args.seeds is None else args.seeds
+    given = {n for n, v in vars(args).items() if v not in (None, [], parser.get_default(n))}
+    if args.compare and (more := given - {"compare"}):
+        raise ConfigError(f"--compare takes folders alone, and no --{min(more)}")
     if args.seeds < 3:
         raise ConfigError(f"--seeds: {args.seeds}, but the fastest and the slowest are dropped: 3")
     config = load_config(args.config, tuple(DOORS)) if args.config else None
@@ -60,15 +60,13 @@ def main() -> int:
     if reference:
         benchmark.check_reference(reference, args.seeds)
     out, runs = args.out or Path("runs") / f"benchmark-{name}", []
-    launcher = shlex.split(args.launch or shlex.quote(sys.executable))
-    command = [*launcher, str(ROOT / DOORS[config.task]), *args.config]
+    command = [*shlex.split(args.launch), str(ROOT / DOORS[config.task]), *args.config]
     seeds = range(config.seed, config.seed + args.seeds)
     for seed in seeds:
         benchmark.check_kept(out / f"seed-{seed}", config)
     for seed, folder in benchmark.run_seeds(command, name, seeds, out):
         runs.append(benchmark.outcome(seed, folder, config.global_train_batch_size))
-        seconds = runs[-1]["seconds"]
-        said = f"target in {seconds:.1f} s" if seconds else "target missed"
+        said = f"target in {s:.1f} s" if (s := runs[-1]["seconds"]) else "target missed"
         print(f"seed {seed}: {said}, {runs[-1]['samples']:,} samples", flush=True)
     folders = [out / f"seed-{seed}" for seed in seeds]
     wrong = [*benchmark.faults_of_set(folders)]

@@ -219,6 +219,8 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     code, said = call("--compare", out, out)
     assert code == 0
     assert said.count(f"{times[1]:.1f} s") == 2 and "another setting" not in said
+    with pytest.raises(ConfigError, match="--compare takes folders alone, and no --price"):
+        call("--compare", out, "--price", 0)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "benchmark.json").write_text(json.dumps(odd))
     said = call("--compare", out, tmp_path / "odd")[1]
@@ -239,8 +241,7 @@ def test_seeds_are_run_scored_kept_and_set_side_by_side(tiny_yaml, tmp_path, mon
     # Tokens are those of the runs that the time is of; what one that missed saw counts, too.
     missed = {**found["runs"][0], "seconds": None, "tokens": 10**9}
     of = [missed, *(run | {"tokens": n} for n, run in enumerate(found["runs"][1:]))]
-    told = summary("x", {}, of, [], pair[0], reference=found)
-    assert told["tokens"] < 2
+    assert summary("x", {}, of, [], pair[0], reference=found)["tokens"] < 2
     few = [found["runs"][0] | {"samples": count} for count in (900, 950, 1000, 1050, 1100)]
     fewer = [run | {"samples": run["samples"] - 160} for run in few]
     told = [summary("x", {}, [*fewer[:4], {**fewer[4], "seconds": None, "samples": count}], [],

@@ -372,6 +372,7 @@ def _time(config: Config, found: Rehearsal) -> Finding:
     micro = config.global_train_batch_size / found.rows  # batches, in each step
     seconds = count * (micro * found.seconds + found.update)
     hours = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+    hours = hours if seconds > 90 else f"{math.ceil(seconds)} seconds"
     rate = tokens / seconds
     where = "one device" if torch.cuda.is_available() else "this CPU"
     text = f"{count:,} steps, {tokens:,.0f} tokens, {rate:,.0f} a second: {hours} on {where}"
