@@ -51,15 +51,20 @@ def main() -> None:
     job = Job(**options)
     script = render(arguments, job)
     print(script, end="")
-    if wanted:
-        print(submit(script, job), file=sys.stderr)
     if out:
         try:
             write_aside(out, script)
         except OSError as error:
             raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from None
         print(f"{out}: written", file=sys.stderr)
-    if not wanted:
+    if wanted:
+        try:
+            print(submit(script, job), file=sys.stderr)
+        except ConfigError:
+            if out:
+                out.unlink()  # so that it is not in the way of the next try
+            raise
+    else:
         command = " ".join([*submit_command(job), str(out or "FILE")])
         print(f"not submitted; that is done by: {command}", file=sys.stderr)
 

@@ -131,7 +131,7 @@ def newest_checkpoint(parent: Path, ours: bool = True) -> tuple[Path, dict[str, 
         except DataError as error:
             broken.append(set_aside(folder, error) if ours else str(error))
             print(f"{broken[-1]}; going back to an earlier checkpoint", flush=True)
-    before = [path.name for path in parent.glob("broken-*")] if ours else []
+    before = [path.name for path in parent.glob("broken-*")]
     if broken or before:
         last = broken[-1] if broken else f"{', '.join(sorted(before))} were set aside"
         remedy = f"; to begin anew delete {parent}" if ours else ""
@@ -228,6 +228,16 @@ class RemoteFolder:
         """Store a checkpoint that is whole here; GuardError if the store does not take it."""
         for path in sorted(_files(folder), key=lambda path: path.name == MANIFEST):
             self.upload_file(path)
+
+    def complete(self, folder: Path) -> bool:
+        """Store a checkpoint that is whole here alone, as one is when it was not sent to its end;
+        return whether there was a need.
+        """
+        with self._named():
+            names = {*self._store.list_objects(f"{self.prefix}/{folder.name}/")}
+        if missing := f"{self.prefix}/{folder.name}/{MANIFEST}" not in names:
+            self.upload(folder)
+        return missing
 
     def upload_file(self, path: Path) -> None:
         """Store a file of a checkpoint; GuardError if the store does not take it."""

@@ -1,11 +1,13 @@
 """A hub that cannot be reached: known at once, after which the cache alone is asked."""
 
+import sys
+import threading
 import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-TRIES = 3
+TRIES, PATIENCE = 3, 10.0  # seconds in all
 AWAY = "the hub is not asked, or cannot be, and the cache has none"
 
 
@@ -23,11 +25,22 @@ def _hub_answers() -> bool:
     from huggingface_hub import configure_http_backend, constants
     from huggingface_hub.utils import get_session
 
-    for pause in range(0 if constants.HF_HUB_OFFLINE else TRIES):
-        time.sleep(pause)
-        with suppress(OSError):  # as all errors of requests are
-            get_session().head(constants.ENDPOINT, timeout=5)
-            return True
-    constants.HF_HUB_OFFLINE = True  # what the environment variable would have set
-    configure_http_backend()  # sessions that are open would still ask
-    return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        for pause in range(TRIES):
+            time.sleep(pause)
+            with suppress(OSError):  # as all errors of requests are
+                get_session().head(constants.ENDPOINT, timeout=5)
+                return answered.set()
+
+    if not constants.HF_HUB_OFFLINE:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)  # a timeout is of each address that a name has
+    if not answered.is_set():
+        constants.HF_HUB_OFFLINE = True  # what the environment variable would have set
+        if copy := sys.modules.get("transformers.utils.hub"):
+            copy._is_offline_mode = True
+        configure_http_backend()  # sessions that are open would still ask
+    return answered.is_set()

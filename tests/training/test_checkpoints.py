@@ -363,6 +363,8 @@ def test_object_store_holds_what_a_fresh_machine_needs(broken, run, monkeypatch,
                 found = list(pool.map(lambda one: one.fetch_newest(Path("shared")), nodes))
         assert found[0] == found[1] and read_checkpoint(found[0])
         (node,) = nodes[:1]
+        client.delete_object(Bucket="runs", Key=f"there/parts/{found[0].name}/{MANIFEST}")
+        assert [node.complete(found[0]) for _ in range(2)] == [True, False]  # sent once more
         with monkeypatch.context() as patch:
             patch.setattr(node._store, "download_object", forbidden)
             with pytest.raises(ConfigError, match=r"s3://runs/there/parts: cannot be read"):

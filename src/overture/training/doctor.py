@@ -28,7 +28,7 @@ from overture.training import resume
 from overture.training.cores import host_memory
 from overture.training.network import check_splits
 from overture.training.rehearsal import Rehearsal, rehearse, too_large
-from overture.training.run_folder import check_run_folder
+from overture.training.run_folder import check_run_folder, refuse_lost_run
 from overture.training.sharding import layer_kinds, parallelism
 from overture.training.tasks import TASKS
 
@@ -89,10 +89,12 @@ def _run_folder(config: Config) -> Finding:
         folder = check_run_folder(config)
         if found := resume.interrupted(config, ours=False):
             return Finding("run folder", "ok", f"the run goes on from {found[0]}")
+        refuse_lost_run(config)
     except OvertureError as error:
         return Finding("run folder", "stop", str(error))
-    left = "has no checkpoint here: the run begins anew" if folder.exists() else "is new"
-    return Finding("run folder", "ok", f"{folder} {left}")
+    text = f"{folder} {'has no checkpoint here' if folder.exists() else 'is new'}"
+    text += f"; {config.save_folder} was not looked at" * ("://" in str(config.save_folder))
+    return Finding("run folder", "ok", text)
 
 
 def _versions() -> Iterator[Finding]:
@@ -324,7 +326,8 @@ def _memory(config: Config, found: Rehearsal, room: int, besides: int = 0) -> Fi
     if copy:
         lines.append(f"  {'more on several ranks':<22} {copy / GIB:8.2f} GiB")
     # A CPU takes more than a few rows foretell, by up to two fifths (RESULTS.md).
-    if predicted < (0.9 if found.whole or torch.cuda.is_available() else 0.7) * room:
+    share = 0.9 if found.whole or torch.cuda.is_available() else 0.7
+    if need < share * room and found.loading < 0.9 * room:
         return Finding("memory", "ok", text, tuple(lines))
     if besides:
         state = sum(found.parts.get(part, 0) for part in STATE)

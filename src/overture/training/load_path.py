@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.core import Time, Timestamp
 
 from overture import checkpoint as store
 from overture.config.schema import Config
@@ -38,6 +39,16 @@ def find_load_path(config: Config, model: str) -> Path:
         return state
 
     return on_every_node(look) if remote else seen_by_all(on_rank_zero(look))
+
+
+def refuse_as_long(config: Config, path: Path) -> None:
+    """Raise ConfigError if a state, whose steps count, has been trained for all of max_duration."""
+    if not config.load_weights_only:
+        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["state"]
+        (clock := Timestamp()).load_state_dict(state["timestamp"]["Timestamp"])
+        if clock >= Time.from_timestring(config.max_duration):
+            fault = f"has been trained for {clock.batch} already, all of max_duration"
+            raise ConfigError(f"load_path: {path}: {fault}; raise it, or set load_weights_only")
 
 
 def take_weights(model: torch.nn.Module, path: Path, trained: dict[str, list[int]]) -> None:

@@ -115,14 +115,17 @@ def adopt_average(state: State) -> None:
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:
-    """Return the loggers that the config switches on, whose packages are there."""
+    """Return the loggers that the config switches on; ConfigError if a package is broken."""
     built = []
     for name, options in _set(config.loggers, LOGGERS):
         if name == "tensorboard":
             options["log_dir"] = options["log_dir"] or f"{config.run_folder}/tensorboard"
         if name == "wandb":
             options["name"] = config.run_name
-        built.append(LOGGERS[name](**options))
+        try:
+            built.append(LOGGERS[name](**options))
+        except ImportError as error:
+            raise ConfigError(f"loggers.{name}: cannot be imported ({error})") from None
     return built
 
 

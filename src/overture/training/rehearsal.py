@@ -91,6 +91,7 @@ def rehearse(config: Config, room: int) -> Rehearsal:
     if config.load_path and "://" not in config.load_path:
         shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
         start = load_path.find_load_path(config, fingerprint)
+        load_path.refuse_as_long(config, start)
         load_path.take_weights(model, start, shapes)
     if config.generation is not None:
         collator = task.collator(config, tokenizer, False)

@@ -57,7 +57,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest whole checkpoint of this run and its manifest, the same on every rank;
     ConfigError if it is of a run with another config, or autoresume is off.
     """
-    broken, there = [], ""
+    broken, there, remote = [], "", None
     if config.save_folder and "://" in config.save_folder:
         remote, here = store.RemoteFolder(config.save_folder), local_folder(config)
         on_every_node(lambda: remote.fetch_newest(here))
@@ -72,7 +72,11 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
             found[1]["set_aside"][:0] = broken
         return found
 
-    if found := on_rank_zero(look):
+    found = on_rank_zero(look)
+    if found and remote and on_rank_zero(lambda: remote.complete(found[0])):
+        on_every_node(lambda: remote.fetch_newest(here))  # what one of them alone had
+        found = here / found[0].name, found[1]
+    if found:
         seen_by_all(found[0] / store.STATE)
     return found
 

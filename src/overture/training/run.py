@@ -153,6 +153,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     start = found[0] / STATE if found else None
     if config.load_path and not found:
         start = load_path.find_load_path(config, facts["model"])
+        load_path.refuse_as_long(config, start)
     answers = None
     if config.generation is not None:
         held_out, limit = evaluation.dataloader.dataset, position_limit(network)
@@ -265,15 +266,12 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
         sharding.load_shards(trainer.state, start.parent, weights_only, strict)
     if start and not weights_only:
         adopt_settings(trainer.state, settings)
-    if config.load_path and not found and trainer.state.timestamp >= trainer.state.max_duration:
-        fault = f"has been trained for {trainer.state.timestamp.batch} already, all of max_duration"
-        raise ConfigError(f"load_path: {start}: {fault}; raise it, or set load_weights_only")
     quiet_trainer(trainer)
     exact.rng, trainer._rng_state = trainer._rng_state, None
     due = found is not None and found[1]["evaluation_due"]  # it was broken off
     try:
         request.training = True
-        _fit(trainer, config.eval_first, due, log.step, target, early)
+        _fit(trainer, config.eval_first and not found, due, log.step, target, early)
         seconds = clock.seconds()
         request.training, request.saved = False, trainer.state.timestamp.batch.value
         if request.asked:  # too late for a batch to end
@@ -329,13 +327,13 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
 
 
 def _fit(
-    trainer: Trainer, eval_first: bool, due: bool, step: int, target: LossTarget | None, early: Any
+    trainer: Trainer, first: bool, due: bool, step: int, target: LossTarget | None, early: Any
 ) -> None:
-    """Train to the end, with an evaluation before it, or one that is `due` from an earlier part,
+    """Train to the end, with an evaluation `first`, or one that is `due` from an earlier part,
     whose last one was after `step`.
     """
     state = trainer.state
-    if due or (eval_first and state.timestamp.batch == 0):
+    if due or first:
         trainer.eval()
     if (target and target.reached) or (early and early.is_over):
         return
