@@ -25,10 +25,15 @@ def follow_launcher() -> bool:
     except OSError:
         launched = False
     if launched:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # gone in between
-            os.kill(os.getpid(), signal.SIGTERM)
+        end_with(parent)
     return launched
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel send this process SIGTERM when its parent ends, however it does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # gone in between
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def rank_is_gone(ranks: int) -> bool:

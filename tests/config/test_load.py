@@ -131,6 +131,12 @@ def test_refusals_name_key_and_remedy(yaml, override, words):
         assert word in message
 
 
+def test_warmup_and_duration_have_one_unit(yaml):
+    load(yaml, "max_duration=9ba", "scheduler.t_warmup=1ep")
+    message = refusal(yaml, "max_duration=9sp", "scheduler.t_warmup=100tok")
+    assert "scheduler.t_warmup: 100tok and max_duration 9sp are in different units" in message
+
+
 def test_all_mistakes_are_reported_at_once_with_their_places(yaml):
     Path(yaml).write_text(YAML + "sed: 3\n")
     message = refusal(yaml, "optimizer.lr=x", "lora.rank=1")

@@ -304,8 +304,7 @@ def test_fields_inside_of_a_field(job):
     # An empty one is dropped, as a flat one is; identifiers may be inside too.
     records += [{"said": {"q": "x", "to": {"a": None}}, "of": {"id": "1"}}] * 2
     fields = {"instruction": "said.q", "response": "said.to.a", "id": "of.id"}
-    more = {"max_rejected": 0.2, "out_root": root / "more"}
-    ledgers, *_ = job(records, fields=fields, **more)
+    ledgers, *_ = job(records, fields=fields, max_rejected=0.2, out_root=root / "more")
     found = ledgers["train"]["rows"]
     assert (found["dropped"], found["malformed"]) == ({"empty_response": 1}, {"duplicate_id": 1})
     wrong = {"fields": {"instruction": "said.q", "response": "said.to.b"}, "max_rejected": 1.0}
@@ -339,6 +338,9 @@ def test_split_of_another_draw_from_the_same_source_is_refused(job, tmp_path):
     job(source, test_fraction=0.2)
     with pytest.raises(ConfigError, match="out/test was drawn from the same"):
         job(source, overwrite=True)
+    two = {"a": Origin(source), "b": Origin(write(tmp_path / "b.jsonl", rows(30)))}
+    for origins in (two, {"a": Origin(source, "train", 0, 9)}):  # one of them made anew
+        job("", origins=origins, overwrite=True, out_root=tmp_path / "two")
 
 
 def test_named_field_wins_over_one_of_our_name(job, smoke):

@@ -140,7 +140,7 @@ def test_a_part_that_is_broken_or_not_there(part, tmp_path, damage):
     shard.unlink()
     if damage != "gone":
         shard.write_bytes(content[:-1] if damage == "cut" else content)
-    with pytest.raises(DataError, match=r"shard\.0000\d\.mds: |index\.json: "):
+    with pytest.raises(DataError, match=r"1/train/(shard\.00000\.mds|index\.json): "):
         join([one, other], out)
     assert not out.exists()
     join([one], out)
@@ -148,6 +148,13 @@ def test_a_part_that_is_broken_or_not_there(part, tmp_path, damage):
     with pytest.raises(DataError):
         join([one, other], out, True)
     assert contents(out) == before  # as it was, with nothing beside it
+
+
+def test_parts_of_a_file_that_was_changed_between_them(part, tmp_path):
+    one, file = part("0", 0, 40), tmp_path / "all.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ConfigError, match=r"all\.jsonl is not what .*0/train was drawn from, or"):
+        join([one, part("1", 40, 80)], tmp_path / "out")
 
 
 def test_the_door(part, tmp_path, monkeypatch):

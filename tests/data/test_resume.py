@@ -138,6 +138,35 @@ def test_resume_of_another_conversion_is_refused_and_keeps_the_traces(job, tmp_p
     assert sorted(p.name for p in Path(cut.out_root).iterdir()) == ["test", "train"]
 
 
+def test_another_conversion_does_not_drop_what_an_interrupted_one_has(job, tmp_path):
+    cut = interrupted(job, tmp_path)
+    traces, other = Path(cut.out_root) / ".partial", tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(r) + "\n" for r in rows(20)))
+    origins = {"more": Origin(str(other))}
+    with pytest.raises(ConfigError, match=r"\.partial: a conversion of train was interrupted ther"):
+        convert(replace(cut, resume=False, test_fraction=0.0, origins=origins), lambda _: None)
+    assert (traces / "train.journal").exists()
+    convert(cut, lambda _: None)
+
+
+def test_workers_end_with_whoever_started_them(job, tmp_path):
+    job = replace(job, out_root=str(tmp_path / "cut"), processes=3)
+    process = FORK.Process(target=convert, args=(job, lambda _: None))
+    process.start()
+    while not (Path(job.out_root) / ".partial" / "train.journal").exists():
+        assert process.is_alive()
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 3
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    convert(replace(job, resume=True), lambda _: None)  # the lock is free
+
+
 def test_two_conversions_into_one_folder_exclude_each_other(job, tmp_path):
     job = replace(job, out_root=str(tmp_path / "shared"))
     process = FORK.Process(target=convert, args=(job, lambda _: None))

@@ -5,6 +5,7 @@ import datetime
 import gzip
 import io
 import json
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -12,7 +13,7 @@ import pytest
 
 from overture.data.conversations import as_threads
 from overture.data.conversion import Conversion, Origin, parse_origins
-from overture.data.convert import convert
+from overture.data.convert import convert, open_rows
 from overture.data.readers import MAX_ROW_BYTES, Format, Malformed
 from overture.data.sources import _hub_source, open_source
 from overture.errors import ConfigError
@@ -260,6 +261,11 @@ def test_threads_of_a_tree(tmp_path):
 
     assert threads("all") == (["AC", "ABDE"], ["duplicate_id", "orphan"])
     assert threads("best")[0] == ["AC"]
+    job = Conversion({"train": Origin(str(path), "train", 0, 4)}, "chat", str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"tree\.jsonl: a slice would cut conversation trees"):
+        open_rows(job, "train", tmp_path)
+    job = replace(job, origins={"train": Origin(str(path))}, max_rows=3)
+    assert len([*open_rows(job, "train", tmp_path).read()]) == 3  # an id twice, an orphan, a thread
 
 
 def test_command_line_names_what_is_not_there(run_door):

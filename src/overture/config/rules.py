@@ -70,7 +70,7 @@ def contradictions(config: Config, tasks: tuple[str, ...], world_size: int) -> l
     found += _combinations(config, tasks, world_size)
     total, warmup = config.max_duration, config.scheduler.t_warmup
     is_share = warmup.endswith("dur") or {"max_duration", "scheduler.t_warmup"} & dict(found).keys()
-    if not is_share and {_unit(total), _unit(warmup)} > {"steps"}:
+    if not is_share and _unit(total) != _unit(warmup):
         text = f"{warmup} and max_duration {total} are in different units; write it as 0.03dur"
         found.append(("scheduler.t_warmup", text))
     return found

@@ -110,10 +110,16 @@ def open_rows(job: Conversion, split: str, keep: Path) -> Source:
     origin = job.origins[split]
     form = Format(job.columns, job.text_rows)
     source = open_source(origin.dataset, origin.split, form, job.data_subset, job.revision)
+    if job.task == "chat" and as_threads(source, job.threads) is not source:
+        if origin.start or origin.stop is not None:
+            fault = f"{origin.dataset}: a slice would cut conversation trees"
+            raise ConfigError(f"{fault}; take all of it, and --test_fraction for a test split")
+        source = source.kept(keep / f"{split}.source.jsonl") if source.streamed else source
+        return as_threads(source, job.threads).rows(0, job.max_rows)
     source = source.rows(origin.start, origin.stop).rows(0, job.max_rows)
     if source.streamed:
         source = source.kept(keep / f"{split}.source.jsonl")
-    return as_threads(source, job.threads) if job.task == "chat" else _flat_answers(source, job)
+    return source if job.task == "chat" else _flat_answers(source, job)
 
 
 def _flat_answers(source: Source, job: Conversion) -> Source:

@@ -12,7 +12,7 @@ from overture.data.integrity import verify_split
 from overture.data.schema import LEDGER, read_ledger
 from overture.data.shard_writer import REJECTED, join_shards, seal_split
 from overture.data.workspace import Workspace, refuse_drawn_twice
-from overture.errors import ConfigError, GuardError
+from overture.errors import ConfigError, DataError, GuardError
 
 # What the rows of all parts must have in common, beside the options, to be rows of one dataset.
 ALIKE = ("columns", "labels", "template")
@@ -89,7 +89,12 @@ def _write(folders: Sequence[Path], name: str, parts: list[dict[str, Any]], asid
     rejected = [folder / name / REJECTED for folder in folders]
     with (aside / REJECTED).open("wb") as file:
         file.writelines(path.read_bytes() for path in rejected if path.exists())
-    seal_split(aside, shards, _merged(folders, parts))
+    try:
+        seal_split(aside, shards, _merged(folders, parts))
+    except DataError:
+        for folder, ledger in zip(folders, parts, strict=True):
+            verify_split(folder / name, ledger)  # names the file that it came from
+        raise
 
 
 def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> Iterator[str]:
@@ -109,6 +114,9 @@ def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> I
             raise ConfigError(f"--merge: {fault}; {remedy}")
     for (one, ours), (other, theirs) in itertools.combinations(zip(folders, parts, strict=True), 2):
         same = _contents(ours) == _contents(theirs)  # under whatever name
+        if not same and _file(ours) is not None and _file(ours) == _file(theirs):
+            fault = f"{_file(ours)} is not what {one / name} was drawn from, or {other / name}"
+            raise ConfigError(f"--merge: {fault}: rows may have moved; convert all of it anew")
         pairs = itertools.product(_origins(ours), _origins(theirs))
         if any(share_rows(mine, its, same) for mine, its in pairs):
             fault = f"{one / name} and {other / name} have rows in common"
@@ -128,6 +136,13 @@ def _contents(ledger: dict[str, Any]) -> Any:
     """Return what identifies a source whatever its name, or else something like no other."""
     known = {key: value for key, value in ledger["source"].items() if key != "name"}
     return known if "sha256" in known or "files" in known else object()
+
+
+def _file(ledger: dict[str, Any]) -> str | None:
+    """Return the name of a source that lies here, whose hash is of all of it; None of another."""
+    source = ledger["source"]
+    is_whole = "files" in source or ("sha256" in source and "split" not in source)
+    return source["name"] if is_whole else None
 
 
 def _origins(ledger: dict[str, Any]) -> list[list[Any]]:

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 
 from overture.data.encode import Encoded
 from overture.errors import GuardError
+from overture.launcher import end_with
 
 _encoder: Any = None  # in a worker process: what it encodes with
 
@@ -34,7 +36,9 @@ class Workers(AbstractContextManager):
         if processes > 1:
             global _encoder
             _encoder = encoder  # forked workers have it without pickling or importing anything
-            self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+            # Left alone they would wait for work without end, and hold the lock on the folder.
+            fork, ends = multiprocessing.get_context("fork"), (end_with, (os.getpid(),))
+            self._pool = ProcessPoolExecutor(processes, fork, *ends)
             # All workers are forked now, before this process starts threads of its own.
             list(self._pool.map(len, [[]] * processes))
 

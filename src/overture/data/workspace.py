@@ -25,7 +25,10 @@ def refuse_drawn_twice(home: Path, splits: list[str], origins: Sequence[Any]) ->
     for path in home.glob(f"*/{LEDGER}"):
         if path.parent.name in splits:
             continue
-        theirs = read_ledger(path.parent).get("arguments", {}).get("origins", {})
+        known = read_ledger(path.parent).get("arguments", {})
+        theirs = known.get("origins", {})
+        if not known.get("test_fraction"):  # each split has its own; of parts "NAME of FOLDER"
+            theirs = {k: v for k, v in theirs.items() if k.split(" of ")[0] == path.parent.name}
         for other, one in itertools.product(theirs.values(), origins):
             if share_rows(other, one):
                 fault = f"{path.parent} was drawn from the same {other[0]}: its rows would be in"
@@ -59,13 +62,24 @@ class Workspace(contextlib.AbstractContextManager):
             fault = f"{job.out_root}: another conversion is writing there"
             raise ConfigError(f"{fault}; wait for it, or choose another --out_root") from None
         self.folder = self.home / PARTIAL
+        self._facts = self.folder / "facts.json"
         if not job.resume:
+            self._refuse_to_drop_others()
             # Not the folder itself: the lock is on it.
             for path in [*self.home.iterdir()] if job.remote else [self.folder]:
                 shutil.rmtree(path, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
-        self._facts = self.folder / "facts.json"
         self._goes_on = self._facts.exists()
+
+    def _refuse_to_drop_others(self) -> None:
+        then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}
+        ours = json.loads(json.dumps(self.job.identity()["origins"]))
+        if then.get("origins", ours) != ours and not self.job.overwrite:
+            names = ", ".join(then["origins"])
+            fault = f"{self.folder}: a conversion of {names} was interrupted there"
+            os.close(self._lock)
+            remedy = "go on with it by --resume, or delete the folder, or give --overwrite"
+            raise ConfigError(f"{fault}; {remedy}")
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         # A refusal has nothing to go on with; a full disk or ^C leaves the traces for --resume.
