@@ -203,6 +203,14 @@ def test_what_is_held_out_is_not_trained_on(made, source, tmp_path):
     tokenizer, figures = made(model="unigram", vocab_size=75, eval_input=[str(more)])
     assert "ż" in tokenizer.get_vocab()
     assert (figures.texts, figures.words, figures.bytes) == (7, 14, 49)
+    rows = tmp_path / "in.jsonl"  # of which all texts are held out, or none
+    pairs = [{"instruction": f"ask {text}", "response": text} for text in TEXTS]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = {"inputs": [str(rows)], "eval_fraction": 0.1, "vocab_size": 300}
+    assert made(**options, prompt_template="dolly")[1].texts == 2 * 29
+    pairs = [{"text": text} for text in TEXTS]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    assert made(**options, prompt_template="text")[1].texts == 29
 
 
 @pytest.mark.parametrize(

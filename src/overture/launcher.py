@@ -25,15 +25,15 @@ def follow_launcher() -> bool:
     except OSError:
         launched = False
     if launched:
-        end_with(parent)
+        end_with(parent, signal.SIGTERM)
     return launched
 
 
-def end_with(parent: int) -> None:
-    """Have the kernel send this process SIGTERM when its parent ends, however it does."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with(parent: int, number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends, however it does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # gone in between
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def rank_is_gone(ranks: int) -> bool:

@@ -174,42 +174,49 @@ class _Corpus:
         self.holes: dict[int, str] = {}  # marks in place of characters that get no piece
         self.held_out: list[str] = []
 
+    def _records(self) -> Iterator[list[str]]:
+        return (record for source in self._sources for record in source())
+
     def whole(self) -> Iterator[str]:
-        return (text for source in self._sources for text in source())
+        return chain.from_iterable(self._records())
 
     def texts(self) -> Iterator[str]:
         self.held_out, share = [], self._share
-        for number, text in enumerate(self.whole()):
+        for number, record in enumerate(self._records()):  # of which all is held out, or nothing
             due = int((number + 1) * share) > int(number * share)
             if due and len(self.held_out) < MAX_HELD_OUT:
-                self.held_out.append(text)
-            else:
+                self.held_out += record
+                continue
+            for text in record:
                 text = self._names.sub("\n", text)
                 yield text.translate(self.holes) if self.holes else text
 
 
-def _texts(name: str, chosen: PromptTemplate | None, plan: Plan) -> Callable[[], Iterator[str]]:
-    """Return what yields the texts of a file or dataset, from its start each time."""
+def _texts(
+    name: str, chosen: PromptTemplate | None, plan: Plan
+) -> Callable[[], Iterator[list[str]]]:
+    """Return what yields the texts of each record of a file or dataset, from its start."""
     files = [Path(name)] if Path(name).is_file() else local_files(name, "train")
     if files and {reader(path) for path in files} <= {None, READERS[".txt"]}:
         for option in ("prompt_template", "data_subset"):
             if getattr(plan, option):
                 refuse(f"--{option} {getattr(plan, option)}: {name} is text, without fields")
-        return lambda: chain.from_iterable(map(_lines, files))
+        return lambda: ([line] for line in chain.from_iterable(map(_lines, files)))
     source = open_source(name, subset=plan.data_subset)
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[list[str]]:
         for place, record in source.read():
             if isinstance(record, Malformed):
                 raise ConfigError(f"{name}: {place} {record.detail}")
             if chosen is None:
-                yield from _strings(record)
+                yield [*_strings(record)]
                 continue
             texts = {key: text for key, text in record.items() if text and isinstance(text, str)}
             if not record.keys() & chosen.fields().keys():
                 fields = f"none of its fields ({', '.join(chosen.fields())})"
                 refuse(f"--prompt_template {plan.prompt_template}: {name}: {place} has {fields}")
-            yield from (chosen.prompt(texts), texts.get(chosen.response, ""))
+            made = (chosen.prompt(texts), texts.get(chosen.response, ""))
+            yield [text for text in made if text]
 
     return read
 

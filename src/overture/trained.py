@@ -204,6 +204,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
+def _averaged(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the averaged weights of a checkpoint that lie beside those of training, if any."""
+    for _, kept in state.get("algorithms", ()):
+        if kept.get("ema_started") and not kept["ema_weights_active"]:
+            named = kept["ema_model"]["named_parameters_dict"].items()
+            found = {name.removeprefix("module."): tensor for name, tensor in named}
+            return {name: found[name] for name in state["model"].keys() & found.keys()}
+    return {}
+
+
 def _unpack(file: Path, into: Path) -> Path:
     """Write the model or adapters, and the tokenizer, in a checkpoint of Composer's as a folder."""
     from composer.models import HuggingFaceModel
@@ -215,6 +225,7 @@ def _unpack(file: Path, into: Path) -> Path:
         state = torch.load(file, map_location="cpu", weights_only=False)["state"]
         if (file.parent / METADATA).is_file():
             state["model"] = whole_from_shards(file.parent)
+        state["model"].update(_averaged(state))
         known = state["integrations"]["huggingface"]
         HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(known, False, str(into))
         weights = {n.removeprefix("model."): t.clone() for n, t in state["model"].items()}

@@ -131,6 +131,13 @@ def test_refusals_name_key_and_remedy(yaml, override, words):
         assert word in message
 
 
+def test_one_cache_is_not_read_by_two_loaders(yaml):
+    split = "eval_loader.dataset.split=train"
+    load(yaml, split)
+    message = refusal(yaml, split, "data_remote=s3://bucket/x")
+    assert "/train is a cache, which only one loader can read" in message
+
+
 def test_warmup_and_duration_have_one_unit(yaml):
     load(yaml, "max_duration=9ba", "scheduler.t_warmup=1ep")
     message = refusal(yaml, "max_duration=9sp", "scheduler.t_warmup=100tok")

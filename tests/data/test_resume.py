@@ -149,6 +149,13 @@ def test_another_conversion_does_not_drop_what_an_interrupted_one_has(job, tmp_p
     convert(cut, lambda _: None)
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(job, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / ".partial").touch()  # as root may write anywhere
+    with pytest.raises(ConfigError, match=r"whole: no folder to write to \(File exists\)"):
+        convert(job, lambda _: None)
+
+
 def test_workers_end_with_whoever_started_them(job, tmp_path):
     job = replace(job, out_root=str(tmp_path / "cut"), processes=3)
     process = FORK.Process(target=convert, args=(job, lambda _: None))

@@ -14,6 +14,7 @@ import pytest
 from overture.data.conversations import as_threads
 from overture.data.conversion import Conversion, Origin, parse_origins
 from overture.data.convert import convert, open_rows
+from overture.data.prompts import parse_template
 from overture.data.readers import MAX_ROW_BYTES, Format, Malformed
 from overture.data.sources import _hub_source, open_source
 from overture.errors import ConfigError
@@ -222,6 +223,12 @@ def test_slice_stops_before_what_it_does_not_want(tmp_path):
     assert [record for _, record in source.read()] == [{"a": "2"}, {"a": "3"}]
 
 
+@pytest.mark.parametrize("section", ["{a:d}", "{a}{}", "{a!x}", "{a.b}", "{a"])
+def test_a_template_that_no_row_can_fill_in(section):
+    with pytest.raises(ConfigError, match=r"t\.yaml: a section cannot be filled in"):
+        parse_template({"sections": [section], "response": "b"}, "t.yaml")
+
+
 def test_hub_reader_streams_and_is_kept(tmp_path):
     # The hub's own loader on a local copy of a hub repository.
     (tmp_path / "set").mkdir()
@@ -234,6 +241,8 @@ def test_hub_reader_streams_and_is_kept(tmp_path):
     (tmp_path / "set" / "train-00000-of-00001.parquet").unlink()
     assert [record for _, record in kept.read()] == ROWS
     assert len(kept.fingerprint["sha256"]) == 64
+    later = source.kept(tmp_path / "kept.jsonl", 40)  # of rows 40 and on
+    assert [place.line for place, _ in later.read()] == [41, 42, 43]
 
 
 def message(name, parent, role, text, rank=None):

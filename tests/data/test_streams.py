@@ -1,6 +1,7 @@
 """Streams for real: samples with their numbers, in a fixed order, and no short epoch."""
 
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,14 @@ def test_cache_is_filled_from_the_remote(write_split, tmp_path, within, num_work
         assert sorted(numbers(batches)) == list(range(60))
         del batches
     assert not list(cache.rglob("*.part"))
+
+
+def test_a_shard_is_unpacked_under_a_name_of_its_own(write_split, monkeypatch):
+    folder, names, replace = write_split(compression="zstd:3"), [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(str(a)), replace(a, b)))
+    assert sorted(numbers(loader(folder.parent, None, 0))) == list(range(60))
+    unpacked = [name for name in names if ".mds." in name]
+    assert unpacked and all(name.endswith(f"-{os.getpid()}") for name in unpacked)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -99,9 +99,12 @@ def test_missing_cut_and_unknown_files(split):
     cut = folder / "shard.00002.mds"
     cut.write_bytes(cut.read_bytes()[:300])
     (folder / "notes.txt").write_text("mine")
+    for name in ("shard.00000.mds.node-7.tmp", "shard.00000.mds.part"):  # left by a kill
+        (folder / name).touch()
     said, _ = faults(folder)
     assert "shard.00001.mds: is missing" in said
     assert "shard.00002.mds: has 300 bytes" in said
+    assert "mds.node" not in said and ".part" not in said
     assert "notes.txt: is not among the files that dataset.json says were written" in said
     assert "cannot be read" in said  # rows beyond the cut
 

@@ -269,9 +269,9 @@ def test_batch_without_labels_has_a_zero_loss(tokenizer):
 
 def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
     batch = packed_batch(tokenizer)
-    full = CausalLM(build("llama", tokenizer), tokenizer, None).flops_per_batch(batch)
+    full = CausalLM(build("llama", tokenizer), tokenizer, None).flops_of(batch)
     adapted = add_lora(build("llama", tokenizer), 4, 8.0, 0.0, "all-linear")
-    lora = CausalLM(adapted, tokenizer, None).flops_per_batch(batch)
+    lora = CausalLM(adapted, tokenizer, None).flops_of(batch)
     assert 0.6 < lora / full < 0.7
     # By hand: 25 of the 28 tokens are labels, the head counts for those alone, attention besides.
     network = build("llama", tokenizer)
@@ -279,6 +279,17 @@ def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
     layers = sum(p.numel() for p in network.parameters()) - 2 * head
     attention = 3 * 2 * 2 * 32 * (9**2 + 5**2 + 14**2)
     assert full == pytest.approx(6 * (layers * 28 + head * 25) + attention)
+
+
+def test_a_model_without_positions_is_trained(tokenizer):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    network = load_network(ModelConfig("mamba", False, "float32", "auto", shape), tokenizer)
+    prove_isolation(network, len(tokenizer), 512, packed=False)
+    model = CausalLM(network, tokenizer, None)
+    batch = packed_batch(tokenizer, (24,))
+    ours = model.loss(model(batch), batch).item()
+    theirs = network(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_weights_come_back(tokenizer, tmp_path):

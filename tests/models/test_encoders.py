@@ -135,7 +135,7 @@ def test_bfloat16_is_close_and_every_weight_learns(family, tokenizer):
 def test_flops_count_masked_positions_and_whole_documents(tokenizer):
     network = build("mosaic_bert", tokenizer)
     batch = masked_batch(tokenizer, (40,), (9, 5))
-    found = MaskedLM(network, tokenizer, None).flops_per_batch(batch)
+    found = MaskedLM(network, tokenizer, None).flops_of(batch)
     head = network.decoder.weight.numel()
     kinds = network.bert.embeddings.token_type_embeddings.weight.numel()
     layers = sum(p.numel() for p in network.parameters()) - head - kinds

@@ -190,4 +190,4 @@ def test_adapters_alone_learn_and_flops_are_those_of_the_parts(tokenizer):
     products = 6 * (encoder * source + decoder * target + len(tokenizer) * 32 * target)
     # Scores and mixing, forward and back: all of the source twice, half of the target, both across.
     attended = 12 * 32 * (2 * source**2 + target**2 / 2 + target * source)
-    assert full.flops_per_batch(given) == pytest.approx(products + attended)
+    assert full.flops_of(given) == pytest.approx(products + attended)

@@ -17,6 +17,7 @@ from overture.errors import ConfigError
 from overture.models.build import load_network
 from overture.models.causal_lm import CausalLM
 from overture.tokenizer import load_tokenizer
+from overture.trained import load_trained
 from overture.training import run as recipe
 from overture.training.monitors import Average, exchange_modules
 from overture.training.seq_length import LengthWarmup, cut_documents
@@ -174,6 +175,9 @@ def test_averaged_weights_are_evaluated_and_exported(run, monkeypatch):
     for name, value in exported.items():
         torch.testing.assert_close(value, average[name], atol=1e-6, rtol=1e-5)
     assert any((exported[n] - weights.kept[-1][n]).abs().max() > 1e-3 for n in exported)
+    (checkpoint,) = (folder / "checkpoints").glob("ba*")  # what is used of it is averaged too
+    there = load_trained(str(checkpoint)).model.state_dict()
+    assert all(torch.equal(there[name].cpu(), exported[name]) for name in exported)
     # Read by another run, the export gives the loss that was reported.
     monkeypatch.setattr(recipe, "build_callbacks", build)
     _, again = run("model.name=runs/ema", "model.pretrained=true", "model.config={}",

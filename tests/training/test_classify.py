@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from composer import Callback
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import export_model
@@ -163,7 +164,6 @@ def test_adapters_and_head_are_trained_and_saved(classify, capsys):
     said = capsys.readouterr().out
     assert "made anew, as runs/base has none of that name and shape: classifier.bias" in said
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     saved = load_file(lora / "hf" / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in saved if "lora_" not in name} == {"classifier"}
@@ -275,6 +275,20 @@ def test_a_mosaic_bert_takes_adapters(classify):
         there, here = (load_trained(p).model.state_dict() for p in (str(newest), place))
         assert there.keys() == here.keys()
         assert all(torch.equal(there[key], here[key]) for key in here)
+
+
+def test_what_a_head_has_besides_its_classifier_is_trained_and_kept(classify, smoke, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+    tokenizer = load_tokenizer(str(smoke / "tokenizer"))
+    base = ModelConfig("deberta-v2", False, config=shape)
+    load_network(base, tokenizer, 32, "MaskedLM").save_pretrained(tmp_path / "base")
+    folder = classify(f"model.name={tmp_path}/base", "trainable=lora", model="{name: x}")
+    kept = load_file(folder / "hf" / "adapter_model.safetensors")
+    assert "base_model.model.pooler.dense.weight" in kept
+    there = load_trained(str(folder)).model.state_dict()
+    name = "base_model.model.pooler.dense.modules_to_save.default.weight"
+    assert torch.equal(there[name].cpu(), kept["base_model.model.pooler.dense.weight"])
 
 
 class Power(Exception):

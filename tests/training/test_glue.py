@@ -261,6 +261,17 @@ def test_asked_to_stop_it_leaves_no_process(work, name):
     assert signal.getsignal(signal.SIGTERM) is not None
 
 
+def test_a_signal_within_poll_is_no_wait():
+    process = subprocess.Popen(["sleep", "60"])
+    process._waitpid_lock.acquire()  # as an exception leaves it that comes behind this line
+    start = time.monotonic()
+    with pytest.raises(Preempted), ended({process: None}):
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 20
+    process._waitpid_lock.release()
+    assert process.wait() == -signal.SIGTERM
+
+
 def test_what_nohup_has_made_deaf_stays_deaf():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -32,6 +32,7 @@ class Throughput(Callback):
         trained = {name: p.requires_grad for name, p in state.model.named_parameters()}
         if not all(trained.values()) and not any("lora_" in name for name in trained):
             return  # how far back a gradient goes is not counted, so there is no MFU
+        _plain(state).flops_per_batch = _plain(state).flops_of  # where Composer's monitor looks
         on_gpu, peak = state.device.name == "gpu", None
         if self.measure_peak:
             half = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
@@ -52,7 +53,7 @@ class Throughput(Callback):
         room = batch["input_ids"].numel()  # places that are computed on, padding included
         if "source_room" in batch:  # of pairs, without what all rows of a microbatch pad
             room = sum(batch["source_room"]) + sum(batch["target_room"])
-        self._counted = tokens, labels, room, _plain(state).flops_per_batch(batch)
+        self._counted = tokens, labels, room, _plain(state).flops_of(batch)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._began = time.monotonic()

@@ -120,6 +120,10 @@ def _combinations(config: Config, tasks: tuple[str, ...], world_size: int) -> It
             yield f"model.config.{key}", "is what the converted data says; leave it out"
     elif config.metrics is not None:
         yield "metrics", f"{config.metrics} is for task: classify, not {config.task}"
+    cached = [(s.data_local, s.split) for _, s, _ in config.splits() if s.data_remote]
+    if twice := next((place for place in cached if cached.count(place) > 1), None):
+        place = "/".join(map(str, twice))
+        yield "data_local", f"{place} is a cache, which only one loader can read"
     if config.eval_loader is not None and config.eval_loader.drop_last:
         yield "eval_loader.drop_last", "would leave samples out of the evaluation"
     if not re.fullmatch(r"(?!\.)[\w.=-]+", config.run_name or ""):

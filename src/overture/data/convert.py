@@ -102,7 +102,8 @@ def _refuse_existing(job: Conversion) -> None:
         if not (job.overwrite or job.resume) and is_there(place):
             raise ConfigError(f"{place} is there already; give --overwrite to replace it")
     if not job.remote:
-        refuse_drawn_twice(Path(job.out_root), job.splits(), list(job.origins.values()))
+        drawn = list(job.origins.values())
+        refuse_drawn_twice(Path(job.out_root), job.splits(), drawn, job.data_subset)
 
 
 def open_rows(job: Conversion, split: str, keep: Path) -> Source:
@@ -118,7 +119,7 @@ def open_rows(job: Conversion, split: str, keep: Path) -> Source:
         return as_threads(source, job.threads).rows(0, job.max_rows)
     source = source.rows(origin.start, origin.stop).rows(0, job.max_rows)
     if source.streamed:
-        source = source.kept(keep / f"{split}.source.jsonl")
+        source = source.kept(keep / f"{split}.source.jsonl", origin.start)
     return source if job.task == "chat" else _flat_answers(source, job)
 
 

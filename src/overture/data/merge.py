@@ -49,7 +49,8 @@ def merge_parts(
         if Path(job.place(name)).exists() and not overwrite:
             raise ConfigError(f"{job.place(name)} is there already; give --overwrite to replace it")
     drawn = [origin for parts in ledgers.values() for part in parts for origin in _origins(part)]
-    refuse_drawn_twice(Path(out_root), names, drawn)
+    subset = next(iter(ledgers.values()))[0]["arguments"].get("data_subset")
+    refuse_drawn_twice(Path(out_root), names, drawn, subset)
     with Workspace(job) as work:
         try:
             for name, parts in ledgers.items():

@@ -106,8 +106,8 @@ def parse_template(content: Any, place: str) -> PromptTemplate:
             raise refuse(f"{key} is no text")
     try:
         made = PromptTemplate(**{**content, "sections": tuple(map(str, content["sections"]))})
-        made.prompt({})
-    except (ValueError, KeyError, IndexError) as error:
+        made.prompt(dict.fromkeys(made.fields(), "x"))
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise refuse(f"a section cannot be filled in ({error})") from None
     if any(made.response in _names(section) for section in made.sections):
         raise refuse(f"a section holds {made.response}, which is to be learned behind the prompt")

@@ -53,8 +53,10 @@ class Source:
         # islice ends before another line, perhaps a broken one, is read.
         return replace(self, read=lambda: itertools.islice(self.read(), start, stop))
 
-    def kept(self, path: Path) -> "Source":
-        """Return the source as read from a copy at `path`, which is written if it is not there."""
+    def kept(self, path: Path, before: int = 0) -> "Source":
+        """Return the source as read from a copy at `path`, which is written if it is not there;
+        so many rows `before` it count.
+        """
         if not path.exists():
             aside = path.with_suffix(".partial")
             with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
@@ -63,7 +65,12 @@ class Source:
             os.replace(aside, path)
         fingerprint = {**self.fingerprint, "sha256": sha256_file(path)}
         jsonl = READERS[".jsonl"]
-        return Source(self.name, lambda: _readable(self.name, jsonl(path, PLAIN)), fingerprint)
+
+        def read() -> Iterator[tuple[Place, Any]]:
+            for place, record in _readable(self.name, jsonl(path, PLAIN)):
+                yield place._replace(line=place.line + before), record
+
+        return Source(self.name, read, fingerprint)
 
 
 def open_source(

@@ -6,6 +6,7 @@ private parts to mend that is all in this file; tests/data/test_streams.py watch
 """
 
 import os
+import platform
 import random
 import threading
 import time
@@ -49,6 +50,14 @@ class CheckedStream(Stream):
         except Exception as error:  # each store's client raises its own kinds
             source = self._source((shard.zip_data or shard.raw_data).basename)
             raise DataError(f"{source}: cannot be fetched or unpacked ({_words(error)})") from error
+
+    def _decompress_shard_part(
+        self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
+    ) -> None:
+        # Other nodes, and other runs, may unpack the same: each under a name of its own.
+        own = f"{raw_filename}.{platform.node()}-{os.getpid()}"
+        super()._decompress_shard_part(zip_info, zip_filename, own, compression)
+        os.replace(own, raw_filename)
 
     def _source(self, name: str) -> str:
         return os.path.join(self.remote or self.local, self.split, name)

@@ -4,6 +4,7 @@
 No tokenizer is loaded.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -48,7 +49,10 @@ def _files(split: Split, figures: Figures) -> Iterator[str]:
     there = {path.name: path for path in split.folder.iterdir()}
     needed = {INDEX, *((reader.zip_data or reader.raw_data).basename for reader in split.readers)}
     harmless = {LEDGER, CACHE_MARK, *(reader.raw_data.basename for reader in split.readers)}
-    for name in sorted(recorded.keys() | needed | there.keys() - harmless):
+    # What a killed run has left begins with the name of a shard.
+    left = {n for n in there if re.search(r"\.(tmp|part)$|-\d+$", n)}
+    left = {n for n in left if n.partition(".mds.")[0] + ".mds" in harmless}
+    for name in sorted(recorded.keys() | needed | there.keys() - harmless - left):
         if name not in recorded:
             yield f"{name}: is not among the files that {LEDGER} says were written"
         elif name not in there:

@@ -4,6 +4,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -37,8 +38,8 @@ class Workers(AbstractContextManager):
             global _encoder
             _encoder = encoder  # forked workers have it without pickling or importing anything
             # Left alone they would wait for work without end, and hold the lock on the folder.
-            fork, ends = multiprocessing.get_context("fork"), (end_with, (os.getpid(),))
-            self._pool = ProcessPoolExecutor(processes, fork, *ends)
+            fork, ends = multiprocessing.get_context("fork"), (os.getpid(), signal.SIGKILL)
+            self._pool = ProcessPoolExecutor(processes, fork, end_with, ends)
             # All workers are forked now, before this process starts threads of its own.
             list(self._pool.map(len, [[]] * processes))
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from overture.errors import ConfigError, GuardError
 PARTIAL = ".partial"
 
 
-def refuse_drawn_twice(home: Path, splits: list[str], origins: Sequence[Any]) -> None:
-    """Raise ConfigError where another split in `home` was drawn from rows of these origins."""
+def refuse_drawn_twice(
+    home: Path, splits: list[str], origins: Sequence[Any], subset: str | None
+) -> None:
+    """Raise ConfigError where another split in `home` was drawn from rows of these origins, of the
+    same `subset` of a hub dataset.
+    """
     for path in home.glob(f"*/{LEDGER}"):
         if path.parent.name in splits:
             continue
         known = read_ledger(path.parent).get("arguments", {})
-        theirs = known.get("origins", {})
+        theirs = known.get("origins", {}) if known.get("data_subset") == subset else {}
         if not known.get("test_fraction"):  # each split has its own; of parts "NAME of FOLDER"
             theirs = {k: v for k, v in theirs.items() if k.split(" of ")[0] == path.parent.name}
         for other, one in itertools.product(theirs.values(), origins):
@@ -49,12 +53,10 @@ class Workspace(contextlib.AbstractContextManager):
         if job.remote:  # made here, then uploaded; found again by --resume
             name = hashlib.sha256(job.out_root.encode()).hexdigest()[:16]
             self.home = Path(tempfile.gettempdir()) / f"overture-{name}"
-        try:
+        with self._writable():
             self.home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out_root {job.out_root}: no folder ({error.strerror})") from None
-        # The kernel lets go of the lock when its holder dies, however it dies.
-        self._lock = os.open(self.home, os.O_RDONLY)
+            # The kernel lets go of the lock when its holder dies, however it dies.
+            self._lock = os.open(self.home, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -68,8 +70,17 @@ class Workspace(contextlib.AbstractContextManager):
             # Not the folder itself: the lock is on it.
             for path in [*self.home.iterdir()] if job.remote else [self.folder]:
                 shutil.rmtree(path, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
+        with self._writable():
+            self.folder.mkdir(exist_ok=True)
         self._goes_on = self._facts.exists()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            fault = f"--out_root {self.job.out_root}: no folder to write to ({error.strerror})"
+            raise ConfigError(fault) from None
 
     def _refuse_to_drop_others(self) -> None:
         then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}

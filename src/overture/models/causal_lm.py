@@ -1,5 +1,6 @@
 """The causal language model as Composer trains it: logits at label positions only."""
 
+import inspect
 import shutil
 from typing import Any
 from weakref import ref
@@ -37,6 +38,8 @@ class CausalLM(HuggingFaceModel):
         # Through attributes, not sub-modules: the same weights must not be registered twice.
         backbone = base.base_model if base.base_model is not base else base.get_decoder()
         self._parts = {"base": base, "backbone": backbone, "head": base.get_output_embeddings()}
+        takes = inspect.signature(backbone.forward).parameters.values()  # Mamba has no positions
+        self._is_placed = any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in takes)
         config = base.config.get_text_config()
         divided = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         self._scale = 1 / divided if divided else getattr(config, "logit_scale", None) or 1.0
@@ -106,8 +109,9 @@ class CausalLM(HuggingFaceModel):
         """Return the last hidden states [rows, tokens, width] and the labels [rows, tokens]."""
         backbone, starts = self._parts["backbone"], batch["document_starts"]
         bounds = sum(batch["num_spans"]), max(batch["longest"])
+        places = {"position_ids": batch["position_ids"]} if self._is_placed else {}
         hidden = self._parts.get("compiled", backbone)(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+            input_ids=batch["input_ids"], **places,
             attention_mask=document_mask(backbone, starts, *bounds), use_cache=False,
         )[0]  # fmt: skip
         return hidden, batch["labels"]
@@ -138,7 +142,7 @@ class CausalLM(HuggingFaceModel):
         metric.update(outputs["token_losses"], outputs["rows"], batch["sample_ids"])
         return {}
 
-    def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
+    def flops_of(self, batch: dict[str, Tensor]) -> float:
         """Return the training FLOPs of a batch, over real tokens only."""
         tokens, labels = sum(batch["num_tokens"]), sum(batch["num_labels"])
         # A token's place in its document, plus one half, sums up to half the length squared.
@@ -156,9 +160,10 @@ def _shape(model: Any, config: Any) -> tuple[int, int, int, int]:
     apart = {id(head), *map(id, tables)}  # counted apart, or looked up
     sizes = {n: numbers(p) for n, p in model.named_parameters() if id(p) not in apart}
     weights = sum(size for name, size in sizes.items() if "lora_" not in name)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next(filter(None, (getattr(config, name, None) for name in names)), None)
     if experts:  # only some of them see a token
-        idle = 1 - config.num_experts_per_tok / experts
+        idle = 1 - getattr(config, "num_experts_per_tok", experts) / experts
         weights -= int(idle * sum(size for name, size in sizes.items() if ".experts." in name))
     heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model
     head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from overture.flops import training_flops
 from overture.models.loss import TokenCrossEntropy
 from overture.models.scores import EvalScore, choose_scores
+from overture.models.trainable import numbers
 
 
 class Classifier(HuggingFaceModel):
@@ -40,7 +41,7 @@ class Classifier(HuggingFaceModel):
         self._options = {"use_cache": False} if "use_cache" in self.model_forward_args else {}
         embeddings = model.get_input_embeddings().weight
         self._frozen = not embeddings.requires_grad
-        sizes = {n: p.numel() for n, p in model.named_parameters() if p is not embeddings}
+        sizes = {n: numbers(p) for n, p in model.named_parameters() if p is not embeddings}
         self._weights = sum(size for name, size in sizes.items() if "lora_" not in name)
 
     @property
@@ -85,9 +86,10 @@ class Classifier(HuggingFaceModel):
             metric.update(outputs["outputs"], batch["labels"], batch["sample_ids"])
         return {}
 
-    def flops_per_batch(self, batch: Mapping[str, Any]) -> float:
+    def flops_of(self, batch: Mapping[str, Any]) -> float:
         """Return the training FLOPs of a batch, over real tokens only."""
         config, lengths = self.model.config.get_text_config(), batch["num_tokens"]
-        squares = 2.0 * sum(length**2 for length in lengths)  # as each token sees all of its row
+        seen = 1.0 if any(getattr(m, "is_causal", False) for m in self.model.modules()) else 2.0
+        squares = seen * sum(length**2 for length in lengths)
         shape = config.num_hidden_layers, config.hidden_size
         return training_flops(self._weights, 0, self._frozen, sum(lengths), 0, *shape, squares)

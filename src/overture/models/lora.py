@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,18 @@ TASK_TYPES = {
 
 def add_lora(
     model: Any, r: int, alpha: float, dropout: float, target_modules: str | list[str],
-    rslora: bool = False, dora: bool = False, head: str = "CausalLM",
+    rslora: bool = False, dora: bool = False, head: str = "CausalLM", whole: Sequence[str] = (),
 ) -> Any:  # fmt: skip
     """Return the model as a PeftModel with fresh adapters; everything else is frozen, but for the
-    `head` of a classifier. Raises ConfigError if `target_modules` names no module of this model.
+    `head` of a classifier, and modules that are trained `whole`. Raises ConfigError if
+    `target_modules` names no module of this model.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
         use_rslora=rslora, use_dora=dora, task_type=TASK_TYPES.get(head),
+        modules_to_save=[*whole] or None,
     )  # fmt: skip
     names = [name for name, _ in model.named_modules()]
     for target in target_modules if isinstance(target_modules, list) else []:

@@ -63,7 +63,7 @@ class Seq2SeqLM(CausalLM):
         )
         return hidden, labels
 
-    def flops_per_batch(self, batch: dict[str, Any]) -> float:
+    def flops_of(self, batch: dict[str, Any]) -> float:
         """Return the training FLOPs of a batch, over real tokens only.
 
         What the decoder makes of the source's states counts as if these were as many as labels.

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,11 +131,21 @@ def ended(
             signal.signal(number, handler)
         for process in running:
             process.terminate()
+        deadline = time.monotonic() + GRACE
+        while (left := [p for p in running if not _is_over(p)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in left:
+            process.kill()
         for process in running:
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.poll()
+
+
+def _is_over(process: subprocess.Popen) -> bool:
+    # Not by its poll(), which an exception from a signal, in the wrong line, leaves locked.
+    with suppress(ChildProcessError):  # nobody waits for it any more
+        how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, process.pid, how) is not None
+    return True
 
 
 def is_finished(folder: Path) -> bool:

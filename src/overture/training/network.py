@@ -92,7 +92,8 @@ def build_network(
         if lost := [name for name in network.made_anew if name.startswith(within)]:
             fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
-        network = add_lora(network, **vars(config.lora), head=task.head)
+        drawn = {name.rpartition(".")[0] for name in network.made_anew}  # of a head, beside it
+        network = add_lora(network, **vars(config.lora), head=task.head, whole=sorted(drawn))
     if not network.get_input_embeddings().weight.requires_grad:
         _refuse_grown_tokenizer(config, tokenizer)
     return network
