@@ -289,6 +289,17 @@ def test_what_a_head_has_besides_its_classifier_is_trained_and_kept(classify, sm
     there = load_trained(str(folder)).model.state_dict()
     name = "base_model.model.pooler.dense.modules_to_save.default.weight"
     assert torch.equal(there[name].cpu(), kept["base_model.model.pooler.dense.weight"])
+    # A head of several layers is trained as one.
+    base = ModelConfig("roberta", False, config=shape | {"max_position_embeddings": 34})
+    network = load_network(base, tokenizer, 32, "MaskedLM")
+    network.save_pretrained(tmp_path / "other")
+    more = ("trainable=lora", "run_name=other", "max_duration=8ba", "eval_interval=8ba")
+    folder = classify(f"model.name={tmp_path}/other", *more, model="{name: x}")
+    kept = load_file(folder / "hf" / "adapter_model.safetensors")
+    heads = {name for name in kept if "lora_" not in name}
+    of = "base_model.model.classifier.{}".format
+    assert heads == {of(f"{x}.{y}") for x in ("dense", "out_proj") for y in ("weight", "bias")}
+    assert load_trained(str(folder)).model
 
 
 class Power(Exception):

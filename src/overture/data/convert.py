@@ -111,15 +111,17 @@ def open_rows(job: Conversion, split: str, keep: Path) -> Source:
     origin = job.origins[split]
     form = Format(job.columns, job.text_rows)
     source = open_source(origin.dataset, origin.split, form, job.data_subset, job.revision)
-    if job.task == "chat" and as_threads(source, job.threads) is not source:
+    copy = keep / f"{split}.source.jsonl"
+    there = source.kept(copy) if source.streamed and copy.exists() else source
+    if job.task == "chat" and as_threads(there, job.threads) is not there:
         if origin.start or origin.stop is not None:
             fault = f"{origin.dataset}: a slice would cut conversation trees"
             raise ConfigError(f"{fault}; take all of it, and --test_fraction for a test split")
-        source = source.kept(keep / f"{split}.source.jsonl") if source.streamed else source
+        source = source.kept(copy) if source.streamed else source
         return as_threads(source, job.threads).rows(0, job.max_rows)
     source = source.rows(origin.start, origin.stop).rows(0, job.max_rows)
     if source.streamed:
-        source = source.kept(keep / f"{split}.source.jsonl", origin.start)
+        source = source.kept(copy, origin.start)
     return source if job.task == "chat" else _flat_answers(source, job)
 
 

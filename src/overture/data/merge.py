@@ -115,7 +115,8 @@ def _check(name: str, folders: Sequence[Path], parts: list[dict[str, Any]]) -> I
             raise ConfigError(f"--merge: {fault}; {remedy}")
     for (one, ours), (other, theirs) in itertools.combinations(zip(folders, parts, strict=True), 2):
         same = _contents(ours) == _contents(theirs)  # under whatever name
-        if not same and _file(ours) is not None and _file(ours) == _file(theirs):
+        drawn = [{tuple(origin[:2]) for origin in _origins(one)} for one in (ours, theirs)]
+        if not same and drawn[0] & drawn[1] and _file(ours) == _file(theirs) is not None:
             fault = f"{_file(ours)} is not what {one / name} was drawn from, or {other / name}"
             raise ConfigError(f"--merge: {fault}: rows may have moved; convert all of it anew")
         pairs = itertools.product(_origins(ours), _origins(theirs))

@@ -89,7 +89,7 @@ class Workspace(contextlib.AbstractContextManager):
             names = ", ".join(then["origins"])
             fault = f"{self.folder}: a conversion of {names} was interrupted there"
             os.close(self._lock)
-            remedy = "go on with it by --resume, or delete the folder, or give --overwrite"
+            remedy = "finish it by its own command and --resume, delete that, or give --overwrite"
             raise ConfigError(f"{fault}; {remedy}")
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:

@@ -1,6 +1,7 @@
 """Beginning a run with the weights of another one's checkpoint: load_path."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def find_load_path(config: Config, model: str) -> Path:
 def refuse_as_long(config: Config, path: Path) -> None:
     """Raise ConfigError if a state, whose steps count, has been trained for all of max_duration."""
     if not config.load_weights_only:
-        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["state"]
-        (clock := Timestamp()).load_state_dict(state["timestamp"]["Timestamp"])
+        lazily = zipfile.is_zipfile(path)
+        known = torch.load(path, map_location="cpu", weights_only=False, mmap=lazily)
+        clock = Timestamp()
+        if kept := known.get("state", {}).get("timestamp"):  # weights alone have none
+            clock.load_state_dict(kept["Timestamp"])
         if clock >= Time.from_timestring(config.max_duration):
             fault = f"has been trained for {clock.batch} already, all of max_duration"
             raise ConfigError(f"load_path: {path}: {fault}; raise it, or set load_weights_only")

@@ -92,8 +92,10 @@ def build_network(
         if lost := [name for name in network.made_anew if name.startswith(within)]:
             fault = f"{lost[0]} is not in {config.model.name}, and would be drawn at random"
             raise ConfigError(f"trainable: {fault}; train all, or the last layer, or another base")
-        drawn = {name.rpartition(".")[0] for name in network.made_anew}  # of a head, beside it
-        network = add_lora(network, **vars(config.lora), head=task.head, whole=sorted(drawn))
+        drawn = {name.rpartition(".")[0] for name in network.made_anew}  # of a head
+        # Beside what peft takes whole itself, with all that is within.
+        beside = sorted(n for n in drawn if n and not {"classifier", "score"} & {*n.split(".")})
+        network = add_lora(network, **vars(config.lora), head=task.head, whole=beside)
     if not network.get_input_embeddings().weight.requires_grad:
         _refuse_grown_tokenizer(config, tokenizer)
     return network
