@@ -84,7 +84,7 @@ def test_other_adapters_learn_merge_and_go_on(kind, run, monkeypatch, capsys):
     rate = {"dora": "2e-2", "rslora": "4e-3"}[kind]  # the latter scales by 16, not by 8
     rates = ("trainable=lora", f"optimizer.lr={rate}")
     lora = ("model.pretrained=true", f"model.name={base}", *rates)
-    _, one = run(*lora, "run_name=one", "lora.r=4", f"lora.{kind}=true")
+    _, one = run(*lora, "run_name=one", "lora.r=4", f"lora.{kind}=true", "max_duration=24ba")
     config = json.loads((one / "hf" / "adapter_config.json").read_text())
     assert config[f"use_{kind}"] is True
     outcome = result(one)
@@ -139,8 +139,8 @@ model: {{name: llama, pretrained: false, config: {{hidden_size: 64, intermediate
 train_loader: {{dataset: {{split: train, shuffle: true}}, drop_last: true}}
 eval_loader: {{dataset: {{split: test}}}}
 optimizer: {{lr: 1.0e-2}}
-max_duration: 60ba
-eval_interval: 60ba
+max_duration: 120ba
+eval_interval: 120ba
 global_train_batch_size: 4
 device_train_microbatch_size: 4
 generation: {{num_prompts: 8, max_new_tokens: 12, batch_size: 8}}

@@ -215,7 +215,7 @@ def test_asked_to_stop_while_it_translates(translate, monkeypatch):
 
 def test_stops_when_it_overfits_and_gives_the_best_weights(translate, monkeypatch):
     # A high rate: the loss on others rises once the pairs are learned by heart.
-    more = ("optimizer.lr=2e-2", "eval_interval=4ba", "max_duration=200ba", "generation=null")
+    more = ("optimizer.lr=4e-2", "eval_interval=4ba", "max_duration=200ba", "generation=null")
     more = (*more, "callbacks.early_stop.patience=2", "model.config.dropout=0.0")
     folder = translate(*more, "run_name=whole", "save_interval=4ba")
     evals = records(folder, "eval")
