@@ -281,17 +281,6 @@ def test_flops_of_lora_are_about_two_thirds_of_full(tokenizer):
     assert full == pytest.approx(6 * (layers * 28 + head * 25) + attention)
 
 
-def test_a_model_without_positions_is_trained(tokenizer):
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-    network = load_network(ModelConfig("mamba", False, "float32", "auto", shape), tokenizer)
-    prove_isolation(network, len(tokenizer), 512, packed=False)
-    model = CausalLM(network, tokenizer, None)
-    batch = packed_batch(tokenizer, (24,))
-    ours = model.loss(model(batch), batch).item()
-    theirs = network(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
-    assert ours == pytest.approx(theirs, rel=1e-4)
-
-
 def test_weights_come_back(tokenizer, tmp_path):
     network = build("llama", tokenizer)
     network.save_pretrained(tmp_path)
