@@ -125,7 +125,7 @@ def test_only_doors_and_the_loader_read_the_environment():
 
 # The house is planned for 7,000 lines. What is over is a debt; it is written down so that it does
 # not grow unseen.
-DEBT = 9375
+DEBT = 9340
 
 
 def test_sizes():

@@ -19,6 +19,7 @@ NEEDED = ("torch", "composer", "streaming", "transformers", "datasets", "peft", 
 OPTIONAL = {
     "flash_attn": "faster attention on CUDA", "wandb": "logging to Weights & Biases",
     "mlflow": "logging to MLflow", "tensorboard": "logging to TensorBoard",
+    "bitsandbytes": "a base in 4 or 8 bits",
 }  # fmt: skip
 
 

@@ -1,22 +1,19 @@
 """A trained model as a folder in Hugging Face format, safetensors only, that is proven to be it."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 from overture import hub
+from overture.data.schema import folder_aside
 from overture.data.shards import Split
-from overture.errors import ConfigError, DataError, GuardError
+from overture.errors import ConfigError, DataError
 from overture.generate import AS_IT_IS, GREEDY, encode_prompts, end_tokens
 from overture.models.build import position_limit
 from overture.models.lora import RECORD
@@ -62,7 +59,7 @@ def save_model(
     """Write a model, or the adapters of a PeftModel and what they were `trained_on`, with its
     tokenizer; whole or not at all. `weights` are its state dict, if it holds but shards of them.
     """
-    with _aside(folder) as aside:
+    with folder_aside(folder) as aside:
         _write(model, tokenizer, aside, trained_on, weights)
 
 
@@ -122,7 +119,7 @@ def export_model(
         before, asked = asked, [_ask(model, ids) for ids in prompts]
         if changed := sum(old.ids != new.ids for old, new in zip(before, asked, strict=True)):
             print(f"greedy text of {changed} of {len(asked)} prompts is another one by that")
-    with _aside(out) as aside:
+    with folder_aside(out) as aside:
         _write(model, tokenizer, aside, {} if merge else trained.record)
         (aside / "README.md").write_text(card, encoding="utf-8")
         if torch.cuda.is_available() and (merge or not bits):
@@ -177,29 +174,6 @@ def check_out(out: Path, source: str, overwrite: bool) -> None:
     is_export = card.is_file() and hub.WRITER in card.read_text(encoding="utf-8", errors="replace")
     if not is_export or here in (theirs, *theirs.parents):
         raise ConfigError(f"--out {out}: is no earlier export, so it is not replaced; name another")
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes its name and place when all went well."""
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        yield aside
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # which is no OSError, on a full disk either
-        raise GuardError(f"{folder}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(

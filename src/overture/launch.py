@@ -28,10 +28,11 @@ _DIRECTIVES = {
     "queue": {"sge": "-q {}"}, "resource": {"sge": "-l {}={nodes}"},
     "group": {"sge": ""}, "hosts": {"ssh": ""},  # the group is of qsub, not of the script
 }  # fmt: skip
+# What a job script says itself.
 _OURS = {
     "slurm": r"--(nodes|ntasks|gpus(?!-)|time(?!-)|requeue|no-requeue|signal)\b|-[NntG](?![a-z-])",
-    "sge": r"-(r|notify)$|(.*,)?[hs]_rt=", "ssh": "(?!)",
-}  # fmt: skip
+    "sge": r"-(r|notify)$|(.*,)?[hs]_rt=",
+}
 _WORD = re.compile(r"[\w.,:=/+%*@~^-]+")
 
 
@@ -113,7 +114,8 @@ def submit(script: str, job: Job) -> str:
 
 def _problems(texts: list[str], job: Job) -> Iterator[str]:
     for name in ("nodes", "gpus", "notice"):
-        if (getattr(job, name) or 0) < (name != "notice" or job.notice is not None):
+        number = getattr(job, name)
+        if number is not None and number < 1:
             yield f"--{name}: must be at least 1"
     if job.notice is not None and not (job.scheduler == "slurm" or job.time):
         yield "--notice: says how long before --time the ranks are asked, and there is none"
@@ -126,8 +128,8 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
         for word in [value] if isinstance(value, str) else value:
             if not _WORD.fullmatch(word) or word.startswith("-"):
                 yield f"--{name}: {word!r} is not a name that can stand in a job script"
-    is_time = re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", job.time or "0:00:01")
-    if not is_time or re.fullmatch("[0:]+", job.time or ""):
+    is_time = job.time is None or re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", job.time)
+    if not is_time or (job.time and not _seconds(job.time)):
         yield f"--time: {job.time!r} is not hours:minutes:seconds, as in 24:00:00"
     if job.scheduler == "ssh" and len(job.hosts or []) != job.nodes:
         yield f"--hosts: names {len(job.hosts or [])} hosts, but --nodes is {job.nodes}"
@@ -136,9 +138,10 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
             yield "--option: ssh has none"
         if not option.startswith("-") or not all(map(_WORD.fullmatch, option.split(" "))):
             yield f"--option: {option!r} is not an option that can stand in a job script"
-        own = (re.match(_OURS[job.scheduler], word) for word in option.split(" "))
-        if found := next(filter(None, own), None):
-            yield f"--option: {found[0]} is set by the script: --nodes, --gpus, --time, --notice"
+        for word in option.split(" ") if job.scheduler in _OURS else ():
+            if found := re.match(_OURS[job.scheduler], word):
+                own = "--nodes, --gpus, --time, --notice"
+                yield f"--option: {found[0]} is set by the script: {own}"
     if job.container and "://" not in job.container and not Path(job.container).is_file():
         yield f"--container: {job.container}: no such image (launch/apptainer.def makes one)"
     for text in [*texts, *job.modules, str(job.scratch), str(Path.cwd())]:

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,9 @@ from overture.data.encode import Tokens
 from overture.data.encode_chat import ChatEncoder
 from overture.data.prompts import PromptTemplate, chat_template, template
 from overture.data.readers import READERS, Malformed, open_bytes, reader
+from overture.data.schema import folder_aside
 from overture.data.sources import local_files, open_source
-from overture.errors import FULL, ConfigError, GuardError
+from overture.errors import ConfigError
 from overture.vocabulary import BYTES, UNKNOWN
 
 END_OF_TEXT = "<|endoftext|>"
@@ -277,23 +277,10 @@ def _save(made: Any, plan: Plan, file: bytes | None) -> None:
         whole.chat_template = plan.chat()
         ChatEncoder(Tokens(whole, specials=True), None, None, "truncate_prompt")  # or ConfigError
         whole.backend_tokenizer.encode_special_tokens = False
-    aside, old = (plan.out.with_name(f".{plan.out.name}.{end}") for end in ("partial", "old"))
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    with folder_aside(plan.out) as aside:
         whole.save_pretrained(aside)
         if file is not None:
             (aside / "tokenizer.model").write_bytes(file)
-        if plan.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            plan.out.rename(old)
-        aside.rename(plan.out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if old.exists() and not plan.out.exists():
-            old.rename(plan.out)
-        shutil.rmtree(aside, ignore_errors=True)
-        kind = GuardError if error.errno in FULL else ConfigError
-        raise kind(f"--out {plan.out}: cannot be written ({error})") from None
 
 
 def measure(made: Any, texts: list[str], plan: Plan) -> Figures:

@@ -169,9 +169,10 @@ def _saved_as(location: str, trust: bool, head: str | None) -> tuple[str, str]:
     from transformers import PretrainedConfig
     from transformers.models.auto import modeling_auto as auto
 
-    in_reach(location)
+    place = locate_model(location)
+    in_reach(place)
     try:
-        content = PretrainedConfig.get_config_dict(locate_model(location))[0]
+        content = PretrainedConfig.get_config_dict(place)[0]
     except (OSError, ValueError):
         return head or "CausalLM", "float32"  # that there is none will be said where it is loaded
     kinds, pairs = content.get("architectures") or [], content.get("is_encoder_decoder")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 import export_model
 import generate_text
-from overture.errors import ConfigError, DataError, GuardError
+from overture.errors import ConfigError, DataError
 from overture.export import _ask, _compare, _compare_tokens, _logits
 from overture.generate import AS_IT_IS, answer, encode_prompts, join_ranks
 from overture.models.lora import merge_where_exact
@@ -396,5 +396,5 @@ def test_conversations_of_a_dataset_are_answered(runs, door, monkeypatch, tmp_pa
 
 def test_a_folder_that_cannot_be_written_is_said(runs, door):
     (runs / "file").write_text("")
-    with pytest.raises(GuardError, match="file/out: cannot be written"):
+    with pytest.raises(ConfigError, match="file/out: cannot be written"):
         door(export_model, "runs/base", "--out", "file/out")

@@ -5,7 +5,7 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from overture.callbacks.run_log import RunClock, eval_cross_entropy
+from overture.callbacks.run_log import RunLog
 
 
 class LossTarget(Callback):
@@ -14,11 +14,11 @@ class LossTarget(Callback):
     Composer's own ThresholdStopper takes a falling metric for a rising one unless told otherwise,
     and compares strictly. The target is in nats per label token. Time to train follows the MLPerf
     training rules, but that shards were hashed before: from before the first batch is read, when
-    `clock` was started, to the end of the evaluation that saw the target.
+    `log` was made, to the end of the evaluation that saw the target.
     """
 
-    def __init__(self, cross_entropy: float, clock: RunClock) -> None:
-        self.target, self.clock = cross_entropy, clock
+    def __init__(self, cross_entropy: float, log: RunLog) -> None:
+        self.target, self.log = cross_entropy, log  # which has heard of an evaluation before
         self.seconds_to_train: float | None = None
 
     @property
@@ -27,8 +27,8 @@ class LossTarget(Callback):
         return self.seconds_to_train is not None
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        if not self.reached and eval_cross_entropy(state) <= self.target:
-            self.seconds_to_train = self.clock.seconds()
+        if not self.reached and self.log.last_eval <= self.target:
+            self.seconds_to_train = self.log.seconds()
             state.stop_training()
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from overture.callbacks.run_log import eval_cross_entropy
+from overture.callbacks.run_log import RunLog
 from overture.config.schema import Config
 
 PREFIX = ":::MLLOG "  # of mlperf_logging.mllog
@@ -47,9 +46,10 @@ class MLPerfLog(Callback):
     hyperparameters and sizes by MLPerf's names. Nothing here claims compliance with MLPerf's rules.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], started: int, resumed: bool) -> None:
+    def __init__(self, log: RunLog, facts: dict[str, Any], started: int, resumed: bool) -> None:
         """Take the time of the run's start, in milliseconds of time.time()."""
-        self.path, self.facts, self.started, self.resumed = path, facts, started, resumed
+        self.log, self.path = log, log.path.with_name("mlperf.log")
+        self.facts, self.started, self.resumed = facts, started, resumed
         self._in_block, self._joules, self._evaluated = False, None, None
         self._before: dict[str, Any] | None = None  # the evaluation that is under way
 
@@ -77,7 +77,7 @@ class MLPerfLog(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         samples = state.timestamp.sample.value
-        self._write("eval_accuracy", eval_cross_entropy(state), samples_count=samples)
+        self._write("eval_accuracy", self.log.last_eval, samples_count=samples)
         self._evaluated, self._before = self._write("eval_stop", samples_count=samples), None
 
     def stop(self, state: State, reached: bool) -> None:

@@ -18,28 +18,11 @@ METRIC = "TokenCrossEntropy"
 SECONDS = 0.2  # train records of fewer are written together
 
 
-class RunClock(Callback):
-    """Seconds of training, from before the first batch is read; shards were hashed before.
-
-    It starts when it is made, runs through evaluation, and goes on where it was after a resume.
-    """
-
-    def __init__(self) -> None:
-        self._started, self._before = time.monotonic(), 0.0
-
-    def seconds(self) -> float:
-        """Return the seconds so far, over all parts of the run."""
-        return self._before + time.monotonic() - self._started
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._before = state["seconds"]
-
-
 class RunLog(Callback):
     """Appends to `metrics.jsonl`; only rank zero writes.
+
+    Its clock starts when it is made, before the first batch is read (shards were hashed before),
+    runs through evaluation, and goes on where it was after a resume.
 
     A train record is written per step, an eval record per evaluation, an event record for what
     guards did or a resume met, a translation record for each that is shown. After a resume steps
@@ -47,9 +30,9 @@ class RunLog(Callback):
     A kill may lose the train records since the last write, but none before a checkpoint.
     """
 
-    def __init__(self, run_folder: Path, clock: RunClock, throughput: Throughput) -> None:
-        self.path = run_folder / "metrics.jsonl"
-        self.clock, self.throughput = clock, throughput
+    def __init__(self, run_folder: Path, throughput: Throughput) -> None:
+        self.path, self.throughput = run_folder / "metrics.jsonl", throughput
+        self._started, self.before = time.monotonic(), 0.0  # seconds of earlier parts
         self.step = 0  # of the last evaluation
         self.first_eval: float | None = None
         self.last_eval: float | None = None
@@ -57,6 +40,10 @@ class RunLog(Callback):
         self.more: Callable[[], dict[str, float]] = dict  # asked for more of them
         self._lines: list[str] = []
         self._written = self._rate = 0.0
+
+    def seconds(self) -> float:
+        """Return the seconds so far, over all parts of the run."""
+        return self.before + time.monotonic() - self._started
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._rate = state.schedulers[0].get_last_lr()[0]  # at its end it is that of the next one
@@ -67,7 +54,8 @@ class RunLog(Callback):
         self._append("train", state.timestamp.batch.value, figures)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        loss, self.step = eval_cross_entropy(state), state.timestamp.batch.value
+        loss = float(state.eval_metrics["eval"][METRIC].compute())  # weighted by tokens, in nats
+        self.step = state.timestamp.batch.value
         self.first_eval = loss if self.first_eval is None else self.first_eval
         self.last_eval = loss
         others = {n: m for n, m in state.eval_metrics["eval"].items() if n != METRIC}
@@ -86,14 +74,15 @@ class RunLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self.flush()
-        return {n: getattr(self, n) for n in ("step", "first_eval", "last_eval", "scores")}
+        kept = {n: getattr(self, n) for n in ("step", "first_eval", "last_eval", "scores")}
+        return {**kept, "before": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
     def _append(self, kind: str, step: int, more: dict[str, Any]) -> None:
         if dist.get_global_rank() == 0:
-            seconds = round(self.clock.seconds(), 3)
+            seconds = round(self.seconds(), 3)
             record = {"kind": kind, "step": step, "seconds": seconds, **more}
             self._lines.append(json.dumps(record) + "\n")
             if kind != "train" or time.monotonic() - self._written >= SECONDS:
@@ -105,11 +94,6 @@ class RunLog(Callback):
         if lines:
             with self.path.open("ab") as file:
                 file.write("".join(lines).encode())
-
-
-def eval_cross_entropy(state: State) -> float:
-    """Return the token-weighted cross-entropy of the evaluation that just ended, in nats."""
-    return float(state.eval_metrics["eval"][METRIC].compute())
 
 
 def finite(value: float) -> float | None:

@@ -31,6 +31,7 @@ from overture.data.splits import Part, draw, mark_repeats
 from overture.data.workers import Workers
 from overture.data.workspace import Workspace, refuse_drawn_twice
 from overture.errors import ConfigError, nearest
+from overture.tokenizer import load_tokenizer, tokenizer_sha256
 
 BATCH_RECORDS = 400  # tokenised at once: enough for all threads, and processes end together
 _SQUAD = {"context", "question", "answers"}
@@ -49,10 +50,8 @@ def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
         fault = "--engine spark: pyspark is not installed"
         raise ConfigError(f"{fault}; pip install -r requirements-spark.txt")
     _refuse_existing(job)
-    if job.tokenizer:  # a wrong name is to be told before anything is fetched
-        from overture.tokenizer import load_tokenizer
-
-        load_tokenizer(job.tokenizer)
+    # A wrong name is to be told before anything is fetched.
+    tokenizer = load_tokenizer(job.tokenizer) if job.tokenizer else None
     if job.prompt_template:
         (chat_template if job.task == "chat" else template)(job.prompt_template)
     with Workspace(job) as work:
@@ -68,7 +67,7 @@ def convert(job: Conversion, say: Say = print) -> dict[str, dict[str, Any]]:
             check_names(job, fields, found)
             parts.append(draw(source, fields, found, split, job.test_fraction, job.seed))
         mark_repeats(parts, job.dedupe)
-        ledgers = _write_all(job, work, parts, prompt, say)
+        ledgers = _write_all(job, work, parts, tokenizer, prompt, say)
         for split in ledgers:
             work.move_into_place(split)
         if job.remote:
@@ -197,7 +196,7 @@ def check_names(job: Conversion, fields: Fields, found: Examination) -> None:
 
 
 def _write_all(
-    job: Conversion, work: Workspace, parts: list[Part], prompt: Any, say: Say
+    job: Conversion, work: Workspace, parts: list[Part], tokenizer: Any, prompt: Any, say: Say
 ) -> dict[str, dict[str, Any]]:
     todo = [Selected(part, split) for part in parts for split in part.splits]
     if job.task == "jsonl":
@@ -206,7 +205,7 @@ def _write_all(
     if job.task == "classify":
         found = sum((part.found.labels for part in parts), Counter())
         labels = class_names(found, job.labels, job.regression)
-    tokens, known = _tokens(job, prompt) if job.tokenizer else (None, None)
+    tokens, known = _tokens(job, tokenizer, prompt) if job.tokenizer else (None, None)
     built_in = next((name for name, one in templates().items() if one == prompt), None)
     facts = {
         "kit_version": overture.__version__, "task": job.task, "tokenizer": known,
@@ -235,10 +234,7 @@ def _write_all(
     return ledgers
 
 
-def _tokens(job: Conversion, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
-    from overture.tokenizer import load_tokenizer, tokenizer_sha256
-
-    tokenizer = load_tokenizer(job.tokenizer)
+def _tokens(job: Conversion, tokenizer: Any, prompt: Any) -> tuple[Tokens, dict[str, Any]]:
     tokens = template_tokens(tokenizer, prompt, specials=job.task == "chat")
     return tokens, {
         "name": job.tokenizer, "sha256": tokenizer_sha256(tokenizer),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overture.data.prompts import PromptTemplate
-from overture.data.schema import ANSWERS, EVERY_ANSWER, token_columns
+from overture.data.schema import ANSWERS, EVERY_ANSWER, ids_type
 from overture.data.word_cache import SAFE, WordCache
 from overture.errors import ConfigError
 
@@ -145,7 +145,8 @@ class Encoder:
         self.max_seq_len, self.overflow = max_seq_len, overflow
         has_fields = isinstance(template, PromptTemplate)
         self._read = (*template.fields(),) if has_fields else ("text", "text_pair")
-        self.columns = token_columns(tokens.vocab_size)
+        others = {"loss_mask": "ndarray:uint8", "document_ends": "ndarray:uint32"}
+        self.columns = {"input_ids": ids_type(tokens.vocab_size), **others}
 
     def encode(self, records: Records) -> Encoded:
         """Return the documents of some records, in order."""

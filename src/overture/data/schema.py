@@ -20,10 +20,15 @@ Other tasks have one record a row:
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overture.errors import ConfigError, DataError
+from safetensors import SafetensorError
+
+from overture.errors import FULL, ConfigError, DataError, GuardError
 
 LEDGER = "dataset.json"
 INDEX = "index.json"
@@ -35,12 +40,6 @@ CACHE_MARK = ".cache"  # in a folder that was made as a cache, and may therefore
 def ids_type(vocab_size: int) -> str:
     """Return the MDS type of token ids: the smallest that holds them."""
     return f"ndarray:{'uint16' if vocab_size <= 2**16 else 'uint32'}"
-
-
-def token_columns(vocab_size: int) -> dict[str, str]:
-    """Return the MDS column types of rows of packed documents."""
-    others = {"loss_mask": "ndarray:uint8", "document_ends": "ndarray:uint32"}
-    return {"input_ids": ids_type(vocab_size), **others}
 
 
 def sha256_file(path: Path) -> str:
@@ -63,6 +62,31 @@ def write_aside(path: Path, content: str | bytes) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes its name and place when all went well.
+
+    GuardError if the disk is full, ConfigError if it cannot be written for another reason.
+    """
+    names = (f".{folder.name}.{part}-{os.getpid()}" for part in ("partial", "old"))
+    aside, old = map(folder.with_name, names)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:  # that of a library says no number
+        is_full = getattr(error, "errno", None) in (None, *FULL)
+        kind = GuardError if is_full else ConfigError
+        raise kind(f"{folder}: cannot be written ({error})") from None
+    finally:
+        if old.exists() and not folder.exists():  # nothing could take its place
+            old.rename(folder)
+        for rest in (aside, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def seal(record: dict[str, Any]) -> str:

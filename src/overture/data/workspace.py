@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +53,28 @@ class Workspace(contextlib.AbstractContextManager):
         if job.remote:  # made here, then uploaded; found again by --resume
             name = hashlib.sha256(job.out_root.encode()).hexdigest()[:16]
             self.home = Path(tempfile.gettempdir()) / f"overture-{name}"
-        with self._writable():
-            self.home.mkdir(parents=True, exist_ok=True)
+        self.folder = self.home / PARTIAL
+        self._facts = self.folder / "facts.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             # The kernel lets go of the lock when its holder dies, however it dies.
             self._lock = os.open(self.home, os.O_RDONLY)
+        except OSError as error:
+            fault = f"--out_root {job.out_root}: no folder to write to ({error.strerror})"
+            raise ConfigError(fault) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             fault = f"{job.out_root}: another conversion is writing there"
             raise ConfigError(f"{fault}; wait for it, or choose another --out_root") from None
-        self.folder = self.home / PARTIAL
-        self._facts = self.folder / "facts.json"
         if not job.resume:
             self._refuse_to_drop_others()
             # Not the folder itself: the lock is on it.
             for path in [*self.home.iterdir()] if job.remote else [self.folder]:
                 shutil.rmtree(path, ignore_errors=True)
-        with self._writable():
-            self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # which who held the lock may have removed
         self._goes_on = self._facts.exists()
-
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            fault = f"--out_root {self.job.out_root}: no folder to write to ({error.strerror})"
-            raise ConfigError(fault) from None
 
     def _refuse_to_drop_others(self) -> None:
         then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}

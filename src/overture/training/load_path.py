@@ -39,7 +39,9 @@ def find_load_path(config: Config, model: str) -> Path:
                 raise
         return state
 
-    return on_every_node(look) if remote else seen_by_all(on_rank_zero(look))
+    if remote:
+        return on_every_node(look)
+    return seen_by_all(on_rank_zero(look), "name a load_path in a folder that they share")
 
 
 def refuse_as_long(config: Config, path: Path) -> None:

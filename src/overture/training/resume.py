@@ -81,13 +81,13 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     return found
 
 
-def seen_by_all(state: Path) -> Path:
+def seen_by_all(state: Path, remedy: str = "name a save_folder that they share") -> Path:
     """Return a file that rank zero has found; DataError if it is not on the disks of all nodes."""
 
     def look() -> None:
         if not state.is_file():
             fault = f"{state}: is on the first node, but not on all"
-            raise DataError(f"{fault}: copy it there, and name a save_folder that they share")
+            raise DataError(f"{fault}: copy it there, or {remedy}")
 
     on_every_node(look)
     return state

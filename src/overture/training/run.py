@@ -19,7 +19,7 @@ from overture.callbacks.early_stop import EarlyStop
 from overture.callbacks.guards import FiniteGuard, GradientGuard, SpikeGuard, Watchdog
 from overture.callbacks.loss_target import LossTarget
 from overture.callbacks.mlperf_log import MLPerfLog, facts_of
-from overture.callbacks.run_log import RunClock, RunLog
+from overture.callbacks.run_log import RunLog
 from overture.callbacks.throughput import Throughput
 from overture.checkpoint import STATE
 from overture.config.schema import Config, LoaderConfig
@@ -166,15 +166,14 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             answers.before = answers.ask(network, "answers before training")
 
     # Time to train starts here, before a batch is read; shards were hashed before.
-    clock = RunClock()
     clock_ms = time.time_ns() // 10**6
     throughput = Throughput(**vars(config.callbacks.throughput))
-    log = RunLog(run_folder, clock, throughput)
+    log = RunLog(run_folder, throughput)
     early = target = None
     if config.callbacks.early_stop is not None:
         early = EarlyStop(**vars(config.callbacks.early_stop), path=run_folder / BEST, log=log)
     if config.callbacks.loss_target is not None:
-        target = LossTarget(config.callbacks.loss_target.cross_entropy, clock)
+        target = LossTarget(config.callbacks.loss_target.cross_entropy, log)
     training = training or loader(config.train_loader, per_rank, training=True)
     resume.check_room(config, resume.checkpoint_bytes(config, model))
     weights_only = config.load_weights_only and not found
@@ -212,7 +211,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     mlperf = None
     if config.callbacks.mlperf_log is not None:
         known = facts_of(config, training.num_samples, samples)
-        mlperf = MLPerfLog(run_folder / "mlperf.log", known, clock_ms, resumed=found is not None)
+        mlperf = MLPerfLog(log, known, clock_ms, resumed=found is not None)
     optimizer = build_optimizer(model, config.optimizer)
     settings = [dict(group) for group in optimizer.param_groups]
     trainer = Trainer(
@@ -230,7 +229,6 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
             *build_callbacks(config),
             GradientGuard(),
             finite,
-            clock,
             throughput,  # before the log, which reads its figures
             log,
             spikes,
@@ -272,7 +270,7 @@ def _train(config: Config, command: str, request: StopRequest) -> int:
     try:
         request.training = True
         _fit(trainer, config.eval_first and not found, due, log.step, target, early)
-        seconds = clock.seconds()
+        seconds = log.seconds()
         request.training, request.saved = False, trainer.state.timestamp.batch.value
         if request.asked:  # too late for a batch to end
             raise Preempted(request.saved)
