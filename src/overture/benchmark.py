@@ -289,7 +289,8 @@ def stored(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has no {', '.join(sorted(lacks))}")
         return found
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: is no result of a benchmark ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: is no result of a benchmark ({why})") from None
 
 
 def machine_of(folder: Path) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def load_run(folder: Path) -> Run:
     if result is None and (folder / "metrics.jsonl").is_file():  # it was killed, or is under way
         result = {"run_name": folder.name, "status": "unfinished"}
     if result is None:
-        raise ConfigError(f"{folder}: no readable result.json; give the folder of a run that ended")
+        raise ConfigError(f"{folder}: no readable result.json or metrics.jsonl; give a run")
     environment = _parse(_read(folder / "environment.json")) or {}
     asked = yaml.safe_load(_read(folder / "config.yaml")) or {}
     target = (asked.get("callbacks") or {}).get("loss_target") or {}
