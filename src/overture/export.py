@@ -180,12 +180,7 @@ def _write(
     model: Any, tokenizer: Any, folder: Path, trained_on: dict[str, Any], weights: Any = None
 ) -> None:
     model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
-    try:
-        tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:  # what tokenizers raise on a full disk is of no kind of its own
-        raise OSError(str(error)) from None
+    tokenizer.save_pretrained(folder)
     if trained_on and (folder / "adapter_config.json").is_file():
         (folder / RECORD).write_text(json.dumps(trained_on, indent=1) + "\n")
 

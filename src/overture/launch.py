@@ -138,10 +138,9 @@ def _problems(texts: list[str], job: Job) -> Iterator[str]:
             yield "--option: ssh has none"
         if not option.startswith("-") or not all(map(_WORD.fullmatch, option.split(" "))):
             yield f"--option: {option!r} is not an option that can stand in a job script"
-        for word in option.split(" ") if job.scheduler in _OURS else ():
-            if found := re.match(_OURS[job.scheduler], word):
-                own = "--nodes, --gpus, --time, --notice"
-                yield f"--option: {found[0]} is set by the script: {own}"
+        for word in option.split(" "):
+            if own := re.match(_OURS.get(job.scheduler, "(?!)"), word):
+                yield f"--option: {own[0]} is set by the script: --nodes, --gpus, --time, --notice"
     if job.container and "://" not in job.container and not Path(job.container).is_file():
         yield f"--container: {job.container}: no such image (launch/apptainer.def makes one)"
     for text in [*texts, *job.modules, str(job.scratch), str(Path.cwd())]:

@@ -1,6 +1,7 @@
 """The proof on a user's own config, in miniature, that a kill changes nothing."""
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def prove_resume(config: Config, arguments: list[str], steps: int = 12) -> Itera
             step = _kill([*command, f"run_folder={parts}"], parts, count // 2)
             if step is not None:
                 break
+            for folder in (whole, parts):
+                shutil.rmtree(folder)
         else:
             raise ConfigError(f"{count} steps were over before the run could be killed")
         saved = sorted(int(p.name[2:]) for p in (parts / "checkpoints").glob("ba*"))

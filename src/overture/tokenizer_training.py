@@ -154,7 +154,8 @@ def train_tokenizer(plan: Plan) -> tuple[int, Figures]:
     if found < size:
         fault = f"--vocab_size {size}: the text gives only {found} pieces"
         raise ConfigError(f"{fault}; lower it, or give more text")
-    figures = measure(made, list(held_out.whole()) or corpus.held_out, plan)
+    unseen = [*chain.from_iterable(held_out.records())] or corpus.held_out
+    figures = measure(made, unseen, plan)
     _save(made, plan, file)
     return found, figures
 
@@ -174,15 +175,12 @@ class _Corpus:
         self.holes: dict[int, str] = {}  # marks in place of characters that get no piece
         self.held_out: list[str] = []
 
-    def _records(self) -> Iterator[list[str]]:
+    def records(self) -> Iterator[list[str]]:
         return (record for source in self._sources for record in source())
-
-    def whole(self) -> Iterator[str]:
-        return chain.from_iterable(self._records())
 
     def texts(self) -> Iterator[str]:
         self.held_out, share = [], self._share
-        for number, record in enumerate(self._records()):  # of which all is held out, or nothing
+        for number, record in enumerate(self.records()):  # of which all is held out, or nothing
             due = int((number + 1) * share) > int(number * share)
             if due and len(self.held_out) < MAX_HELD_OUT:
                 self.held_out += record
@@ -288,7 +286,6 @@ def measure(made: Any, texts: list[str], plan: Plan) -> Figures:
 
     WordPiece keeps no spaces: there a text has changed if anything else of it has.
     """
-    texts = [text for text in texts if text]
     unknown = made.token_to_id(plan.roles().get("unk_token", ""))
     made.encode_special_tokens, tokens, unknowns, changed = True, 0, 0, 0
     for text, found in zip(texts, made.encode_batch(texts, add_special_tokens=False), strict=True):

@@ -35,7 +35,7 @@ class RunLog(Callback):
         self._started, self.before = time.monotonic(), 0.0  # seconds of earlier parts
         self.step = 0  # of the last evaluation
         self.first_eval: float | None = None
-        self.last_eval: float | None = None
+        self.last_eval: float | None = None  # nats for each label token
         self.scores: dict[str, float] = {}  # of the last evaluation, where the model has others
         self.more: Callable[[], dict[str, float]] = dict  # asked for more of them
         self._lines: list[str] = []
@@ -54,10 +54,9 @@ class RunLog(Callback):
         self._append("train", state.timestamp.batch.value, figures)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        loss = float(state.eval_metrics["eval"][METRIC].compute())  # weighted by tokens, in nats
+        loss = self.last_eval = float(state.eval_metrics["eval"][METRIC].compute())
         self.step = state.timestamp.batch.value
         self.first_eval = loss if self.first_eval is None else self.first_eval
-        self.last_eval = loss
         others = {n: m for n, m in state.eval_metrics["eval"].items() if n != METRIC}
         self.scores = {name: float(metric.compute()) for name, metric in others.items()}
         perplexity = {} if others else {"perplexity": math.exp(min(loss, 700.0))}

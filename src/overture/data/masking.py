@@ -39,7 +39,10 @@ class MaskingCollator:
         for row, own, learned in zip(rows, ids, labels, strict=True):
             places = np.flatnonzero(self.is_ordinary[own[: len(row["input_ids"])]])
             count = min(max(round(self.share * len(places)), 1), len(places))
-            draws = self._draws(row, len(places) + 2 * count)
+            # Numbers that belong to a row in an epoch.
+            key = np.array([self.seed, row["epoch"] if self.anew else 0], np.uint64)
+            drawn = np.random.Philox(key=key, counter=[0, row["sample_id"], 0, 0])
+            draws = drawn.random_raw(len(places) + 2 * count)
             order, fates, words = np.split(draws, [len(places), len(places) + count])
             chosen = places[order.argsort(kind="stable")[:count]]
             learned[chosen] = own[chosen]
@@ -48,9 +51,3 @@ class MaskingCollator:
             own[chosen[changed]] = self.ordinary[words[changed] % len(self.ordinary)]
             counts.append(count)
         return batch | {"labels": torch.from_numpy(labels), "num_labels": counts}
-
-    def _draws(self, row: dict[str, Any], count: int) -> np.ndarray:
-        """Return [count] uint64 that belong to a row in an epoch."""
-        epoch = row["epoch"] if self.anew else 0
-        key = np.array([self.seed, epoch], np.uint64)
-        return np.random.Philox(key=key, counter=[0, row["sample_id"], 0, 0]).random_raw(count)

@@ -28,7 +28,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from overture.errors import FULL, ConfigError, DataError, GuardError
+from overture.errors import ConfigError, DataError, GuardError
 
 LEDGER = "dataset.json"
 INDEX = "index.json"
@@ -68,7 +68,7 @@ def write_aside(path: Path, content: str | bytes) -> None:
 def folder_aside(folder: Path) -> Iterator[Path]:
     """Give a folder to write into, which takes its name and place when all went well.
 
-    GuardError if the disk is full, ConfigError if it cannot be written for another reason.
+    ConfigError if there can be no such folder, GuardError if the disk is full or out of order.
     """
     names = (f".{folder.name}.{part}-{os.getpid()}" for part in ("partial", "old"))
     aside, old = map(folder.with_name, names)
@@ -76,11 +76,15 @@ def folder_aside(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         aside.rename(folder)
-    except (OSError, SafetensorError) as error:  # that of a library says no number
-        is_full = getattr(error, "errno", None) in (None, *FULL)
-        kind = GuardError if is_full else ConfigError
+    except Exception as error:
+        # Of a full disk tokenizers raise what is of no kind of its own.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
+        refused = PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError
+        kind = ConfigError if isinstance(error, refused) else GuardError
         raise kind(f"{folder}: cannot be written ({error})") from None
     finally:
         if old.exists() and not folder.exists():  # nothing could take its place

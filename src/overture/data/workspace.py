@@ -56,12 +56,11 @@ class Workspace(contextlib.AbstractContextManager):
         self.folder = self.home / PARTIAL
         self._facts = self.folder / "facts.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.home.mkdir(parents=True, exist_ok=True)
             # The kernel lets go of the lock when its holder dies, however it dies.
             self._lock = os.open(self.home, os.O_RDONLY)
         except OSError as error:
-            fault = f"--out_root {job.out_root}: no folder to write to ({error.strerror})"
-            raise ConfigError(fault) from None
+            raise self._unwritable(error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -73,8 +72,16 @@ class Workspace(contextlib.AbstractContextManager):
             # Not the folder itself: the lock is on it.
             for path in [*self.home.iterdir()] if job.remote else [self.folder]:
                 shutil.rmtree(path, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)  # which who held the lock may have removed
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            os.close(self._lock)
+            raise self._unwritable(error) from None
         self._goes_on = self._facts.exists()
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        where = f"--out_root {self.job.out_root}"
+        return ConfigError(f"{where}: no folder to write to ({error.strerror})")
 
     def _refuse_to_drop_others(self) -> None:
         then = json.loads(self._facts.read_text()) if self._facts.is_file() else {}
