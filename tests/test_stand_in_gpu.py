@@ -59,6 +59,7 @@ def test_the_doctor(on_gpus):
     assert "on one device (0.00 GPU-hours) without cpu_offload, which is slower" in said
 
 
+@pytest.mark.slow
 def test_memory_that_the_doctor_says_is_too_small_is(on_gpus, tmp_path):
     wide = ("model.config.hidden_size=256", "model.config.intermediate_size=1024")
     rows = "device_train_microbatch_size={}".format
@@ -79,6 +80,7 @@ def test_a_run_begun_on_a_cpu_goes_on(on_gpus, run_door, tmp_path):
     assert "steps               18" in on_gpus(*run, *more)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_keep_their_shards_in_the_hosts_memory(on_gpus):
     of = "tests/training/test_sharding.py::test_shards_give_what_one_rank_gives_and_any_number"
